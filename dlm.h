@@ -1,0 +1,2101 @@
+#ifndef DLM__KERNEL_PASS           /* door 1: a kernel pass skips all of this      */
+
+#if defined(DLM_STATIC) || defined(__INTELLISENSE__) || defined(__JETBRAINS_IDE__)
+#ifndef DLM_IMPLEMENTATION
+#define DLM_IMPLEMENTATION         /* static needs the bodies; IDEs want to see them */
+#endif
+#endif
+
+/* ==[ api ]===================================================================
+   Everything a caller may use.  Nothing below ==[ platform ]== is promised.
+   Ordered as a program meets it: errors, context, math, model, batch, inference,
+   sampling, objectives, training, text, files, gradient check. */
+#ifndef DLM_H
+#define DLM_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define DLM_VERSION_MAJOR 0
+#define DLM_VERSION_MINOR 1
+#define DLM_VERSION_PATCH 0
+
+#ifndef DLM_API
+  #ifdef DLM_STATIC
+    #define DLM_API static
+  #else
+    #define DLM_API extern
+  #endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* --[ errors ]----------------------------------------------------------------
+   A function that can fail returns dlm_error; the sentence that names the thing,
+   what was wanted and what was found is in dlm_last_error(ctx). */
+
+typedef enum dlm_error {
+    DLM_OK = 0,
+    DLM_E_NOMEM,         /* an allocation failed, or the memory given is too small */
+    DLM_E_CONFIG,        /* a config or option struct contradicts itself           */
+    DLM_E_INPUT,         /* tokens, lengths or rows that the object cannot take    */
+    DLM_E_IO,            /* open, read or write failed                             */
+    DLM_E_FORMAT,        /* the file is not what it claims to be                   */
+    DLM_E_MISMATCH,      /* a sound file whose names or shapes do not fit          */
+    DLM_E_UNSUPPORTED    /* a known feature not built in, or not on this CPU       */
+} dlm_error;
+
+DLM_API const char *dlm_error_string(dlm_error e);      /* static text, never NULL */
+
+/* --[ context ]---------------------------------------------------------------
+   One per thread of control.  Holds the allocator, the chosen kernels, the
+   threads and the text of the last error.  There is no global state. */
+
+typedef enum dlm_isa {
+    DLM_ISA_AUTO = 0, DLM_ISA_SCALAR, DLM_ISA_SSE2, DLM_ISA_AVX2,
+    DLM_ISA_AVX512, DLM_ISA_NEON, DLM_ISA_COUNT
+} dlm_isa;
+
+typedef struct dlm_allocator {             /* all zero: DLM_MALLOC and DLM_FREE    */
+    void *(*alloc)(void *user, size_t size);        /* NULL when there is none left */
+    void  (*release)(void *user, void *ptr);
+    void   *user;
+} dlm_allocator;
+
+/* Where an object shall live.  Every create function takes one: NULL asks the
+   allocator for a single block of dlm_*_bytes(); otherwise the object is placed at
+   base (any alignment), which must hold at least that.  Such an object must still be
+   freed (its threads and files are released), base is not. */
+typedef struct dlm_memory {
+    void  *base;
+    size_t size;
+} dlm_memory;
+
+typedef struct dlm_options {               /* all zero is right for most programs  */
+    int           threads;                 /* * = 1.  Never "all cores" unasked    */
+    dlm_isa       isa;                     /* AUTO: env DLM_ISA, else the best     */
+    dlm_allocator allocator;
+    /* Your own pool: run job(arg, i) for every i in [0, n), in any order, on any
+       threads, and return when all are done.  NULL: the built-in pool. */
+    void (*parallel_for)(void *user, int n, void (*job)(void *arg, int i), void *arg);
+    void         *parallel_user;
+    dlm_memory    memory;                  /* where the context lives; base NULL: ask
+                                              the allocator                        */
+    size_t        scratch;                 /* * = 1 MiB, at least 64 KiB: room for the
+                                              matmul's packed panels               */
+} dlm_options;
+
+typedef struct dlm_ctx dlm_ctx;
+
+DLM_API size_t      dlm_ctx_bytes(const dlm_options *opt);      /* 0: options invalid */
+DLM_API dlm_error   dlm_init(dlm_ctx **out, const dlm_options *opt); /* NULL: zeros */
+DLM_API void        dlm_shutdown(dlm_ctx *ctx);                      /* NULL is ok  */
+DLM_API const char *dlm_last_error(const dlm_ctx *ctx);              /* detail, or "" */
+DLM_API dlm_isa     dlm_active_isa(const dlm_ctx *ctx);
+DLM_API int         dlm_active_threads(const dlm_ctx *ctx);
+DLM_API int         dlm_isa_supported(dlm_isa isa);        /* on this CPU, 1 or 0  */
+DLM_API const char *dlm_isa_name(dlm_isa isa);             /* "avx2"; what DLM_ISA takes */
+
+/* --[ random ]----------------------------------------------------------------
+   Randomness is addressed, not consumed: bits are a pure function of where they are
+   used (Philox4x32-10; Salmon et al., SC 2011).  Results therefore do not depend on
+   threads, on the order of work or on the neighbours in a batch. */
+
+typedef enum dlm_purpose {                 /* one stream of randomness each        */
+    DLM_RANDOM_INIT = 1, DLM_RANDOM_DATA, DLM_RANDOM_LEVEL, DLM_RANDOM_MASK,
+    DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD, DLM_RANDOM_CHECK,
+    DLM_RANDOM_USER = 64                   /* and above: yours                     */
+} dlm_purpose;
+
+typedef struct dlm_address {
+    uint64_t seed;
+    uint32_t purpose, step, row, position; /* row: which sequence; position: in it */
+} dlm_address;
+
+/* 128 bits, number `index` at this address. */
+DLM_API void   dlm_random_bits(const dlm_address *at, uint32_t index, uint32_t out[4]);
+/* Uniform in [0, 1) with 53 bits; index counts numbers, two per block of bits. */
+DLM_API double dlm_uniform(const dlm_address *at, uint32_t index);
+/* The i-th entry of a random permutation of 0..n-1, computed without a table: the
+   same (seed, epoch) visits every example once.  n >= 1, 0 <= i < n. */
+DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i);
+
+/* --[ math ]------------------------------------------------------------------
+   Usable without any model.  Row-major, overwriting out; sizes of 0 are allowed.
+     _nn   out (M,N) = a (M,K) @ b (K,N)
+     _nt   out (M,N) = a (M,K) @ b (N,K)^T     the layout linear layers keep
+     _tn   out (M,N) = a (K,M)^T @ b (K,N)     the shape of a weight gradient
+   Each output is one chain of fused multiply-adds over k = 0 .. K-1, whatever M and N
+   are: a row of the result never depends on how many rows were asked for. */
+
+DLM_API void dlm_matmul_nn(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K);
+DLM_API void dlm_matmul_nt(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K);
+DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K);
+
+/* Weights (N,K) that do not change, rearranged once for the kernels of this ctx.
+   packed holds dlm_pack_floats() floats, caller-owned, 64-byte aligned. */
+DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
+DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
+DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
+                                 const float *packed, int M, int N, int K);
+
+/* --[ model ]-----------------------------------------------------------------
+   A pre-norm transformer: RMSNorm, rotary positions (half-split), grouped-query
+   attention, SwiGLU.  Covers LLaMA, Qwen2/2.5 (qkv_bias), Qwen3 (QK-norm), SDAR,
+   LLaDA and Dream (shifted).  Weights are read-only while in use and may be shared
+   by any number of sessions. */
+
+typedef enum dlm_pattern {   /* which keys may a row see (0: the default)          */
+    DLM_PATTERN_BLOCK = 0,   /* its own block and all earlier ones (BD3-LM)        */
+    DLM_PATTERN_FULL,        /* the whole sequence (LLaDA, MDLM)                   */
+    DLM_PATTERN_CAUSAL       /* itself and what came before: an autoregressive LM  */
+} dlm_pattern;
+
+typedef struct dlm_config {                /* 0 in a field marked * = the default  */
+    int   vocab, dim, layers, heads;       /* V, C, L, H: required                 */
+    int   max_seq;                         /* largest T:  required                 */
+    int   mask_id;                         /* * = vocab - 1; unused when causal    */
+    int   pattern;                         /* a dlm_pattern; * = BLOCK             */
+    int   block;                           /* * = 8: tokens in a block (pattern BLOCK) */
+    int   shifted;                         /* row i-1 predicts token i; 0: row i.
+                                              Always 1 when causal                 */
+    int   kv_heads;                        /* * = heads; must divide heads  (KV)   */
+    int   head_dim;                        /* * = dim / heads; even, <= 256 (D)    */
+    int   ffn;                             /* * = 8/3 dim, rounded up to 32 (F)    */
+    int   untied_head;                     /* 0: the head is the embedding         */
+    int   no_qk_norm;                      /* 0: RMSNorm per head on q and k       */
+    int   qkv_bias;                        /* 1: biases on q, k, v (Qwen2, Dream)  */
+    float rope_theta;                      /* * = 10000                            */
+    float norm_eps;                        /* * = 1e-6                             */
+} dlm_config;
+
+typedef struct dlm_model {                 /* open for reading                     */
+    dlm_config config;                     /* with every default filled in         */
+    size_t     n_params;                   /* floats in weights                    */
+    float     *weights;                    /* (n_params) one flat block            */
+    uint32_t   version;                    /* changes whenever the weights do      */
+    dlm_ctx   *ctx;                        /* where it was allocated               */
+    void      *block;                      /* private: what was allocated          */
+} dlm_model;
+
+typedef struct dlm_tensor {                /* one named piece of weights           */
+    char   name[64];                       /* the Hugging Face name                */
+    float *data;                           /* (rows, cols), inside model->weights  */
+    int    rows, cols;                     /* cols = 1: a vector                   */
+    int    layer;                          /* -1: outside the layers               */
+    int    decayed;                        /* weight decay applies (matrices)      */
+} dlm_tensor;
+
+/* Fills in every default, or says what is wrong (DLM_E_CONFIG). */
+DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg);
+DLM_API size_t    dlm_model_bytes(const dlm_config *cfg);      /* 0: config invalid */
+/* Fresh random weights: normal(0.02), residual outputs scaled by 1/sqrt(2L), norms 1. */
+DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                   uint64_t seed, const dlm_memory *mem);
+/* Weights that already exist (flash, a mapped file): n_params floats in the order of
+   dlm_model_tensor, borrowed and never written unless trained. */
+DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                 const float *weights, size_t n_params);
+DLM_API void      dlm_model_free(dlm_model *m);                        /* NULL is ok */
+DLM_API int       dlm_model_tensors(const dlm_model *m);               /* how many   */
+DLM_API void      dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out);
+/* Call after writing weights by hand: sessions then renew their packed copies. */
+DLM_API void      dlm_model_changed(dlm_model *m);
+
+/* --[ batch ]-----------------------------------------------------------------
+   What a forward pass is given: rows (tokens), grouped into sequences of any length
+   without padding, and for every row the keys it may see, as at most two ranges.
+   Every pattern there is reduces to this: full, causal, block, prefix, and the
+   doubled row [prompt | clean | noisy] of block-diffusion training. */
+
+typedef struct dlm_keys {                  /* slots [lo0,hi0) and [lo1,hi1) of the  */
+    int lo0, hi0, lo1, hi1;                /* row's own sequence; disjoint, in order */
+} dlm_keys;                                /* lo1 == hi1: one range only           */
+
+typedef struct dlm_batch {
+    int        n_seqs;                     /* S                                    */
+    const int *start;                      /* (S+1) sequence s is rows start[s] ..
+                                              start[s+1]-1; start[0] = 0, N = start[S] */
+    const int *tokens;                     /* (N)                                  */
+    const int *positions;                  /* (N) rotary positions; NULL: the slot */
+    const int *slots;                      /* (N) where the row's key and value go, in its
+                                              own sequence; NULL: its place there  */
+    const int *lanes;                      /* (S) which cache of the session; NULL: s */
+    const dlm_keys *keys;                  /* (N)                                  */
+    const int *out_rows;                   /* (n_out) rows that are looked at, strictly
+                                              increasing; only these get logits    */
+    int        n_out;
+} dlm_batch;
+
+/* Looks at the logits (V) of row out_rows[i].  In a training pass they must be
+   overwritten with d(loss)/d(logits).  Runs once per i, on any thread, in any order:
+   touch only what belongs to i. */
+typedef void (*dlm_score_fn)(void *user, int i, float *logits);
+
+/* Keys of T rows standing in slots 0 .. T-1.  Blocks of `block` tokens start at slot
+   offset and every `block` after it; a shorter first block covers 0 .. offset-1. */
+DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
+                           int offset);
+/* The doubled row of block diffusion (BD3-LM; methods B.4, blocks counted from the
+   first response token): P + 2R rows [prompt P | clean R | noisy R].  Also fills
+   positions (P + 2R): the noisy copy repeats the clean one. */
+DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block);
+
+/* --[ inference ]-------------------------------------------------------------
+   A session owns everything one user of a model needs: activations, the K/V cache,
+   packed weights.  The model is only read. */
+
+typedef struct dlm_limits {                /* 0 in a field marked * = the default  */
+    int seqs;                              /* * = 1: sequences in one forward      */
+    int slots;                             /* * = max_seq: keys of one sequence    */
+    int rows;                              /* * = seqs * slots: rows in one forward */
+    int out;                               /* * = rows: rows looked at             */
+    int cached;                            /* 1: keep keys and values between calls
+                                              (needs layers times the memory)      */
+    int no_pack;                           /* 1: no packed copy of the weights: half
+                                              the memory, slower                   */
+} dlm_limits;
+
+typedef struct dlm_session dlm_session;
+
+DLM_API size_t    dlm_session_bytes(const dlm_ctx *ctx, const dlm_model *m,
+                                    const dlm_limits *lim);           /* 0: invalid */
+DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_model *m,
+                                     const dlm_limits *lim, const dlm_memory *mem);
+DLM_API void      dlm_session_free(dlm_session *s);                    /* NULL is ok */
+/* One forward pass; score sees the logits of every out row (NULL: only fill caches). */
+DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn score,
+                              void *user);
+/* The same, logits copied out: (n_out, V). */
+DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits);
+/* Floating-point operations of one forward (multiply-add = 2): matmuls and attention
+   over the keys that are seen.  A training pass costs three times as much. */
+DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch *b);
+
+/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA; methods C.2):
+   the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
+   a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
+   causal.  tokens (T), response = tokens[P..T).  Needs rows >= 2T for BLOCK. */
+DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
+                                     int samples, uint64_t seed, double *nats);
+
+/* --[ sampling ]--------------------------------------------------------------
+   The canvas is the interface: tokens equal to mask_id are filled in, all others are
+   fixed.  The mask token is never emitted and a visible token never changes. */
+
+typedef enum dlm_order {     /* which masked positions are filled in this step     */
+    DLM_ORDER_CONFIDENCE = 0,/* the planned number of most confident ones (LLaDA)  */
+    DLM_ORDER_THRESHOLD,     /* all with confidence > threshold, at least the plan */
+    DLM_ORDER_ENTROPY,       /* the planned number of lowest entropies             */
+    DLM_ORDER_ENTROPY_BOUND, /* ascending while the entropies sum to < entropy_bound */
+    DLM_ORDER_MARGIN,        /* the planned number of largest p1 - p2              */
+    DLM_ORDER_RANDOM,        /* the planned number, uniformly                      */
+    DLM_ORDER_SEQUENTIAL,    /* the planned number, left to right                  */
+    DLM_ORDER_ANCESTRAL,     /* each with probability 1 - s/t (MDLM)               */
+    DLM_ORDER_FIRST_HITTING, /* one, uniformly: times u^(1/n) apart (BD3-LM)       */
+    DLM_ORDER_COUNT
+} dlm_order;
+
+typedef struct dlm_event {                 /* one token that was filled in         */
+    int   seq, position, token;
+    int   step;                            /* 1-based, counted per sequence        */
+    float confidence;                      /* untempered probability of the token  */
+    float time;                            /* noise level left, 1 .. 0 in its block */
+} dlm_event;
+
+typedef struct dlm_sample_options {        /* 0 in a field marked * = the default  */
+    int      steps;                        /* * = one per token: steps per block   */
+    int      block;                        /* * = config.block, or the whole canvas
+                                              when the pattern is FULL             */
+    int      absolute_blocks;              /* 0: blocks are counted from the end of the
+                                              prompt (the visible prefix); 1: from
+                                              position 0 (SDAR's files)            */
+    dlm_order order;                       /* 0 is CONFIDENCE                      */
+    float    threshold;                    /* * = 0.9, for THRESHOLD               */
+    float    entropy_bound;                /* * = 0.35 nats, for ENTROPY_BOUND     */
+    float    temperature;                  /* 0 is argmax: a real value, not "auto" */
+    int      top_k;                        /* 0: off                               */
+    float    top_p, min_p;                 /* 0: off                               */
+    int      gumbel;                       /* draw by Gumbel-max over the vocabulary
+                                              (LLaDA); 0: by inverting the CDF     */
+    const float *logit_bias;               /* (V) added to the logits; NULL: none  */
+    const int   *suppress;                 /* (n_suppress) tokens never emitted    */
+    int      n_suppress;
+    const int   *stop;                     /* (n_stop) tokens that end a sequence  */
+    int      n_stop;
+    /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
+       -INFINITY.  May run on any thread.  NULL: everything is allowed. */
+    void   (*constrain)(void *user, int seq, int position, float *logits);
+    /* Called after every step with what it filled in.  NULL: nobody watches. */
+    void   (*on_step)(void *user, const dlm_event *events, int n_events);
+    void    *user;
+    uint64_t seed;                         /* 0 is a seed like any other           */
+    const uint32_t *ids;                   /* (n_seqs) who each sequence is to the random
+                                              numbers; NULL: its index in the batch */
+} dlm_sample_options;
+
+typedef struct dlm_sampler dlm_sampler;
+
+/* A sampler drives a session that outlives it.  For BLOCK and CAUSAL models the
+   session should be cached; each step then runs only the rows of the current block
+   and the commit of a finished block rides along with the next one's first step. */
+DLM_API size_t    dlm_sampler_bytes(const dlm_session *s);
+DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
+                                     const dlm_sample_options *opt, const dlm_memory *mem);
+DLM_API void      dlm_sampler_free(dlm_sampler *sm);
+/* canvas: n_seqs rows of session.slots tokens, written in place, caller-owned, must
+   stay until the end; lengths (n_seqs) tokens used of each.  Resets everything. */
+DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
+                                    int n_seqs);
+DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm);  /* all sequences, one forward */
+DLM_API int       dlm_sampler_done(const dlm_sampler *sm);
+/* Tokens of a sequence up to and including its stop token (or its whole length).
+   What had been filled in after a stop token is masked again. */
+DLM_API int       dlm_sampler_length(const dlm_sampler *sm, int seq);
+/* Every token filled in since begin, in order; replaying them redraws the run. */
+DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events);
+/* Forward passes and rows since begin: the honest cost of parallel decoding. */
+DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
+
+/* One canvas (T), filled in, with a session made and freed on the way. */
+DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int T,
+                             const dlm_sample_options *opt);
+
+/* --[ objectives ]------------------------------------------------------------
+   Pure pieces.  An objective is: make a state, run the model, score rows. */
+
+/* Noise level t in [eps, 1), eps = 1e-3, of row `row` of n: (1-eps) u + eps with u
+   uniform, or stratified (MDLM): u = (s + u')/n, the strata s dealt to the rows by a
+   random permutation.  The address's row is not used. */
+DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified);
+/* Masks each of tokens[first .. T) independently with probability t; noisy (T) gets
+   the result, weight (T) 1/t where masked and 0 elsewhere.  Returns the masks. */
+DLM_API int    dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
+                               int first, double t, int mask_id, const dlm_address *at);
+/* -log softmax(logits)[target], and logits (V) become weight * (softmax - onehot). */
+DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
+                                 double weight);
+/* log sum exp of logits (V) and, where not NULL, the largest entry's index. */
+DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax);
+
+/* --[ training ]--------------------------------------------------------------
+   A trainer owns gradients, moments, activations, schedule and step counter of one
+   model.  One step is one update over all the examples given, in as many passes as
+   max_rows makes necessary: to accumulate gradients, give more examples. */
+
+typedef enum dlm_objective {
+    DLM_OBJECTIVE_AUTO = 0,  /* what the model's pattern asks for, in this order:  */
+    DLM_OBJECTIVE_BLOCK,     /* CE/t on masked, t per block, doubled row (BD3-LM)  */
+    DLM_OBJECTIVE_MDLM,      /* CE/t on masked, t per sequence (LLaDA, MDLM)       */
+    DLM_OBJECTIVE_AR         /* next-token CE                                      */
+} dlm_objective;
+
+typedef enum dlm_schedule {
+    DLM_SCHEDULE_CONSTANT = 0, DLM_SCHEDULE_LINEAR, DLM_SCHEDULE_COSINE
+} dlm_schedule;
+
+typedef struct dlm_train_options {         /* 0 in a field marked * = the default  */
+    int      max_rows;                     /* * = 16 sequences of max_seq: rows of one
+                                              pass (a doubled row counts twice)    */
+    dlm_objective objective;               /* * = what the pattern asks for        */
+    float    lr;                           /* * = 1e-3: the peak                   */
+    int      warmup;                       /* steps from 0 to lr                   */
+    int      total;                        /* steps in all; needed by the schedules */
+    dlm_schedule schedule;                 /* after the warm-up; 0: constant       */
+    float    lr_min;                       /* where LINEAR and COSINE end          */
+    float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8                  */
+    float    weight_decay;                 /* decoupled; on matrices only          */
+    float    clip;                         /* * = 1: largest global gradient norm  */
+    int      no_clip;                      /* 1: never clip                        */
+    float    ema;                          /* decay of averaged weights; 0: none   */
+    int      independent_levels;           /* 0: noise levels stratified over the batch */
+    uint64_t seed;
+} dlm_train_options;
+
+typedef struct dlm_example {               /* one sequence to learn from           */
+    const int *tokens;                     /* (length)                             */
+    int        length;                     /* 1 .. max_seq                         */
+    int        prompt;                     /* leading tokens never masked or scored */
+} dlm_example;
+
+#define DLM_BINS 8
+typedef struct dlm_report {
+    int64_t step;                          /* updates done, this one included      */
+    double  loss;                          /* nats per scored token (ELBO weighted) */
+    double  grad_norm;                     /* before clipping; when it is not finite the
+                                              update leaves the weights alone      */
+    double  lr;
+    int64_t tokens;                        /* tokens that could carry loss (D)     */
+    int64_t scored;                        /* rows that did                        */
+    double  flops;                         /* forward and backward                 */
+    double  bin_loss[DLM_BINS];            /* mean CE by noise level, bin floor(8t) */
+    int64_t bin_count[DLM_BINS];           /* masked tokens in the bin             */
+} dlm_report;
+
+typedef struct dlm_trainer dlm_trainer;
+
+DLM_API size_t    dlm_trainer_bytes(const dlm_ctx *ctx, const dlm_model *m,
+                                    const dlm_train_options *opt);    /* 0: invalid */
+DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
+                                     const dlm_train_options *opt, const dlm_memory *mem);
+DLM_API void      dlm_trainer_free(dlm_trainer *t);                    /* NULL is ok */
+/* One update on n examples.  report may be NULL. */
+DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
+                                   dlm_report *report);
+/* One update on B random windows of T tokens out of a long text; which ones is a
+   function of (seed, step) alone. */
+DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens, size_t n_tokens,
+                                        int T, int B, dlm_report *report);
+/* The objective's loss on examples without learning; `draw` picks the noise. */
+DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
+                                       uint32_t draw, dlm_report *report);
+
+/* The same in pieces, for objectives of your own: any number of passes, each adding
+   to the gradients, then one update.  positions, slots and lanes: only positions is
+   read. */
+DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                                   void *user);
+DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
+DLM_API float    *dlm_trainer_gradients(dlm_trainer *t);           /* (n_params)     */
+DLM_API float    *dlm_trainer_ema(dlm_trainer *t);                 /* (n_params), NULL */
+DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates done   */
+
+/* --[ tokenizers ]------------------------------------------------------------
+   Text to ids and back.  After the ordinary tokens come a stop token and, last, the
+   mask token. */
+
+typedef enum dlm_tokenizer_kind {
+    DLM_TOKENIZER_BYTES = 0,               /* 256 bytes + stop + mask              */
+    DLM_TOKENIZER_CHARS                    /* the UTF-8 characters of a corpus, by
+                                              code point, + stop + mask            */
+} dlm_tokenizer_kind;
+
+typedef struct dlm_tokenizer dlm_tokenizer;
+
+/* text (size) is the corpus for CHARS, ignored for BYTES. */
+DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
+                                       dlm_tokenizer_kind kind, const char *text,
+                                       size_t size);
+DLM_API void      dlm_tokenizer_free(dlm_tokenizer *t);                /* NULL is ok */
+DLM_API int       dlm_tokenizer_vocab(const dlm_tokenizer *t);         /* ids in all */
+DLM_API int       dlm_tokenizer_mask(const dlm_tokenizer *t);          /* vocab - 1  */
+DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);          /* vocab - 2  */
+/* ids (max) gets the tokens of text (size); *n the number there are, even when that
+   exceeds max (ids may be NULL to ask).  A character outside the vocabulary is
+   DLM_E_INPUT and is named. */
+DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
+                             int *ids, size_t max, size_t *n);
+/* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
+   zero (out may be NULL to ask).  Stop tokens vanish, masks and ids outside the
+   vocabulary become '_'. */
+DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
+                             size_t size);
+
+/* --[ files ]-----------------------------------------------------------------
+   Checkpoints are safetensors files with Hugging Face tensor names; our config and
+   tokenizer ride along as string metadata.  Writing is atomic: beside, flush, rename.
+   A training state is a second file; resuming from both is bit-exact. */
+
+typedef enum dlm_dtype {
+    DLM_F32 = 0, DLM_F16, DLM_BF16, DLM_F64, DLM_I64, DLM_I32, DLM_I16, DLM_I8, DLM_U8,
+    DLM_BOOL, DLM_DTYPE_COUNT
+} dlm_dtype;
+
+typedef struct dlm_st_tensor {             /* one entry of a safetensors file      */
+    char        name[128];
+    dlm_dtype   dtype;
+    int         n_dims;                    /* 0 .. 4                               */
+    int64_t     dims[4];
+    size_t      count;                     /* elements                             */
+    const void *data;                      /* little-endian, maybe unaligned, inside
+                                              the file's memory                    */
+} dlm_st_tensor;
+
+typedef struct dlm_safetensors dlm_safetensors;
+
+/* data (size) is borrowed and must stay until close. */
+DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
+                                        const void *data, size_t size);
+DLM_API void      dlm_safetensors_close(dlm_safetensors *f);           /* NULL is ok */
+DLM_API int       dlm_safetensors_count(const dlm_safetensors *f);
+DLM_API const dlm_st_tensor *dlm_safetensors_get(const dlm_safetensors *f, int i);
+DLM_API const dlm_st_tensor *dlm_safetensors_find(const dlm_safetensors *f,
+                                                  const char *name);   /* or NULL    */
+/* A string of __metadata__, unescaped; NULL when absent. */
+DLM_API const char *dlm_safetensors_metadata(const dlm_safetensors *f, const char *key);
+/* Widens F32, F16, BF16 or F64 to float; anything else is DLM_E_UNSUPPORTED. */
+DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t,
+                                         float *out /* (count) */);
+/* A model, and its tokenizer when one was saved with it (tok may be NULL), from the
+   bytes of a checkpoint of ours.  Weights are copied. */
+DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                  const void *data, size_t size);
+
+#ifndef DLM_NO_STDIO
+/* As parse, from a file: mapped where the platform can, else read. */
+DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
+                                       const char *path);
+DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
+                           const dlm_tokenizer *tok /* or NULL */);
+DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                           const char *path);
+/* Moments, averaged weights, step and a copy of the weights: everything a resumed
+   run needs beyond its options. */
+DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path);
+DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
+#endif
+
+/* --[ gradient check ]--------------------------------------------------------
+   Compares the gradients of a pass with central differences along one random
+   direction per tensor; loss must return the loss that score's gradients belong to,
+   from whatever score stored at its last call for every i. */
+
+typedef struct dlm_check {
+    char   name[64];                       /* tensor                               */
+    double analytic, numeric;              /* directional derivatives              */
+    double error;                          /* |a - n| / max(|a|, |n|, 1e-3)        */
+} dlm_check;
+
+DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                                double (*loss)(void *user), void *user, double step,
+                                dlm_check *out /* (dlm_model_tensors) */);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DLM_H */
+
+#if defined(DLM_IMPLEMENTATION) && !defined(DLM__IMPLEMENTED)
+
+/* ==[ platform ]==============================================================
+   Includes and the few compiler differences.  After this section the code is plain
+   C99 that is also C++11. */
+
+#if defined(__FAST_MATH__) && !defined(DLM_ALLOW_FAST_MATH)
+#error "dlm.h relies on infinities and NaN: compile without -ffast-math"
+#endif
+#if defined(DLM_MALLOC) != defined(DLM_FREE)
+#error "define both of DLM_MALLOC and DLM_FREE, or none"
+#endif
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef DLM_MALLOC
+#define DLM_MALLOC(size) malloc(size)
+#define DLM_FREE(ptr) free(ptr)
+#endif
+#ifndef DLM_ASSERT
+#include <assert.h>
+#define DLM_ASSERT(condition) assert(condition)
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define DLM__INLINE static inline __attribute__((always_inline))
+#define DLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#define DLM__MAYBE_UNUSED __attribute__((unused))
+#elif defined(_MSC_VER)
+#define DLM__INLINE static __forceinline
+#define DLM__PRINTF(f, a)
+#define DLM__MAYBE_UNUSED
+#else
+#define DLM__INLINE static inline
+#define DLM__PRINTF(f, a)
+#define DLM__MAYBE_UNUSED
+#endif
+
+/* Full unrolling of the loop that follows, whatever the optimisation level. */
+#define DLM__PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define DLM__UNROLL DLM__PRAGMA(clang loop unroll(full))
+#elif defined(__GNUC__) && __GNUC__ >= 8
+#define DLM__UNROLL DLM__PRAGMA(GCC unroll 16)
+#else
+#define DLM__UNROLL
+#endif
+
+#define DLM__JOIN2(a, b) a##_##b
+#define DLM__JOIN(a, b) DLM__JOIN2(a, b)
+
+#if !defined(DLM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__))
+  #if defined(__x86_64__)
+    #define DLM__X86 1
+    #include <immintrin.h>
+  #elif defined(__aarch64__)
+    #define DLM__ARM 1
+    #include <arm_neon.h>
+  #endif
+#endif
+
+#if !defined(DLM_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
+#define DLM__POSIX_THREADS 1
+#include <pthread.h>
+#include <unistd.h>
+#endif
+
+DLM__INLINE int dlm__min(int a, int b) { return a < b ? a : b; }
+DLM__INLINE int dlm__max(int a, int b) { return a > b ? a : b; }
+DLM__INLINE int dlm__ceil_div(int a, int b) { return a / b + (a % b != 0); }
+DLM__INLINE int dlm__round_up(int a, int b) { return dlm__ceil_div(a, b) * b; }
+
+/* ==[ memory ]================================================================
+   The context, errors, and the arena.  An object is one block of memory, carved by
+   one function that runs twice: with no base it counts, with a base it places.  What
+   dlm_*_bytes() predicts and what is used can therefore not differ. */
+
+enum { DLM__ALIGN = 64, DLM__KC = 256, DLM__MAX_D = 256 };
+
+#if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
+enum { DLM__MAX_MR = 12, DLM__MAX_NR = 32 };
+#elif defined(DLM__ARM)
+enum { DLM__MAX_MR = 8, DLM__MAX_NR = 8 };
+#else
+enum { DLM__MAX_MR = 4, DLM__MAX_NR = 4 };
+#endif
+
+struct dlm__pool;
+struct dlm__kernels;
+
+struct dlm_ctx {
+    dlm_options   opt;
+    const struct dlm__kernels *k;   /* the kernels of the chosen ISA               */
+    struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
+    float        *scratch;          /* packed B of the matmul that is running      */
+    size_t        scratch_floats;
+    void         *block;            /* what was allocated, NULL if the user's      */
+    char          error[256];
+};
+
+static void *dlm__alloc(dlm_ctx *ctx, size_t size)
+{
+    const dlm_allocator *a = &ctx->opt.allocator;
+    return a->alloc ? a->alloc(a->user, size) : DLM_MALLOC(size);
+}
+
+static void dlm__release(dlm_ctx *ctx, void *ptr)
+{
+    const dlm_allocator *a = &ctx->opt.allocator;
+    if (ptr == NULL) return;
+    if (a->release) a->release(a->user, ptr);
+    else if (!a->alloc) DLM_FREE(ptr);
+}
+
+/* Stores the sentence and returns the code, so that failing is one line. */
+static dlm_error dlm__fail(dlm_ctx *ctx, dlm_error code, const char *format, ...)
+    DLM__PRINTF(3, 4);
+static dlm_error dlm__fail(dlm_ctx *ctx, dlm_error code, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(ctx->error, sizeof ctx->error, format, args);
+    va_end(args);
+    return code;
+}
+
+typedef struct dlm__arena {
+    char  *base;                    /* NULL: only count                            */
+    size_t used;                    /* SIZE_MAX once a size has overflowed         */
+} dlm__arena;
+
+/* count items of size bytes, 64-byte aligned; NULL while counting. */
+static void *dlm__push(dlm__arena *a, size_t count, size_t size)
+{
+    size_t at = a->used;
+    if (at == SIZE_MAX || (count != 0 && size > (SIZE_MAX / 4) / count)
+        || at > SIZE_MAX / 4) {
+        a->used = SIZE_MAX;
+        return NULL;
+    }
+    a->used = (at + count * size + DLM__ALIGN - 1) / DLM__ALIGN * DLM__ALIGN;
+    return a->base ? a->base + at : NULL;
+}
+
+static float *dlm__push_floats(dlm__arena *a, size_t rows, size_t cols)
+{
+    if (cols != 0 && rows > SIZE_MAX / 16 / cols) a->used = SIZE_MAX;
+    return (float *)dlm__push(a, rows * cols, sizeof(float));
+}
+
+static int *dlm__push_ints(dlm__arena *a, size_t count)
+{
+    return (int *)dlm__push(a, count, sizeof(int));
+}
+
+/* Bytes to ask for: what was carved and the slack to align the base.  0: overflow. */
+static size_t dlm__arena_bytes(const dlm__arena *a)
+{
+    return a->used == SIZE_MAX ? 0 : a->used + DLM__ALIGN;
+}
+
+/* A zeroed, aligned block of `bytes` for an object called `what`; *block is what must
+   be released later (NULL if the memory is the caller's). */
+static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
+                            const dlm_memory *mem, dlm__arena *arena, void **block)
+{
+    void *raw;
+    arena->base = NULL;
+    arena->used = 0;
+    *block = NULL;
+    if (bytes == 0)
+        return dlm__fail(ctx, DLM_E_NOMEM, "%s: its size overflows", what);
+    if (mem) {
+        if (mem->base == NULL || mem->size < bytes)
+            return dlm__fail(ctx, DLM_E_NOMEM, "%s: needs %.0f bytes, was given %.0f",
+                             what, (double)bytes, (double)mem->size);
+        raw = mem->base;
+    } else {
+        raw = *block = dlm__alloc(ctx, bytes);
+        if (raw == NULL)
+            return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate %.0f bytes", what,
+                             (double)bytes);
+    }
+    memset(raw, 0, bytes);
+    arena->base = (char *)raw + (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
+    return DLM_OK;
+}
+
+DLM_API const char *dlm_error_string(dlm_error e)
+{
+    switch (e) {
+    case DLM_OK:            return "ok";
+    case DLM_E_NOMEM:       return "out of memory";
+    case DLM_E_CONFIG:      return "invalid configuration";
+    case DLM_E_INPUT:       return "invalid input";
+    case DLM_E_IO:          return "input or output failed";
+    case DLM_E_FORMAT:      return "malformed file";
+    case DLM_E_MISMATCH:    return "names or shapes do not fit";
+    case DLM_E_UNSUPPORTED: return "not supported";
+    }
+    return "unknown error";
+}
+
+DLM_API const char *dlm_last_error(const dlm_ctx *ctx) { return ctx ? ctx->error : ""; }
+
+/* ==[ random ]================================================================
+   Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as
+   1, 2, 3.  SC 2011): ten rounds of multiply-and-swap turn a counter and a key into
+   128 random bits.  The key is the seed and the purpose, the counter the rest of the
+   address, so nothing has to be carried along. */
+
+DLM_API void dlm_random_bits(const dlm_address *at, uint32_t index, uint32_t out[4])
+{
+    uint32_t c0 = index, c1 = at->position, c2 = at->row, c3 = at->step;
+    uint32_t k0 = (uint32_t)at->seed;
+    uint32_t k1 = (uint32_t)(at->seed >> 32) ^ at->purpose * 0x85EBCA6BU;
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)c0 * 0xD2511F53U;
+        uint64_t p1 = (uint64_t)c2 * 0xCD9E8D57U;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9U;          /* the golden ratio and sqrt(3) - 1            */
+        k1 += 0xBB67AE85U;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+static double dlm__unit(uint32_t hi, uint32_t lo)
+{
+    uint64_t bits = (uint64_t)hi << 32 | lo;
+    return (double)(bits >> 11) * (1.0 / 9007199254740992.0);       /* 2^-53 */
+}
+
+DLM_API double dlm_uniform(const dlm_address *at, uint32_t index)
+{
+    uint32_t r[4];
+    dlm_random_bits(at, index / 2, r);
+    return index % 2 ? dlm__unit(r[2], r[3]) : dlm__unit(r[0], r[1]);
+}
+
+static dlm_address dlm__address(uint64_t seed, uint32_t purpose, uint32_t step,
+                                uint32_t row, uint32_t position)
+{
+    dlm_address at;
+    at.seed = seed; at.purpose = purpose; at.step = step;
+    at.row = row; at.position = position;
+    return at;
+}
+
+/* Two independent standard normals per pair of uniforms (Box and Muller, 1958). */
+static double dlm__normal(const dlm_address *at, uint32_t index)
+{
+    double u = 1.0 - dlm_uniform(at, 2 * index), v = dlm_uniform(at, 2 * index + 1);
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
+}
+
+/* A Feistel network over the smallest even number of bits that covers n is a
+   permutation of a power of four; walking it until the value is below n makes it a
+   permutation of 0..n-1 (Black and Rogaway, CT-RSA 2002). */
+DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i)
+{
+    unsigned half = 1;
+    size_t mask, x = i;
+    DLM_ASSERT(i < n);
+    while (half < sizeof(size_t) * 4 && (((size_t)1 << half << half) - 1) < n - 1) half++;
+    mask = ((size_t)1 << half) - 1;
+    do {
+        size_t left = x >> half, right = x & mask;
+        for (uint32_t round = 0; round < 4; round++) {
+            uint32_t r[4];
+            dlm_address at = dlm__address(seed, DLM_RANDOM_DATA, epoch, round,
+                                          (uint32_t)right);
+            size_t old_left = left;
+            dlm_random_bits(&at, (uint32_t)((uint64_t)right >> 32), r);
+            left = right;
+            right = old_left ^ (((size_t)r[0] ^ ((size_t)r[1] << (half / 2))) & mask);
+        }
+        x = left << half | right;
+    } while (x >= n);
+    return x;
+}
+
+/* ==[ cpu ]===================================================================
+   Which instruction sets there are and what a set of kernels offers.  A context
+   keeps a pointer to one such table; everything below calls through it. */
+
+#ifndef DLM_SELF
+#define DLM_SELF "dlm.h"            /* vendored under another name?  define this too */
+#endif
+
+/* Letters: x, y rows of n floats; "tile" arrays are [rows][nr], one lane per column. */
+typedef struct dlm__kernels {
+    int mr, nr, vw;                 /* the largest tile: mr rows, nr columns; lanes
+                                       of one vector                               */
+    /* c (m, n) (+)= sum over k of a[k][i] * b[k][j]; a has rows of lda, b of ldb;
+       m <= mr, n <= nr; a row of b must be readable for nr floats. */
+    void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+                 int m, int n, int k, int add);
+    void (*softmax_tile)(float *s, int rows, int lanes, float *max, float *sum,
+                         float *rescale);
+    void (*softmax_tile_backward)(float *s, float *ds, int rows, int lanes,
+                                  const float *lse, const float *delta);
+    void (*scale_tile)(float *s, int rows, int lanes, const float *scale);
+    float (*rmsnorm)(float *y, const float *x, const float *g, int n, float eps);
+    void (*rmsnorm_backward)(float *dx, const float *dy, const float *x, const float *g,
+                             float r, int n);
+    void (*rope)(float *x, const float *cos_sin, int half, float sign);
+    void (*swiglu)(float *y, const float *gate, const float *up, int n);
+    void (*swiglu_backward)(float *dgate, float *dup, const float *dy, const float *gate,
+                            const float *up, int n);
+    void (*add)(float *y, const float *x, int n);                   /* y += x      */
+    void (*add_product)(float *y, const float *x, const float *z, float r, int n);
+    void (*lerp)(float *y, const float *x, float r, int n);         /* y += r (x-y) */
+    float (*dot)(const float *x, const float *y, int n);
+    float (*max)(const float *x, int n);
+    double (*sum_exp)(const float *x, int n, float shift, double *sum_exp_x);
+    void (*exp_scaled)(float *y, const float *x, int n, float shift, float scale);
+    void (*adamw)(float *w, const float *g, float *m, float *v, int n,
+                  const float *constants);
+} dlm__kernels;
+
+DLM_API const char *dlm_isa_name(dlm_isa isa)
+{
+    switch (isa) {
+    case DLM_ISA_AUTO:   return "auto";
+    case DLM_ISA_SCALAR: return "scalar";
+    case DLM_ISA_SSE2:   return "sse2";
+    case DLM_ISA_AVX2:   return "avx2";
+    case DLM_ISA_AVX512: return "avx512";
+    case DLM_ISA_NEON:   return "neon";
+    case DLM_ISA_COUNT:  break;
+    }
+    return "unknown";
+}
+
+DLM_API int dlm_isa_supported(dlm_isa isa)
+{
+#ifdef DLM__X86
+    if (isa == DLM_ISA_SSE2) return 1;                  /* part of x86-64          */
+    if (isa == DLM_ISA_AVX2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == DLM_ISA_AVX512) return __builtin_cpu_supports("avx512f") != 0;
+#endif
+#ifdef DLM__ARM
+    if (isa == DLM_ISA_NEON) return 1;                  /* part of AArch64         */
+#endif
+    return isa == DLM_ISA_SCALAR;
+}
+
+#endif /* implementation, part 1 */
+#endif /* !DLM__KERNEL_PASS */
+
+/* ==[ kernels ]===============================================================
+   Every inner loop that matters, written once, compiled once per instruction set.
+   ==[ instances ]== below defines the vocabulary
+       DLM__KERNEL_PASS   the name suffix, avx2 say
+       DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
+       DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
+       dlm__vf            a vector of floats, and words on it: dlm__vload vstore
+                          (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
+                          vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax
+   and includes this file again; only this section is then visible, and it undefines
+   all of them at its end.  The scalar instance is the same code with one lane. */
+#ifdef DLM__KERNEL_PASS
+#define DLM__K(name) DLM__JOIN(name, DLM__KERNEL_PASS)
+#define DLM__NR (DLM__VW * DLM__NV)
+
+/* The vector at p of which n lanes remain, n >= 1. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__ld)(const float *p, int n)
+{
+    if (n >= DLM__VW) return dlm__vload(p);
+    return dlm__vloadn(p, n);
+}
+
+DLM__INLINE DLM__TARGET void DLM__K(dlm__st)(float *p, dlm__vf v, int n)
+{
+    if (n >= DLM__VW) dlm__vstore(p, v);
+    else dlm__vstoren(p, v, n);
+}
+
+/* e^x: x = n ln 2 + r with |r| <= ln(2)/2, then the Taylor series of e^r to r^7, whose
+   remainder r^8/8! is below 6e-9, times 2^n.  ln 2 is split so that n * hi is exact.
+   Below -87.33 (2^-126) the result is 0; NaN stays NaN. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
+{
+    const dlm__vf y = dlm__vmin(dlm__vset1(88.37f), x);
+    const dlm__vf n = dlm__vround(dlm__vmul(y, dlm__vset1(1.44269504f)));
+    dlm__vf r = dlm__vfma(n, dlm__vset1(-0.693359375f), y);
+    dlm__vf p = dlm__vset1(1.0f / 5040);
+    r = dlm__vfma(n, dlm__vset1(2.12194440e-4f), r);
+    p = dlm__vfma(p, r, dlm__vset1(1.0f / 720));
+    p = dlm__vfma(p, r, dlm__vset1(1.0f / 120));
+    p = dlm__vfma(p, r, dlm__vset1(1.0f / 24));
+    p = dlm__vfma(p, r, dlm__vset1(1.0f / 6));
+    p = dlm__vfma(p, r, dlm__vset1(0.5f));
+    p = dlm__vfma(p, r, dlm__vset1(1.0f));
+    p = dlm__vfma(p, r, dlm__vset1(1.0f));
+    return dlm__vnotbelow(dlm__vmul(p, dlm__vpow2(n)), x, dlm__vset1(-87.33f));
+}
+
+/* 1 / (1 + e^-x) */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vsigmoid)(dlm__vf x)
+{
+    const dlm__vf one = dlm__vset1(1.0f);
+    const dlm__vf e = DLM__K(dlm__vexp)(dlm__vsub(dlm__vset1(0.0f), x));
+    return dlm__vdiv(one, dlm__vadd(one, e));
+}
+
+/* The register tile.  m and nv are constants where this is inlined, so the loops over
+   them unroll and acc lives in registers. */
+DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    const int m, const int nv, int k, int add)
+{
+    dlm__vf acc[DLM__MR][DLM__NV];
+    DLM__UNROLL
+    for (int i = 0; i < m; i++) {
+        DLM__UNROLL
+        for (int v = 0; v < nv; v++)
+            acc[i][v] = add ? dlm__vload(c + (size_t)i * (size_t)ldc + v * DLM__VW)
+                            : dlm__vset1(0.0f);
+    }
+    for (int kk = 0; kk < k; kk++) {
+        dlm__vf b_k[DLM__NV];
+        DLM__UNROLL
+        for (int v = 0; v < nv; v++) b_k[v] = dlm__vload(b + v * DLM__VW);
+        DLM__UNROLL
+        for (int i = 0; i < m; i++) {
+            const dlm__vf a_ki = dlm__vset1(a[i]);
+            DLM__UNROLL
+            for (int v = 0; v < nv; v++) acc[i][v] = dlm__vfma(a_ki, b_k[v], acc[i][v]);
+        }
+        a += lda;
+        b += ldb;
+    }
+    DLM__UNROLL
+    for (int i = 0; i < m; i++) {
+        DLM__UNROLL
+        for (int v = 0; v < nv; v++)
+            dlm__vstore(c + (size_t)i * (size_t)ldc + v * DLM__VW, acc[i][v]);
+    }
+}
+
+/* One vector wide where that is enough: few queries, few classes. */
+DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    const int m, int n, int k, int add)
+{
+    if (n <= DLM__VW) DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, k, add);
+    else DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, k, add);
+}
+
+static DLM__TARGET void DLM__K(dlm__tile_full)(
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    int m, int n, int k, int add)
+{
+    switch (m) {
+    case 1: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 1, n, k, add); break;
+    case 2: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 2, n, k, add); break;
+    case 3: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 3, n, k, add); break;
+    case 4: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 4, n, k, add); break;
+#if DLM__MR > 4
+    case 5: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 5, n, k, add); break;
+    case 6: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 6, n, k, add); break;
+#endif
+#if DLM__MR > 6
+    case 7: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 7, n, k, add); break;
+    case 8: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 8, n, k, add); break;
+#endif
+#if DLM__MR > 8
+    case 9: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 9, n, k, add); break;
+    case 10: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 10, n, k, add); break;
+    case 11: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 11, n, k, add); break;
+    case 12: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 12, n, k, add); break;
+#endif
+    default: break;
+    }
+}
+
+/* A tile whose right edge is cut goes through a full one on the stack. */
+static DLM__TARGET void DLM__K(dlm__tile)(
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    int m, int n, int k, int add)
+{
+    float full[DLM__MR * DLM__NR];
+    if (n == DLM__NR || n == DLM__VW) {
+        DLM__K(dlm__tile_full)(c, ldc, a, lda, b, ldb, m, n, k, add);
+        return;
+    }
+    for (int i = 0; add && i < m; i++)
+        memcpy(full + i * DLM__NR, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c);
+    DLM__K(dlm__tile_full)(full, DLM__NR, a, lda, b, ldb, m, n, k, add);
+    for (int i = 0; i < m; i++)
+        memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
+}
+
+/* One chunk of keys of a running softmax, down the columns of s (rows, nr):
+     max' = max(max, s)   s = e^(s - max')   rescale = e^(max - max')
+     sum = sum * rescale + s
+   A column that has seen no key yet has max = -FLT_MAX, so -INFINITY turns to 0. */
+static DLM__TARGET void DLM__K(dlm__softmax_tile)(float *s, int rows, int lanes,
+                                                  float *max, float *sum, float *rescale)
+{
+    for (int v = 0; v < lanes; v += DLM__VW) {
+        const dlm__vf old = dlm__vload(max + v);
+        dlm__vf m = old, total = dlm__vset1(0.0f), r;
+        for (int i = 0; i < rows; i++) m = dlm__vmax(m, dlm__vload(s + i * DLM__NR + v));
+        for (int i = 0; i < rows; i++) {
+            float *s_i = s + i * DLM__NR + v;
+            const dlm__vf e = DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s_i), m));
+            dlm__vstore(s_i, e);
+            total = dlm__vadd(total, e);
+        }
+        r = DLM__K(dlm__vexp)(dlm__vsub(old, m));
+        dlm__vstore(max + v, m);
+        dlm__vstore(rescale + v, r);
+        dlm__vstore(sum + v, dlm__vfma(dlm__vload(sum + v), r, total));
+    }
+}
+
+/* p = e^(s - lse), ds = p (dp - delta); s becomes p, ds comes in as dp. */
+static DLM__TARGET void DLM__K(dlm__softmax_tile_backward)(
+    float *s, float *ds, int rows, int lanes, const float *lse, const float *delta)
+{
+    for (int v = 0; v < lanes; v += DLM__VW) {
+        const dlm__vf l = dlm__vload(lse + v), d = dlm__vload(delta + v);
+        for (int i = 0; i < rows; i++) {
+            float *s_i = s + i * DLM__NR + v, *ds_i = ds + i * DLM__NR + v;
+            const dlm__vf p = DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s_i), l));
+            dlm__vstore(s_i, p);
+            dlm__vstore(ds_i, dlm__vmul(p, dlm__vsub(dlm__vload(ds_i), d)));
+        }
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__scale_tile)(float *s, int rows, int lanes,
+                                                const float *scale)
+{
+    for (int v = 0; v < lanes; v += DLM__VW) {
+        const dlm__vf x = dlm__vload(scale + v);
+        for (int i = 0; i < rows; i++) {
+            float *s_i = s + i * DLM__NR + v;
+            dlm__vstore(s_i, dlm__vmul(dlm__vload(s_i), x));
+        }
+    }
+}
+
+static DLM__TARGET float DLM__K(dlm__dot)(const float *x, const float *y, int n)
+{
+    dlm__vf sum = dlm__vset1(0.0f);
+    for (int i = 0; i < n; i += DLM__VW)
+        sum = dlm__vfma(DLM__K(dlm__ld)(x + i, n - i), DLM__K(dlm__ld)(y + i, n - i), sum);
+    return dlm__hsum(sum);
+}
+
+/* Formulas of the two norms stand with ==[ layers ]==. */
+static DLM__TARGET float DLM__K(dlm__rmsnorm)(float *y, const float *x, const float *g,
+                                              int n, float eps)
+{
+    const float r = 1.0f / sqrtf(DLM__K(dlm__dot)(x, x, n) / (float)n + eps);
+    const dlm__vf rv = dlm__vset1(r);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf xr = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), rv);
+        DLM__K(dlm__st)(y + i, dlm__vmul(xr, DLM__K(dlm__ld)(g + i, n - i)), n - i);
+    }
+    return r;
+}
+
+static DLM__TARGET void DLM__K(dlm__rmsnorm_backward)(
+    float *dx, const float *dy, const float *x, const float *g, float r, int n)
+{
+    dlm__vf s = dlm__vset1(0.0f), rv = dlm__vset1(r), cv;
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf gdy = dlm__vmul(DLM__K(dlm__ld)(dy + i, n - i),
+                                      DLM__K(dlm__ld)(g + i, n - i));
+        s = dlm__vfma(gdy, DLM__K(dlm__ld)(x + i, n - i), s);
+    }
+    cv = dlm__vset1(-dlm__hsum(s) * r * r * r / (float)n);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf gdy = dlm__vmul(DLM__K(dlm__ld)(dy + i, n - i),
+                                      DLM__K(dlm__ld)(g + i, n - i));
+        dlm__vf d = dlm__vfma(rv, gdy, DLM__K(dlm__ld)(dx + i, n - i));
+        d = dlm__vfma(cv, DLM__K(dlm__ld)(x + i, n - i), d);
+        DLM__K(dlm__st)(dx + i, d, n - i);
+    }
+}
+
+/* Rotates the pairs (x_i, x_{i+half}); cos_sin holds half cosines, then half sines.
+   sign = -1 turns back, which is also the gradient. */
+static DLM__TARGET void DLM__K(dlm__rope)(float *x, const float *cos_sin, int half,
+                                          float sign)
+{
+    const dlm__vf sg = dlm__vset1(sign);
+    for (int i = 0; i < half; i += DLM__VW) {
+        const int n = half - i;
+        const dlm__vf c = DLM__K(dlm__ld)(cos_sin + i, n);
+        const dlm__vf s = dlm__vmul(DLM__K(dlm__ld)(cos_sin + half + i, n), sg);
+        const dlm__vf a = DLM__K(dlm__ld)(x + i, n), b = DLM__K(dlm__ld)(x + half + i, n);
+        DLM__K(dlm__st)(x + i, dlm__vsub(dlm__vmul(a, c), dlm__vmul(b, s)), n);
+        DLM__K(dlm__st)(x + half + i, dlm__vadd(dlm__vmul(a, s), dlm__vmul(b, c)), n);
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__swiglu)(float *y, const float *gate, const float *up,
+                                            int n)
+{
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf z = DLM__K(dlm__ld)(gate + i, n - i);
+        const dlm__vf silu = dlm__vmul(z, DLM__K(dlm__vsigmoid)(z));
+        DLM__K(dlm__st)(y + i, dlm__vmul(silu, DLM__K(dlm__ld)(up + i, n - i)), n - i);
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__swiglu_backward)(
+    float *dgate, float *dup, const float *dy, const float *gate, const float *up, int n)
+{
+    const dlm__vf one = dlm__vset1(1.0f);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf z = DLM__K(dlm__ld)(gate + i, n - i);
+        const dlm__vf u = DLM__K(dlm__ld)(up + i, n - i);
+        const dlm__vf d = DLM__K(dlm__ld)(dy + i, n - i);
+        const dlm__vf s = DLM__K(dlm__vsigmoid)(z);
+        const dlm__vf slope = dlm__vmul(s, dlm__vfma(z, dlm__vsub(one, s), one));
+        DLM__K(dlm__st)(dup + i, dlm__vmul(d, dlm__vmul(z, s)), n - i);
+        DLM__K(dlm__st)(dgate + i, dlm__vmul(dlm__vmul(d, u), slope), n - i);
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__add)(float *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += DLM__VW)
+        DLM__K(dlm__st)(y + i, dlm__vadd(DLM__K(dlm__ld)(y + i, n - i),
+                                         DLM__K(dlm__ld)(x + i, n - i)), n - i);
+}
+
+/* y += r x z */
+static DLM__TARGET void DLM__K(dlm__add_product)(float *y, const float *x, const float *z,
+                                                 float r, int n)
+{
+    const dlm__vf rv = dlm__vset1(r);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf xr = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), rv);
+        const dlm__vf zi = DLM__K(dlm__ld)(z + i, n - i);
+        DLM__K(dlm__st)(y + i, dlm__vfma(xr, zi, DLM__K(dlm__ld)(y + i, n - i)), n - i);
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__lerp)(float *y, const float *x, float r, int n)
+{
+    const dlm__vf rv = dlm__vset1(r);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf a = DLM__K(dlm__ld)(y + i, n - i);
+        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i), a);
+        DLM__K(dlm__st)(y + i, dlm__vfma(rv, d, a), n - i);
+    }
+}
+
+static DLM__TARGET float DLM__K(dlm__max_of)(const float *x, int n)
+{
+    const dlm__vf low = dlm__vset1(-INFINITY);
+    dlm__vf m = low;
+    float best;
+    int i = 0;
+    for (; i + DLM__VW <= n; i += DLM__VW) m = dlm__vmax(m, dlm__vload(x + i));
+    best = dlm__hmax(m);
+    for (; i < n; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+/* Sum of e^(x - shift), in double over runs of 512, and of e^(x - shift) (x - shift)
+   where that is asked for (entropy).  -INFINITY counts as nothing in both. */
+static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shift,
+                                               double *sum_exp_x)
+{
+    const dlm__vf sh = dlm__vset1(shift), floor_ = dlm__vset1(-100.0f);
+    double total = 0.0, total_x = 0.0;
+    for (int run = 0; run < n; run += 512) {
+        const int end = dlm__min(n, run + 512);
+        dlm__vf s = dlm__vset1(0.0f), sx = dlm__vset1(0.0f);
+        int i = run;
+        for (; i + DLM__VW <= end; i += DLM__VW) {
+            const dlm__vf d = dlm__vmax(dlm__vsub(dlm__vload(x + i), sh), floor_);
+            const dlm__vf e = DLM__K(dlm__vexp)(d);
+            s = dlm__vadd(s, e);
+            sx = dlm__vfma(e, d, sx);
+        }
+        if (i < end) {              /* lanes beyond the end hold shift + floor: 0  */
+            float rest[DLM__VW];
+            dlm__vf d, e;
+            for (int j = 0; j < DLM__VW; j++)
+                rest[j] = i + j < end ? x[i + j] - shift : -INFINITY;
+            d = dlm__vmax(dlm__vload(rest), floor_);
+            e = DLM__K(dlm__vexp)(d);
+            s = dlm__vadd(s, e);
+            sx = dlm__vfma(e, d, sx);
+        }
+        total += (double)dlm__hsum(s);
+        total_x += (double)dlm__hsum(sx);
+    }
+    if (sum_exp_x) *sum_exp_x = total_x;
+    return total;
+}
+
+/* y = scale e^(x - shift) */
+static DLM__TARGET void DLM__K(dlm__exp_scaled)(float *y, const float *x, int n,
+                                                float shift, float scale)
+{
+    const dlm__vf sh = dlm__vset1(shift), sc = dlm__vset1(scale);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i), sh);
+        DLM__K(dlm__st)(y + i, dlm__vmul(DLM__K(dlm__vexp)(d), sc), n - i);
+    }
+}
+
+/* constants: 1-beta1, 1-beta2, 1/(1-beta1^t), 1/(1-beta2^t), eps, lr, lr*decay, clip
+   scale of the gradient.  (Loshchilov and Hutter, ICLR 2019, algorithm 2.) */
+static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, float *v,
+                                           int n, const float *constants)
+{
+    const dlm__vf c1 = dlm__vset1(constants[0]), c2 = dlm__vset1(constants[1]);
+    const dlm__vf u1 = dlm__vset1(constants[2]), u2 = dlm__vset1(constants[3]);
+    const dlm__vf eps = dlm__vset1(constants[4]), lr = dlm__vset1(-constants[5]);
+    const dlm__vf decay = dlm__vset1(-constants[6]), clip = dlm__vset1(constants[7]);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const int left = n - i;
+        const dlm__vf gi = dlm__vmul(DLM__K(dlm__ld)(g + i, left), clip);
+        dlm__vf mi = DLM__K(dlm__ld)(m + i, left), vi = DLM__K(dlm__ld)(v + i, left);
+        dlm__vf wi = DLM__K(dlm__ld)(w + i, left), step;
+        mi = dlm__vfma(c1, dlm__vsub(gi, mi), mi);
+        vi = dlm__vfma(c2, dlm__vsub(dlm__vmul(gi, gi), vi), vi);
+        step = dlm__vdiv(dlm__vmul(mi, u1),
+                         dlm__vadd(dlm__vsqrt(dlm__vmul(vi, u2)), eps));
+        wi = dlm__vfma(decay, wi, wi);
+        DLM__K(dlm__st)(w + i, dlm__vfma(lr, step, wi), left);
+        DLM__K(dlm__st)(m + i, mi, left);
+        DLM__K(dlm__st)(v + i, vi, left);
+    }
+}
+
+static const dlm__kernels DLM__K(dlm__table) = {
+    DLM__MR, DLM__NR, DLM__VW,
+    DLM__K(dlm__tile), DLM__K(dlm__softmax_tile), DLM__K(dlm__softmax_tile_backward),
+    DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward),
+    DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward),
+    DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot),
+    DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled),
+    DLM__K(dlm__adamw)
+};
+
+#undef DLM__K
+#undef DLM__NR
+#undef DLM__KERNEL_PASS
+#undef DLM__TARGET
+#undef DLM__VW
+#undef DLM__MR
+#undef DLM__NV
+#undef dlm__vf
+#undef dlm__vload
+#undef dlm__vstore
+#undef dlm__vloadn
+#undef dlm__vstoren
+#undef dlm__vset1
+#undef dlm__vadd
+#undef dlm__vsub
+#undef dlm__vmul
+#undef dlm__vdiv
+#undef dlm__vfma
+#undef dlm__vmax
+#undef dlm__vmin
+#undef dlm__vsqrt
+#undef dlm__vround
+#undef dlm__vpow2
+#undef dlm__vnotbelow
+#undef dlm__hsum
+#undef dlm__hmax
+#else /* door 2: back to the ordinary reading of the file */
+
+#if defined(DLM_IMPLEMENTATION) && !defined(DLM__IMPLEMENTED)
+#define DLM__IMPLEMENTED
+
+/* ==[ instances ]=============================================================
+   One paragraph per instruction set: its vocabulary, then the kernels above. */
+
+/* --[ scalar ]---------------------------------------------------------------- */
+DLM__INLINE float dlm__pow2_scalar(float n)
+{
+    union { uint32_t u; float f; } bits;
+    bits.u = (uint32_t)((int)(n > -127.0f ? n : -127.0f) + 127) << 23;  /* NaN too */
+    return bits.f;
+}
+
+#define DLM__KERNEL_PASS scalar
+#define DLM__TARGET
+#define DLM__VW 1
+#define DLM__MR 4
+#define DLM__NV 4
+#define dlm__vf float
+#define dlm__vload(p) (*(p))
+#define dlm__vstore(p, v) (*(p) = (v))
+#define dlm__vloadn(p, n) ((void)(n), *(p))
+#define dlm__vstoren(p, v, n) ((void)(n), *(p) = (v))
+#define dlm__vset1(x) (x)
+#define dlm__vadd(a, b) ((a) + (b))
+#define dlm__vsub(a, b) ((a) - (b))
+#define dlm__vmul(a, b) ((a) * (b))
+#define dlm__vdiv(a, b) ((a) / (b))
+#define dlm__vfma(a, b, c) ((a) * (b) + (c))
+#define dlm__vmax(a, b) ((a) > (b) ? (a) : (b))
+#define dlm__vmin(a, b) ((a) < (b) ? (a) : (b))
+#define dlm__vsqrt(a) sqrtf(a)
+#define dlm__vround(a) rintf(a)
+#define dlm__vpow2(n) dlm__pow2_scalar(n)
+#define dlm__vnotbelow(v, x, low) ((x) < (low) ? 0.0f : (v))
+#define dlm__hsum(v) (v)
+#define dlm__hmax(v) (v)
+#include DLM_SELF                   /* not found?  see DLM_SELF in the top comment */
+
+#ifdef DLM__X86
+/* --[ sse2 ]------------------------------------------------------------------ */
+DLM__INLINE __m128 dlm__loadn_sse2(const float *p, int n)
+{
+    float v[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return _mm_loadu_ps(v);
+}
+
+DLM__INLINE void dlm__storen_sse2(float *p, __m128 x, int n)
+{
+    float v[4];
+    _mm_storeu_ps(v, x);
+    for (int i = 0; i < n; i++) p[i] = v[i];
+}
+
+DLM__INLINE float dlm__hsum_sse2(__m128 v)
+{
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
+}
+
+DLM__INLINE float dlm__hmax_sse2(__m128 v)
+{
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps(v, v, 1)));
+}
+
+#define DLM__KERNEL_PASS sse2
+#define DLM__TARGET
+#define DLM__VW 4
+#define DLM__MR 4
+#define DLM__NV 2
+#define dlm__vf __m128
+#define dlm__vload(p) _mm_loadu_ps(p)
+#define dlm__vstore(p, v) _mm_storeu_ps(p, v)
+#define dlm__vloadn(p, n) dlm__loadn_sse2(p, n)
+#define dlm__vstoren(p, v, n) dlm__storen_sse2(p, v, n)
+#define dlm__vset1(x) _mm_set1_ps(x)
+#define dlm__vadd(a, b) _mm_add_ps(a, b)
+#define dlm__vsub(a, b) _mm_sub_ps(a, b)
+#define dlm__vmul(a, b) _mm_mul_ps(a, b)
+#define dlm__vdiv(a, b) _mm_div_ps(a, b)
+#define dlm__vfma(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+#define dlm__vmax(a, b) _mm_max_ps(a, b)
+#define dlm__vmin(a, b) _mm_min_ps(a, b)
+#define dlm__vsqrt(a) _mm_sqrt_ps(a)
+#define dlm__vround(a) _mm_cvtepi32_ps(_mm_cvtps_epi32(a))
+#define dlm__vpow2(n) _mm_castsi128_ps(_mm_slli_epi32( \
+    _mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23))
+#define dlm__vnotbelow(v, x, low) _mm_and_ps(v, _mm_cmpnlt_ps(x, low))
+#define dlm__hsum(v) dlm__hsum_sse2(v)
+#define dlm__hmax(v) dlm__hmax_sse2(v)
+#include DLM_SELF
+
+/* --[ avx2 ]------------------------------------------------------------------ */
+#define DLM__AVX2 __attribute__((target("avx2,fma")))
+DLM__INLINE DLM__AVX2 __m256i dlm__first_avx2(int n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
+{
+    const __m128 lo = _mm256_castps256_ps128(v), hi = _mm256_extractf128_ps(v, 1);
+    return sum ? _mm_add_ps(lo, hi) : _mm_max_ps(lo, hi);
+}
+
+#define DLM__KERNEL_PASS avx2
+#define DLM__TARGET DLM__AVX2
+#define DLM__VW 8
+#define DLM__MR 6
+#define DLM__NV 2
+#define dlm__vf __m256
+#define dlm__vload(p) _mm256_loadu_ps(p)
+#define dlm__vstore(p, v) _mm256_storeu_ps(p, v)
+#define dlm__vloadn(p, n) _mm256_maskload_ps(p, dlm__first_avx2(n))
+#define dlm__vstoren(p, v, n) _mm256_maskstore_ps(p, dlm__first_avx2(n), v)
+#define dlm__vset1(x) _mm256_set1_ps(x)
+#define dlm__vadd(a, b) _mm256_add_ps(a, b)
+#define dlm__vsub(a, b) _mm256_sub_ps(a, b)
+#define dlm__vmul(a, b) _mm256_mul_ps(a, b)
+#define dlm__vdiv(a, b) _mm256_div_ps(a, b)
+#define dlm__vfma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define dlm__vmax(a, b) _mm256_max_ps(a, b)
+#define dlm__vmin(a, b) _mm256_min_ps(a, b)
+#define dlm__vsqrt(a) _mm256_sqrt_ps(a)
+#define dlm__vround(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define dlm__vpow2(n) _mm256_castsi256_ps(_mm256_slli_epi32( \
+    _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
+#define dlm__vnotbelow(v, x, low) _mm256_and_ps(v, _mm256_cmp_ps(x, low, _CMP_NLT_UQ))
+#define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx2(v, 1))
+#define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx2(v, 0))
+#include DLM_SELF
+
+/* --[ avx512 ]---------------------------------------------------------------- */
+#define DLM__KERNEL_PASS avx512
+#define DLM__TARGET __attribute__((target("avx512f")))
+#define DLM__VW 16
+#define DLM__MR 12
+#define DLM__NV 2
+#define dlm__vf __m512
+#define dlm__vload(p) _mm512_loadu_ps(p)
+#define dlm__vstore(p, v) _mm512_storeu_ps(p, v)
+#define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
+#define dlm__vstoren(p, v, n) _mm512_mask_storeu_ps(p, (__mmask16)((1U << (n)) - 1U), v)
+#define dlm__vset1(x) _mm512_set1_ps(x)
+#define dlm__vadd(a, b) _mm512_add_ps(a, b)
+#define dlm__vsub(a, b) _mm512_sub_ps(a, b)
+#define dlm__vmul(a, b) _mm512_mul_ps(a, b)
+#define dlm__vdiv(a, b) _mm512_div_ps(a, b)
+#define dlm__vfma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define dlm__vmax(a, b) _mm512_max_ps(a, b)
+#define dlm__vmin(a, b) _mm512_min_ps(a, b)
+#define dlm__vsqrt(a) _mm512_sqrt_ps(a)
+#define dlm__vround(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT)
+#define dlm__vpow2(n) _mm512_castsi512_ps(_mm512_slli_epi32( \
+    _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
+#define dlm__vnotbelow(v, x, low) \
+    _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v)
+#define dlm__hsum(v) _mm512_reduce_add_ps(v)
+#define dlm__hmax(v) _mm512_reduce_max_ps(v)
+#include DLM_SELF
+#undef DLM__AVX2
+#endif /* DLM__X86 */
+
+#ifdef DLM__ARM
+/* --[ neon ]------------------------------------------------------------------ */
+DLM__INLINE float32x4_t dlm__loadn_neon(const float *p, int n)
+{
+    float v[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return vld1q_f32(v);
+}
+
+DLM__INLINE void dlm__storen_neon(float *p, float32x4_t x, int n)
+{
+    float v[4];
+    vst1q_f32(v, x);
+    for (int i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* vmaxq and vminq would return NaN where the x86 words return the second operand. */
+DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float32x4_t b)
+{
+    return vbslq_f32(first, a, b);
+}
+
+#define DLM__KERNEL_PASS neon
+#define DLM__TARGET
+#define DLM__VW 4
+#define DLM__MR 8
+#define DLM__NV 2
+#define dlm__vf float32x4_t
+#define dlm__vload(p) vld1q_f32(p)
+#define dlm__vstore(p, v) vst1q_f32(p, v)
+#define dlm__vloadn(p, n) dlm__loadn_neon(p, n)
+#define dlm__vstoren(p, v, n) dlm__storen_neon(p, v, n)
+#define dlm__vset1(x) vdupq_n_f32(x)
+#define dlm__vadd(a, b) vaddq_f32(a, b)
+#define dlm__vsub(a, b) vsubq_f32(a, b)
+#define dlm__vmul(a, b) vmulq_f32(a, b)
+#define dlm__vdiv(a, b) vdivq_f32(a, b)
+#define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
+#define dlm__vmax(a, b) dlm__choose_neon(vcgtq_f32(a, b), a, b)
+#define dlm__vmin(a, b) dlm__choose_neon(vcltq_f32(a, b), a, b)
+#define dlm__vsqrt(a) vsqrtq_f32(a)
+#define dlm__vround(a) vrndnq_f32(a)
+#define dlm__vpow2(n) vreinterpretq_f32_s32(vshlq_n_s32( \
+    vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23))
+#define dlm__vnotbelow(v, x, low) vreinterpretq_f32_u32( \
+    vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, low)))
+#define dlm__hsum(v) vaddvq_f32(v)
+#define dlm__hmax(v) vmaxvq_f32(v)
+#include DLM_SELF
+#endif /* DLM__ARM */
+
+/* NULL when the ISA is not compiled in. */
+static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
+{
+    if (isa == DLM_ISA_SCALAR) return &dlm__table_scalar;
+#ifdef DLM__X86
+    if (isa == DLM_ISA_SSE2) return &dlm__table_sse2;
+    if (isa == DLM_ISA_AVX2) return &dlm__table_avx2;
+    if (isa == DLM_ISA_AVX512) return &dlm__table_avx512;
+#endif
+#ifdef DLM__ARM
+    if (isa == DLM_ISA_NEON) return &dlm__table_neon;
+#endif
+    return NULL;
+}
+
+/* ==[ threads ]===============================================================
+   dlm__parallel(ctx, n, ...) runs job(arg, i) for i in [0, n).  What a job computes
+   depends on i alone, so results do not depend on who runs it.  The pool's threads
+   spin a moment for the next call, because a training step makes hundreds of short
+   ones, then sleep. */
+
+#ifdef DLM__POSIX_THREADS
+
+enum { DLM__SPINS = 4000 };
+
+typedef struct dlm__pool {
+    pthread_mutex_t lock;
+    pthread_cond_t  work, idle;
+    pthread_t      *threads;
+    int             n_threads;      /* workers besides the caller                  */
+    void          (*job)(void *arg, int i);
+    void           *arg;
+    int             n_jobs, next;   /* next: the first job nobody has taken        */
+    int             busy;           /* workers that have not finished this round   */
+    int             round;          /* grows by one per dlm__parallel              */
+    int             stop;
+} dlm__pool;
+
+static int dlm__atomic_get(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+
+static int dlm__atomic_add(int *p, int by)
+{
+    return __atomic_fetch_add(p, by, __ATOMIC_ACQ_REL);
+}
+
+static void dlm__pause(void)
+{
+#ifdef DLM__X86
+    _mm_pause();
+#endif
+}
+
+static void dlm__pool_run(dlm__pool *p)
+{
+    int i;
+    while ((i = dlm__atomic_add(&p->next, 1)) < p->n_jobs) p->job(p->arg, i);
+}
+
+static void *dlm__pool_thread(void *arg)
+{
+    dlm__pool *p = (dlm__pool *)arg;
+    int seen = 0;
+    for (;;) {
+        for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->round) == seen; i++)
+            dlm__pause();
+        pthread_mutex_lock(&p->lock);
+        while (p->round == seen) pthread_cond_wait(&p->work, &p->lock);
+        seen = p->round;
+        pthread_mutex_unlock(&p->lock);
+        if (dlm__atomic_get(&p->stop)) return NULL;
+        dlm__pool_run(p);
+        if (dlm__atomic_add(&p->busy, -1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->idle);
+            pthread_mutex_unlock(&p->lock);
+        }
+    }
+}
+
+static void dlm__pool_start_round(dlm__pool *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->next = 0;
+    p->busy = p->n_threads;
+    __atomic_store_n(&p->round, p->round + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
+{
+    p->job = job;
+    p->arg = arg;
+    p->n_jobs = n;
+    dlm__pool_start_round(p);
+    dlm__pool_run(p);
+    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->busy) > 0; i++) dlm__pause();
+    pthread_mutex_lock(&p->lock);
+    while (dlm__atomic_get(&p->busy) > 0) pthread_cond_wait(&p->idle, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void dlm__pool_stop(dlm__pool *p)
+{
+    if (p == NULL) return;
+    __atomic_store_n(&p->stop, 1, __ATOMIC_RELEASE);
+    dlm__pool_start_round(p);
+    for (int i = 0; i < p->n_threads; i++) pthread_join(p->threads[i], NULL);
+    pthread_cond_destroy(&p->idle);
+    pthread_cond_destroy(&p->work);
+    pthread_mutex_destroy(&p->lock);
+}
+
+/* A thread that cannot be had is no error: the rest do its work. */
+static void dlm__pool_start(dlm__pool *p, int workers)
+{
+    pthread_attr_t attr;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->work, NULL);
+    pthread_cond_init(&p->idle, NULL);
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, (size_t)1 << 20);  /* attention tiles: 200 KiB */
+    for (int i = 0; i < workers; i++) {
+        if (pthread_create(&p->threads[i], &attr, dlm__pool_thread, p) != 0) break;
+        p->n_threads = i + 1;
+    }
+    pthread_attr_destroy(&attr);
+}
+
+/* More threads than cores only get in each other's way. */
+static int dlm__cores(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 && n < 1024 ? (int)n : 1;
+}
+
+#else /* no threads */
+
+typedef struct dlm__pool { int *threads, n_threads; } dlm__pool;
+static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
+{
+    (void)p;
+    for (int i = 0; i < n; i++) job(arg, i);
+}
+static void dlm__pool_stop(dlm__pool *p) { (void)p; }
+static void dlm__pool_start(dlm__pool *p, int workers) { (void)p; (void)workers; }
+static int  dlm__cores(void) { return 1; }
+
+#endif /* threads */
+
+/* flops: about what all jobs cost together; below half a million the hand-over costs
+   more than it saves. */
+static void dlm__parallel(dlm_ctx *ctx, int n, double flops, void (*job)(void *, int),
+                          void *arg)
+{
+    const int alone = n <= 1 || flops < 5e5;
+    if (!alone && ctx->opt.parallel_for)
+        ctx->opt.parallel_for(ctx->opt.parallel_user, n, job, arg);
+    else if (!alone && ctx->pool)
+        dlm__pool_parallel(ctx->pool, n, job, arg);
+    else
+        for (int i = 0; i < n; i++) job(arg, i);
+}
+
+/* Rows in chunks of a fixed size, so that the partition is the same for everyone. */
+enum { DLM__ROWS = 16 };
+
+typedef struct dlm__row_loop {
+    void (*body)(void *arg, int first, int end);
+    void  *arg;
+    int    n;
+} dlm__row_loop;
+
+static void dlm__row_job(void *arg, int i)
+{
+    const dlm__row_loop *l = (const dlm__row_loop *)arg;
+    l->body(l->arg, i * DLM__ROWS, dlm__min(l->n, (i + 1) * DLM__ROWS));
+}
+
+static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
+                          void (*body)(void *arg, int first, int end), void *arg)
+{
+    dlm__row_loop loop;
+    loop.body = body; loop.arg = arg; loop.n = n;
+    dlm__parallel(ctx, dlm__ceil_div(n, DLM__ROWS), flops_per_row * n, dlm__row_job,
+                  &loop);
+}
+
+/* --[ the context ]-----------------------------------------------------------  */
+
+static dlm_isa dlm__isa_from_name(const char *name)
+{
+    for (int i = 0; i < DLM_ISA_COUNT; i++)
+        if (strcmp(name, dlm_isa_name((dlm_isa)i)) == 0) return (dlm_isa)i;
+    return DLM_ISA_COUNT;
+}
+
+static dlm_isa dlm__best_isa(void)
+{
+    for (int i = DLM_ISA_COUNT - 1; i > DLM_ISA_SCALAR; i--)
+        if (dlm_isa_supported((dlm_isa)i)) return (dlm_isa)i;
+    return DLM_ISA_SCALAR;
+}
+
+static dlm_error dlm__choose_isa(dlm_ctx *ctx)
+{
+    const char *name = getenv("DLM_ISA");
+    dlm_isa isa = ctx->opt.isa;
+    if (isa == DLM_ISA_AUTO && name && *name) {
+        isa = dlm__isa_from_name(name);
+        if (isa == DLM_ISA_COUNT)
+            return dlm__fail(ctx, DLM_E_UNSUPPORTED, "DLM_ISA=%s: no such ISA", name);
+    }
+    if (isa == DLM_ISA_AUTO) isa = dlm__best_isa();
+    if (isa < 0 || isa >= DLM_ISA_COUNT || !dlm_isa_supported(isa))
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "this CPU or build has no %s",
+                         dlm_isa_name(isa));
+    ctx->opt.isa = isa;
+    ctx->k = dlm__kernels_of(isa);
+    return DLM_OK;
+}
+
+static void dlm__ctx_carve(dlm__arena *a, dlm_ctx *ctx, int workers)
+{
+    ctx->scratch = dlm__push_floats(a, ctx->scratch_floats, 1);
+    ctx->pool = (dlm__pool *)dlm__push(a, workers > 0, sizeof(dlm__pool));
+#ifdef DLM__POSIX_THREADS
+    {
+        pthread_t *threads = (pthread_t *)dlm__push(a, (size_t)workers, sizeof *threads);
+        if (ctx->pool && workers > 0) ctx->pool->threads = threads;
+    }
+#endif
+    if (workers == 0) ctx->pool = NULL;
+}
+
+static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
+{
+    memset(c, 0, sizeof *c);
+    if (opt) c->opt = *opt;
+    if (c->opt.threads < 0 || c->opt.threads > 1024)
+        return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
+    if (!c->opt.allocator.alloc != !c->opt.allocator.release)
+        return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
+    if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
+    if (c->opt.scratch < 65536)
+        return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, wants 65536 or more",
+                         (double)c->opt.scratch);
+    c->scratch_floats = c->opt.scratch / sizeof(float);
+    c->opt.threads = dlm__min(dlm__max(c->opt.threads, 1), dlm__cores());
+    return dlm__choose_isa(c);
+}
+
+static int dlm__workers(const dlm_ctx *c)
+{
+    return c->opt.parallel_for ? 0 : c->opt.threads - 1;
+}
+
+DLM_API size_t dlm_ctx_bytes(const dlm_options *opt)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm_ctx c;
+    if (dlm__ctx_resolve(&c, opt) != DLM_OK) return 0;
+    dlm__push(&a, 1, sizeof c);
+    dlm__ctx_carve(&a, &c, dlm__workers(&c));
+    return dlm__arena_bytes(&a);
+}
+
+DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
+{
+    dlm__arena arena;
+    dlm_ctx c, *ctx;
+    void *block;
+    dlm_error e = dlm__ctx_resolve(&c, opt);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__place(&c, "context", dlm_ctx_bytes(opt),
+                   c.opt.memory.base ? &c.opt.memory : NULL, &arena, &block);
+    if (e != DLM_OK) return e;
+    ctx = (dlm_ctx *)dlm__push(&arena, 1, sizeof *ctx);
+    *ctx = c;
+    ctx->block = block;
+    dlm__ctx_carve(&arena, ctx, dlm__workers(ctx));
+    if (ctx->pool) dlm__pool_start(ctx->pool, dlm__workers(ctx));
+    *out = ctx;
+    return DLM_OK;
+}
+
+DLM_API void dlm_shutdown(dlm_ctx *ctx)
+{
+    if (ctx == NULL) return;
+    dlm__pool_stop(ctx->pool);
+    if (ctx->block) {
+        dlm_ctx copy = *ctx;        /* releasing through itself would be use after free */
+        dlm__release(&copy, copy.block);
+    }
+}
+
+DLM_API dlm_isa dlm_active_isa(const dlm_ctx *ctx) { return ctx->opt.isa; }
+DLM_API int dlm_active_threads(const dlm_ctx *ctx) { return ctx->opt.threads; }
+
+/* ==[ matmul ]================================================================
+   c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
+   rearranged into panels of nr columns, [k][nr], zero-padded, in blocks of at most
+   256 k; a goes, one tile of mr rows at a time, into a panel on the stack.  Each
+   output is one chain of multiply-adds over k from 0 up: the tile continues from c
+   where the block before stopped.  So no size but K can change a result. */
+
+typedef struct dlm__gemm {
+    dlm_ctx *ctx;
+    float *c;               /* (M, N), rows of ldc                                 */
+    const float *a, *b;     /* a(i,k) = a[i*a_i + k*a_k]   b(k,j) = b[k*b_k + j*b_j] */
+    size_t ldc, a_i, a_k, b_k, b_j;
+    int M, N, K, add;
+    const float *packed;    /* whole panels (K, nr) of b from dlm_pack, or NULL    */
+    int k0, kc, j0, nc;     /* the block in work: k in [k0,k0+kc), j in [j0,j0+nc) */
+    int groups, per_group;  /* column panels are shared out in groups              */
+} dlm__gemm;
+
+/* dst[k*w + i] = src[i*s_i + k*s_k] for i < n, 0 for n <= i < w. */
+static void dlm__pack_panel(float *dst, int w, int n, int k, const float *src, size_t s_i,
+                            size_t s_k)
+{
+    if (n < w) memset(dst, 0, (size_t)w * (size_t)k * sizeof *dst);
+    if (s_i == 1) {
+        for (int kk = 0; kk < k; kk++)
+            memcpy(dst + (size_t)kk * (size_t)w, src + (size_t)kk * s_k,
+                   (size_t)n * sizeof *dst);
+        return;
+    }
+    for (int k1 = 0; k1 < k; k1 += 16) {        /* 16: one cache line of src       */
+        const int end = dlm__min(k, k1 + 16);
+        for (int i = 0; i < n; i++) {
+            const float *s = src + (size_t)i * s_i;
+            float *d = dst + i;
+            for (int kk = k1; kk < end; kk++)
+                d[(size_t)kk * (size_t)w] = s[(size_t)kk * s_k];
+        }
+    }
+}
+
+static void dlm__gemm_pack_job(void *arg, int p)
+{
+    const dlm__gemm *g = (const dlm__gemm *)arg;
+    const int nr = g->ctx->k->nr, j = p * nr;
+    dlm__pack_panel(g->ctx->scratch + (size_t)j * (size_t)g->kc, nr,
+                    dlm__min(nr, g->nc - j), g->kc,
+                    g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j) * g->b_j,
+                    g->b_j, g->b_k);
+}
+
+/* One tile row: mr rows of a against the column panels of one group. */
+static void dlm__gemm_job(void *arg, int job)
+{
+    const dlm__gemm *g = (const dlm__gemm *)arg;
+    const dlm__kernels *k = g->ctx->k;
+    const int i0 = job / g->groups * k->mr, m = dlm__min(k->mr, g->M - i0);
+    const int first = job % g->groups * g->per_group * k->nr;
+    const int end = dlm__min(g->nc, first + g->per_group * k->nr);
+    const float *a = g->a + (size_t)i0 * g->a_i + (size_t)g->k0 * g->a_k;
+    float a_panel[DLM__MAX_MR * DLM__KC];
+    int lda = m;
+    if (m == 1 && g->a_k == 1) {
+        lda = 1;
+    } else {
+        dlm__pack_panel(a_panel, m, m, g->kc, a, g->a_i, g->a_k);
+        a = a_panel;
+    }
+    for (int j = first; j < end; j += k->nr) {
+        const float *b = g->packed
+            ? g->packed + (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr)
+            : g->ctx->scratch + (size_t)j * (size_t)g->kc;
+        k->tile(g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j), (int)g->ldc, a, lda, b,
+                k->nr, m, dlm__min(k->nr, g->nc - j), g->kc, g->add || g->k0 > 0);
+    }
+}
+
+static void dlm__gemm_block(dlm__gemm *g)
+{
+    const dlm__kernels *k = g->ctx->k;
+    const int panels = dlm__ceil_div(g->nc, k->nr), tiles = dlm__ceil_div(g->M, k->mr);
+    const double flops = 2.0 * g->M * g->nc * g->kc;
+    if (!g->packed)
+        dlm__parallel(g->ctx, panels, flops, dlm__gemm_pack_job, g);
+    g->per_group = tiles >= 8 ? panels : dlm__max(1, panels / 8);
+    g->groups = dlm__ceil_div(panels, g->per_group);
+    dlm__parallel(g->ctx, tiles * g->groups, flops, dlm__gemm_job, g);
+}
+
+static void dlm__gemm_run(dlm__gemm *g)
+{
+    const int nr = g->ctx->k->nr, kc = dlm__min(DLM__KC, dlm__max(g->K, 1));
+    int nc = (int)(g->ctx->scratch_floats / (size_t)kc / (size_t)nr) * nr;
+    if (g->packed) nc = dlm__round_up(g->N, nr);
+    if (g->K == 0 && !g->add)
+        for (int i = 0; i < g->M; i++)
+            memset(g->c + (size_t)i * g->ldc, 0, (size_t)g->N * sizeof *g->c);
+    if (g->M == 0) return;
+    for (g->j0 = 0; g->j0 < g->N; g->j0 += nc)
+        for (g->k0 = 0; g->k0 < g->K; g->k0 += kc) {
+            g->nc = dlm__min(nc, g->N - g->j0);
+            g->kc = dlm__min(kc, g->K - g->k0);
+            dlm__gemm_block(g);
+        }
+}
+
+/* c (M,N) (+)= a (M,K) b^T, b (N,K): linear layers, forward.  packed may be NULL. */
+static void dlm__gemm_nt(dlm_ctx *ctx, float *c, const float *a, const float *b,
+                         const float *packed, int M, int N, int K)
+{
+    dlm__gemm g;
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K;
+    g.a = a; g.a_i = (size_t)K; g.a_k = 1;
+    g.b = b; g.b_k = 1; g.b_j = (size_t)K; g.packed = packed;
+    dlm__gemm_run(&g);
+}
+
+/* c (M,N) (+)= a (M,K) b (K,N): gradients of inputs. */
+static void dlm__gemm_nn(dlm_ctx *ctx, float *c, const float *a, const float *b,
+                         int M, int N, int K, int add)
+{
+    dlm__gemm g;
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K; g.add = add;
+    g.a = a; g.a_i = (size_t)K; g.a_k = 1;
+    g.b = b; g.b_k = (size_t)N; g.b_j = 1;
+    dlm__gemm_run(&g);
+}
+
+/* c (M,N) (+)= a^T b with a (K,M), b (K,N): gradients of weights. */
+static void dlm__gemm_tn(dlm_ctx *ctx, float *c, const float *a, const float *b,
+                         int M, int N, int K, int add)
+{
+    dlm__gemm g;
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K; g.add = add;
+    g.a = a; g.a_i = 1; g.a_k = (size_t)M;
+    g.b = b; g.b_k = (size_t)N; g.b_j = 1;
+    dlm__gemm_run(&g);
+}
+
+DLM_API void dlm_matmul_nn(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K)
+{
+    dlm__gemm_nn(ctx, out, a, b, M, N, K, 0);
+}
+
+DLM_API void dlm_matmul_nt(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K)
+{
+    dlm__gemm_nt(ctx, out, a, b, NULL, M, N, K);
+}
+
+DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float *b,
+                           int M, int N, int K)
+{
+    dlm__gemm_tn(ctx, out, a, b, M, N, K, 0);
+}
+
+DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K)
+{
+    return (size_t)dlm__round_up(N, ctx->k->nr) * (size_t)K;
+}
+
+DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K)
+{
+    const int nr = ctx->k->nr;
+    for (int j = 0; j < N; j += nr)
+        dlm__pack_panel(packed + (size_t)j * (size_t)K, nr, dlm__min(nr, N - j), K,
+                        b + (size_t)j * (size_t)K, (size_t)K, 1);
+}
+
+DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
+                               const float *packed, int M, int N, int K)
+{
+    dlm__gemm_nt(ctx, out, a, NULL, packed, M, N, K);
+}
+
+#endif /* implementation, part 2 */
+#endif /* DLM__KERNEL_PASS */
+
+/* ==[ history ]===============================================================
+   0.1.0   first version */
+
+/* ==[ license ]===============================================================
+   This file is available under two licenses; choose the one you like.
+
+   ALTERNATIVE A - MIT License
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this
+   software and associated documentation files (the "Software"), to deal in the
+   Software without restriction, including without limitation the rights to use, copy,
+   modify, merge, publish, distribute, sublicense, and/or sell copies of the Software,
+   and to permit persons to whom the Software is furnished to do so, subject to the
+   following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies
+   or substantial portions of the Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+   INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+   PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+   HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+   CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+   OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   ALTERNATIVE B - Public domain (unlicense.org)
+
+   This is free and unencumbered software released into the public domain.
+
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+   software, either in source code form or as a compiled binary, for any purpose,
+   commercial or non-commercial, and by any means.
+
+   In jurisdictions that recognize copyright laws, the author or authors of this
+   software dedicate any and all copyright interest in the software to the public
+   domain. We make this dedication for the benefit of the public at large and to the
+   detriment of our heirs and successors. We intend this dedication to be an overt act
+   of relinquishment in perpetuity of all present and future rights to this software
+   under copyright law.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+   INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+   PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR
+   ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
+   OTHER DEALINGS IN THE SOFTWARE. */
