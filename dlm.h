@@ -2050,6 +2050,623 @@ DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
     dlm__gemm_nt(ctx, out, a, NULL, packed, M, N, K);
 }
 
+/* ==[ layers ]================================================================
+   Each layer: its formula, forward, and right below it the backward that undoes it.
+   A layer works on rows; rows of different sequences never meet except in the sums
+   that make a weight's gradient.  Backward functions add into weight gradients. */
+
+/* --[ linear ]----------------------------------------------------------------
+     y (M,N) = x (M,K) w^T            w (N,K), or the same weights packed
+     dx (M,K) (+)= dy w               dw (N,K) += dy^T x                           */
+static void dlm__linear_forward(dlm_ctx *ctx, float *y, const float *x, const float *w,
+                                const float *packed, int M, int N, int K)
+{
+    dlm__gemm_nt(ctx, y, x, w, packed, M, N, K);
+}
+
+static void dlm__linear_backward(dlm_ctx *ctx, float *dx, int add, float *dw,
+                                 const float *dy, const float *x, const float *w,
+                                 int M, int N, int K)
+{
+    dlm__gemm_nn(ctx, dx, dy, w, M, K, N, add);
+    dlm__gemm_tn(ctx, dw, dy, x, N, K, M, 1);
+}
+
+/* --[ sums over rows ]--------------------------------------------------------
+   Gradients of vectors (norms, biases, embedding rows) sum over rows.  The columns
+   are shared out, 64 at a time, and every column adds its rows in order. */
+enum { DLM__COLUMNS = 64 };
+
+typedef struct dlm__column_sum {
+    dlm_ctx *ctx;
+    float *out;                     /* (n), or (V, n) when tokens are given        */
+    const float *dy; size_t ldy;    /* (rows, heads, n), rows ldy apart            */
+    const float *x;  size_t ldx;    /* the same, or NULL: a plain sum              */
+    const float *r;                 /* (rows, heads)                               */
+    const int *tokens;              /* (rows) or NULL                              */
+    int rows, heads, n;
+} dlm__column_sum;
+
+static void dlm__column_sum_job(void *arg, int job)
+{
+    const dlm__column_sum *c = (const dlm__column_sum *)arg;
+    const dlm__kernels *k = c->ctx->k;
+    const int j = job * DLM__COLUMNS, n = dlm__min(DLM__COLUMNS, c->n - j);
+    for (int i = 0; i < c->rows; i++)
+        for (int h = 0; h < c->heads; h++) {
+            const size_t at = (size_t)(h * c->n + j);
+            const float *dy = c->dy + (size_t)i * c->ldy + at;
+            float *out = c->out + j;
+            if (c->tokens) out += (size_t)c->tokens[i] * (size_t)c->n;
+            if (c->x)
+                k->add_product(out, dy, c->x + (size_t)i * c->ldx + at,
+                               c->r[i * c->heads + h], n);
+            else
+                k->add(out, dy, n);
+        }
+}
+
+static void dlm__column_sum_run(dlm__column_sum *c)
+{
+    dlm__parallel(c->ctx, dlm__ceil_div(c->n, DLM__COLUMNS),
+                  4.0 * c->rows * c->heads * c->n, dlm__column_sum_job, c);
+}
+
+static void dlm__bias_backward(dlm_ctx *ctx, float *db, const float *dy, size_t ldy,
+                               int rows, int n)
+{
+    dlm__column_sum c;
+    memset(&c, 0, sizeof c);
+    c.ctx = ctx; c.out = db; c.dy = dy; c.ldy = ldy; c.rows = rows; c.heads = 1; c.n = n;
+    dlm__column_sum_run(&c);
+}
+
+/* --[ embedding ]-------------------------------------------------------------
+     x_i = e[token_i]                 de[token_i] += dx_i                          */
+static void dlm__embedding_forward(float *x, const float *e, const int *tokens, int rows,
+                                   int C)
+{
+    for (int i = 0; i < rows; i++)
+        memcpy(x + (size_t)i * (size_t)C, e + (size_t)tokens[i] * (size_t)C,
+               (size_t)C * sizeof *x);
+}
+
+static void dlm__embedding_backward(dlm_ctx *ctx, float *de, const float *dx,
+                                    const int *tokens, int rows, int C)
+{
+    dlm__column_sum c;
+    memset(&c, 0, sizeof c);
+    c.ctx = ctx; c.out = de; c.dy = dx; c.ldy = (size_t)C; c.tokens = tokens;
+    c.rows = rows; c.heads = 1; c.n = C;
+    dlm__column_sum_run(&c);
+}
+
+/* --[ rmsnorm ]---------------------------------------------------------------
+     y_i = x_i r g_i                  r = 1 / sqrt(mean_j x_j^2 + eps), kept
+   Backward, with dr/dx_j = -r^3 x_j / n and s = sum_j dy_j g_j x_j:
+     dg_i += dy_i x_i r               dx_i += r g_i dy_i - r^3 x_i s / n
+   (Zhang and Sennrich 2019.)  residual, when given, is added to x first, by row. */
+typedef struct dlm__norm {
+    dlm_ctx *ctx;
+    float *y, *x, *r;               /* (rows, n), (rows, n), (rows)                */
+    const float *g, *residual;      /* (n); (.., n) or NULL                        */
+    const int *residual_rows;       /* (rows) which of residual; NULL: the same    */
+    const float *dy;                /* (rows, n)                                   */
+    float *dx;                      /* (rows, n)                                   */
+    int n;
+    float eps;
+} dlm__norm;
+
+static void dlm__norm_rows(void *arg, int first, int end)
+{
+    const dlm__norm *m = (const dlm__norm *)arg;
+    const dlm__kernels *k = m->ctx->k;
+    const size_t n = (size_t)m->n;
+    for (int i = first; i < end; i++) {
+        float *x_i = m->x + (size_t)i * n;
+        const int from = m->residual_rows ? m->residual_rows[i] : i;
+        if (m->residual) k->add(x_i, m->residual + (size_t)from * n, m->n);
+        if (m->y) m->r[i] = k->rmsnorm(m->y + (size_t)i * n, x_i, m->g, m->n, m->eps);
+    }
+}
+
+static void dlm__norm_forward(dlm__norm *m, int rows)
+{
+    dlm__for_rows(m->ctx, rows, 6.0 * m->n, dlm__norm_rows, m);
+}
+
+static void dlm__norm_backward_rows(void *arg, int first, int end)
+{
+    const dlm__norm *m = (const dlm__norm *)arg;
+    const size_t n = (size_t)m->n;
+    for (int i = first; i < end; i++)
+        m->ctx->k->rmsnorm_backward(m->dx + (size_t)i * n, m->dy + (size_t)i * n,
+                                    m->x + (size_t)i * n, m->g, m->r[i], m->n);
+}
+
+static void dlm__norm_backward(dlm__norm *m, float *dg, int rows)
+{
+    dlm__column_sum c;
+    memset(&c, 0, sizeof c);
+    c.ctx = m->ctx; c.out = dg; c.dy = m->dy; c.x = m->x; c.r = m->r;
+    c.ldy = c.ldx = (size_t)m->n; c.rows = rows; c.heads = 1; c.n = m->n;
+    dlm__column_sum_run(&c);
+    dlm__for_rows(m->ctx, rows, 8.0 * m->n, dlm__norm_backward_rows, m);
+}
+
+/* --[ heads ]-----------------------------------------------------------------
+   What happens to queries and keys between the linear layer and attention, per head:
+     z = x + bias        u = QK-norm(z) with one g (D) for all heads      y = rope(u)
+   rope turns the pair (u_i, u_{i+D/2}) by the angle position * theta^(-2i/D).
+   Forward keeps z (pre) and the norms' r; without QK-norm nothing is kept.
+   Backward turns back, then the rmsnorm backward; dbias and dg sum over rows. */
+typedef struct dlm__heads {
+    dlm_ctx *ctx;
+    float *x; size_t ldx;           /* (rows, heads, D) in place, rows ldx apart   */
+    float *pre, *r;                 /* (rows, heads, D), (rows, heads); with norm  */
+    const float *bias, *g;          /* (heads*D), (D); NULL: none                  */
+    const float *cos_sin;           /* (max_seq, D)                                */
+    const int *positions;           /* (rows)                                      */
+    int heads, D;
+    float eps;
+} dlm__heads;
+
+static void dlm__heads_rows(void *arg, int first, int end)
+{
+    const dlm__heads *q = (const dlm__heads *)arg;
+    const dlm__kernels *k = q->ctx->k;
+    const int D = q->D, n = q->heads * D;
+    for (int i = first; i < end; i++) {
+        float *x_i = q->x + (size_t)i * q->ldx, *pre_i = q->pre + (size_t)i * (size_t)n;
+        const float *turn = q->cos_sin + (size_t)q->positions[i] * (size_t)D;
+        if (q->bias) k->add(x_i, q->bias, n);
+        if (q->g) memcpy(pre_i, x_i, (size_t)n * sizeof *x_i);
+        for (int h = 0; h < q->heads; h++) {
+            float *x_ih = x_i + h * D;
+            if (q->g)
+                q->r[i * q->heads + h] = k->rmsnorm(x_ih, pre_i + h * D, q->g, D, q->eps);
+            k->rope(x_ih, turn, D / 2, 1.0f);
+        }
+    }
+}
+
+static void dlm__heads_forward(dlm__heads *q, int rows)
+{
+    dlm__for_rows(q->ctx, rows, 10.0 * q->heads * q->D, dlm__heads_rows, q);
+}
+
+static void dlm__heads_turn_back(void *arg, int first, int end)
+{
+    const dlm__heads *q = (const dlm__heads *)arg;
+    for (int i = first; i < end; i++) {
+        float *dx_i = q->x + (size_t)i * q->ldx;
+        const float *turn = q->cos_sin + (size_t)q->positions[i] * (size_t)q->D;
+        for (int h = 0; h < q->heads; h++)
+            q->ctx->k->rope(dx_i + h * q->D, turn, q->D / 2, -1.0f);
+    }
+}
+
+static void dlm__heads_unnorm(void *arg, int first, int end)
+{
+    const dlm__heads *q = (const dlm__heads *)arg;
+    const int D = q->D;
+    float du[DLM__MAX_D];
+    for (int i = first; i < end; i++)
+        for (int h = 0; h < q->heads; h++) {
+            float *dx_ih = q->x + (size_t)i * q->ldx + h * D;
+            memcpy(du, dx_ih, (size_t)D * sizeof *du);
+            memset(dx_ih, 0, (size_t)D * sizeof *du);
+            q->ctx->k->rmsnorm_backward(dx_ih, du,
+                                        q->pre + ((size_t)i * (size_t)q->heads
+                                                  + (size_t)h) * (size_t)D,
+                                        q->g, q->r[i * q->heads + h], D);
+        }
+}
+
+/* q->x holds the gradient, in place; dg (D) and dbias (heads*D) may be NULL. */
+static void dlm__heads_backward(dlm__heads *q, float *dg, float *dbias, int rows)
+{
+    const int n = q->heads * q->D;
+    dlm__for_rows(q->ctx, rows, 4.0 * n, dlm__heads_turn_back, q);
+    if (dg) {
+        dlm__column_sum c;
+        memset(&c, 0, sizeof c);
+        c.ctx = q->ctx; c.out = dg; c.dy = q->x; c.ldy = q->ldx; c.x = q->pre;
+        c.ldx = (size_t)n; c.r = q->r; c.rows = rows; c.heads = q->heads; c.n = q->D;
+        dlm__column_sum_run(&c);
+        dlm__for_rows(q->ctx, rows, 8.0 * n, dlm__heads_unnorm, q);
+    }
+    if (dbias) dlm__bias_backward(q->ctx, dbias, q->x, q->ldx, rows, n);
+}
+
+/* --[ swiglu ]----------------------------------------------------------------
+     y = silu(gate) up                silu(z) = z s(z), s(z) = 1 / (1 + e^-z)
+     dup = dy silu(gate)              dgate = dy up s (1 + z (1 - s))
+   gate and up are the halves of one row gu (2F).  (Shazeer 2020.) */
+typedef struct dlm__gated {
+    dlm_ctx *ctx;
+    float *y;                       /* (rows, F); backward: dy                     */
+    float *gu, *dgu;                /* (rows, 2F); dgu NULL: forward               */
+    int F;
+} dlm__gated;
+
+static void dlm__gated_rows(void *arg, int first, int end)
+{
+    const dlm__gated *s = (const dlm__gated *)arg;
+    const dlm__kernels *k = s->ctx->k;
+    const size_t F = (size_t)s->F;
+    for (int i = first; i < end; i++) {
+        const float *gu = s->gu + (size_t)i * 2 * F;
+        float *y = s->y + (size_t)i * F, *dgu = s->dgu + (size_t)i * 2 * F;
+        if (s->dgu) k->swiglu_backward(dgu, dgu + F, y, gu, gu + F, s->F);
+        else k->swiglu(y, gu, gu + F, s->F);
+    }
+}
+
+static void dlm__gated_run(dlm_ctx *ctx, float *y, float *gu, float *dgu, int rows, int F)
+{
+    dlm__gated s;
+    s.ctx = ctx; s.y = y; s.gu = gu; s.dgu = dgu; s.F = F;
+    dlm__for_rows(ctx, rows, 30.0 * F, dlm__gated_rows, &s);
+}
+
+/* ==[ attention ]=============================================================
+     s_ij = q_i . k_j / sqrt(D)     p_ij = e^(s_ij - lse_i)     o_i = sum_j p_ij v_j
+   over the keys j in the two ranges of row i; lse_i = log sum_j e^s_ij is kept, p is
+   not.  One job is one sequence and one key/value head.  The queries that share that
+   head become the lanes of a tile, (row, head in group) in order, and keys pass by in
+   chunks of 96 at fixed places; a running maximum and sum make the softmax exact
+   (Milakov and Gimelshein 2018; Dao et al. 2022).  Keys that a lane does not see get
+   s = -INFINITY, hence p = 0 and no effect on any sum: what a row computes depends on
+   its own keys only, not on the rest of its tile. */
+
+enum { DLM__CHUNK = 96 };           /* a multiple of every mr and nr               */
+
+/* Keys stand in panels of mr slots, [slot / mr][D][mr], ready to be the tile's a. */
+typedef struct dlm__attention {
+    dlm_ctx *ctx;
+    int H, KV, D;
+    int n_seqs;
+    const int *start;               /* (S+1) query rows of each sequence           */
+    const dlm_keys *keys;           /* (query rows)                                */
+    const float *q;                 /* (query rows, H*D)                           */
+    float *o, *lse;                 /* (query rows, H*D), (query rows, H)          */
+    const float *k_panels;          /* (KV, pad_total, D) as panels                */
+    const int *k_base;              /* (S) slot 0 of each sequence, multiple of 96 */
+    int pad_total;
+    const float *v; size_t ldv;     /* value rows: (.., KV*D), ldv apart           */
+    const int *v_base;              /* (S) row of slot 0                           */
+    /* backward only */
+    const float *d_o;               /* (query rows, H*D)                           */
+    float *dq;                      /* (query rows, H*D) overwritten               */
+    const float *k; size_t ldk;     /* key rows, same base as v                    */
+    float *dk, *dv; size_t lddk;    /* overwritten, same base as v                 */
+    const float *v_panels;          /* as k_panels                                 */
+    float *dkv_columns;             /* (KV, pad_total, 2 D) scratch                */
+    const int *n_slots;             /* (S)                                         */
+} dlm__attention;
+
+/* The queries of one tile. */
+typedef struct dlm__lanes {
+    int n, width;                   /* lanes in use; computed: one vector or nr    */
+    int row[DLM__MAX_NR], head[DLM__MAX_NR];
+    dlm_keys keys[DLM__MAX_NR];
+    dlm_keys hull;                  /* the union of each range over the lanes      */
+} dlm__lanes;
+
+static void dlm__lanes_hull(dlm_keys *hull, const dlm_keys *k, int first)
+{
+    if (first) {
+        *hull = *k;
+        return;
+    }
+    hull->lo0 = dlm__min(hull->lo0, k->lo0);
+    hull->hi0 = dlm__max(hull->hi0, k->hi0);
+    if (k->lo1 == k->hi1) return;
+    hull->lo1 = hull->lo1 == hull->hi1 ? k->lo1 : dlm__min(hull->lo1, k->lo1);
+    hull->hi1 = dlm__max(hull->hi1, k->hi1);
+}
+
+/* Lanes first .. of sequence seq and key/value head kv. */
+static void dlm__lanes_take(dlm__lanes *l, const dlm__attention *a, int seq, int kv,
+                            int first)
+{
+    const int G = a->H / a->KV, nr = a->ctx->k->nr;
+    const int all = (a->start[seq + 1] - a->start[seq]) * G;
+    l->n = dlm__min(nr, all - first);
+    l->width = l->n <= a->ctx->k->vw ? a->ctx->k->vw : nr;
+    for (int i = 0; i < l->n; i++) {
+        dlm_keys *k = &l->keys[i];
+        l->row[i] = a->start[seq] + (first + i) / G;
+        l->head[i] = kv * G + (first + i) % G;
+        *k = a->keys[l->row[i]];
+        if (k->lo1 >= k->hi1) k->lo1 = k->hi1 = k->hi0;
+        dlm__lanes_hull(&l->hull, k, i == 0);
+    }
+}
+
+/* The slots [*from, *to) of the chunk at `chunk` that some lane may see. */
+static int dlm__lanes_span(const dlm__lanes *l, int chunk, int *from, int *to)
+{
+    const int end = chunk + DLM__CHUNK;
+    const int a0 = dlm__max(l->hull.lo0, chunk), b0 = dlm__min(l->hull.hi0, end);
+    const int a1 = dlm__max(l->hull.lo1, chunk), b1 = dlm__min(l->hull.hi1, end);
+    if (a0 >= b0 && a1 >= b1) return 0;
+    *from = a0 >= b0 ? a1 : a1 >= b1 ? a0 : dlm__min(a0, a1);
+    *to = a0 >= b0 ? b1 : a1 >= b1 ? b0 : dlm__max(b0, b1);
+    return 1;
+}
+
+static int dlm__lanes_end(const dlm__lanes *l)
+{
+    return dlm__max(l->hull.hi0, l->hull.hi1);
+}
+
+static void dlm__hide(float *s, int nr, int lane, int chunk, int from, int to)
+{
+    for (int j = from; j < to; j++) s[(j - chunk) * nr + lane] = -INFINITY;
+}
+
+/* s[slot - chunk][lane] = -INFINITY for slots in [from, to) that the lane must not see. */
+static void dlm__lanes_mask(const dlm__lanes *l, float *s, int nr, int chunk, int from,
+                            int to)
+{
+    for (int i = 0; i < l->n; i++) {
+        const dlm_keys *k = &l->keys[i];
+        if ((k->lo0 <= from && k->hi0 >= to) || (k->lo1 <= from && k->hi1 >= to)) continue;
+        dlm__hide(s, nr, i, chunk, from, dlm__min(to, k->lo0));
+        dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi0), dlm__min(to, k->lo1));
+        dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi1), to);
+    }
+}
+
+/* out[d][lane] = scale * x[row of lane][head of lane][d]; unused lanes 0. */
+static void dlm__lanes_gather(const dlm__lanes *l, float *out, int nr, const float *x,
+                              int H, int D, float scale)
+{
+    memset(out, 0, (size_t)(D * nr) * sizeof *out);
+    for (int i = 0; i < l->n; i++) {
+        const float *x_i = x + ((size_t)l->row[i] * (size_t)H + (size_t)l->head[i])
+                               * (size_t)D;
+        for (int d = 0; d < D; d++) out[d * nr + i] = scale * x_i[d];
+    }
+}
+
+/* s[slot - chunk][lane] for the panels that hold slots [from, to): keys (or values) in
+   panels times x [D][nr]. */
+static void dlm__lanes_scores(const dlm__attention *a, const dlm__lanes *l, float *s,
+                              const float *panels, const float *x, int chunk, int from,
+                              int to)
+{
+    const dlm__kernels *k = a->ctx->k;
+    for (int j = (from - chunk) / k->mr * k->mr; j < to - chunk; j += k->mr)
+        k->tile(s + j * k->nr, k->nr, panels + (size_t)(chunk + j) * (size_t)a->D, k->mr,
+                x, k->nr, k->mr, l->width, a->D, 0);
+}
+
+/* out [D][nr] += sum over slots [from, to) of rows[slot][d] * p[slot - chunk][lane]. */
+static void dlm__lanes_mix(const dlm__attention *a, const dlm__lanes *l, float *out,
+                           const float *rows, size_t ld, const float *p, int chunk,
+                           int from, int to)
+{
+    const dlm__kernels *k = a->ctx->k;
+    for (int d = 0; d < a->D; d += k->mr)
+        k->tile(out + d * k->nr, k->nr, rows + (size_t)from * ld + (size_t)d, (int)ld,
+                p + (from - chunk) * k->nr, k->nr, dlm__min(k->mr, a->D - d), l->width,
+                to - from, 1);
+}
+
+static void dlm__attention_tile(const dlm__attention *a, const dlm__lanes *l, int seq,
+                                int kv)
+{
+    const dlm__kernels *k = a->ctx->k;
+    const int nr = k->nr, D = a->D;
+    const float *panels = a->k_panels
+        + ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)D;
+    const float *v = a->v + (size_t)a->v_base[seq] * a->ldv + (size_t)(kv * D);
+    float q[DLM__MAX_D * DLM__MAX_NR], o[DLM__MAX_D * DLM__MAX_NR];
+    float s[DLM__CHUNK * DLM__MAX_NR];
+    float max[DLM__MAX_NR], sum[DLM__MAX_NR], rescale[DLM__MAX_NR];
+    int from = 0, to = 0;
+    dlm__lanes_gather(l, q, nr, a->q, a->H, D, 1.0f / sqrtf((float)D));
+    memset(o, 0, (size_t)(D * nr) * sizeof *o);
+    memset(sum, 0, sizeof sum);
+    for (int i = 0; i < nr; i++) max[i] = -FLT_MAX;
+    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
+        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
+        dlm__lanes_scores(a, l, s, panels, q, chunk, from, to);
+        dlm__lanes_mask(l, s, nr, chunk, from, to);
+        k->softmax_tile(s + (from - chunk) * nr, to - from, l->width, max, sum, rescale);
+        k->scale_tile(o, D, l->width, rescale);
+        dlm__lanes_mix(a, l, o, v, a->ldv, s, chunk, from, to);
+    }
+    for (int i = 0; i < l->n; i++) {
+        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        float *o_i = a->o + at * (size_t)D;
+        const float scale = 1.0f / sum[i];
+        for (int d = 0; d < D; d++) o_i[d] = o[d * nr + i] * scale;
+        a->lse[at] = max[i] + logf(sum[i]);
+    }
+}
+
+static void dlm__attention_job(void *arg, int job)
+{
+    const dlm__attention *a = (const dlm__attention *)arg;
+    const int seq = job / a->KV, kv = job % a->KV;
+    const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
+    dlm__lanes l;
+    for (int first = 0; first < all; first += a->ctx->k->nr) {
+        dlm__lanes_take(&l, a, seq, kv, first);
+        dlm__attention_tile(a, &l, seq, kv);
+    }
+}
+
+/* Keys seen by all queries, for the cost estimate. */
+static double dlm__keys_seen(const dlm_keys *keys, int rows)
+{
+    double n = 0.0;
+    for (int i = 0; i < rows; i++)
+        n += (keys[i].hi0 - keys[i].lo0) + dlm__max(0, keys[i].hi1 - keys[i].lo1);
+    return n;
+}
+
+static void dlm__attention_forward(dlm__attention *a)
+{
+    const double seen = dlm__keys_seen(a->keys, a->start[a->n_seqs]);
+    dlm__parallel(a->ctx, a->n_seqs * a->KV, 4.0 * a->D * a->H * seen,
+                  dlm__attention_job, a);
+}
+
+/* Backward, with delta_i = do_i . o_i (= sum_j p_ij dp_ij), the chunks again:
+     p_ij = e^(s_ij - lse_i)        dv_j += p_ij do_i         dp_ij = do_i . v_j
+     ds_ij = p_ij (dp_ij - delta_i)
+     dq_i = sum_j ds_ij k_j / sqrt(D)         dk_j += ds_ij q_i / sqrt(D)
+   dk and dv are summed as columns [D][slot], so that p and ds, turned over, are the
+   tile's b; one job owns all of them for its sequence and head. */
+
+/* out [lane][ld], from in [slot][nr]: rows n, columns m. */
+static void dlm__turn_over(float *out, int ld, const float *in, int nr, int lanes,
+                           int slots)
+{
+    for (int j0 = 0; j0 < slots; j0 += 16)
+        for (int i = 0; i < lanes; i++)
+            for (int j = j0; j < dlm__min(slots, j0 + 16); j++)
+                out[i * ld + j] = in[j * nr + i];
+}
+
+/* columns [D][ld] at slots [from, to) += sum over lanes of rows[lane][d] * p[lane][j]. */
+static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
+                              float *columns, int ld, const float *rows, const float *p,
+                              int slots)
+{
+    const dlm__kernels *k = a->ctx->k;
+    for (int d = 0; d < a->D; d += k->mr)
+        for (int j = 0; j < slots; j += k->nr)
+            k->tile(columns + (size_t)d * (size_t)ld + (size_t)j, ld, rows + d, a->D,
+                    p + j, DLM__CHUNK, dlm__min(k->mr, a->D - d),
+                    dlm__min(k->nr, slots - j), l->n, 1);
+}
+
+typedef struct dlm__lanes_back {    /* one tile's gradient work space              */
+    float q[DLM__MAX_D * DLM__MAX_NR];        /* [D][nr] scaled queries            */
+    float d_o[DLM__MAX_D * DLM__MAX_NR];      /* [D][nr]                           */
+    float dq[DLM__MAX_D * DLM__MAX_NR];       /* [D][nr]                           */
+    float q_rows[DLM__MAX_D * DLM__MAX_NR];   /* [lane][D]                         */
+    float do_rows[DLM__MAX_D * DLM__MAX_NR];  /* [lane][D]                         */
+    float s[DLM__CHUNK * DLM__MAX_NR];        /* [slot][nr]                        */
+    float ds[DLM__CHUNK * DLM__MAX_NR];
+    float turned[DLM__CHUNK * DLM__MAX_NR];   /* [lane][slot]                      */
+    float lse[DLM__MAX_NR], delta[DLM__MAX_NR];
+} dlm__lanes_back;
+
+static void dlm__lanes_back_begin(const dlm__attention *a, const dlm__lanes *l,
+                                  dlm__lanes_back *w)
+{
+    const int nr = a->ctx->k->nr, D = a->D;
+    const float scale = 1.0f / sqrtf((float)D);
+    dlm__lanes_gather(l, w->q, nr, a->q, a->H, D, scale);
+    dlm__lanes_gather(l, w->d_o, nr, a->d_o, a->H, D, 1.0f);
+    memset(w->dq, 0, (size_t)(D * nr) * sizeof *w->dq);
+    memset(w->lse, 0, sizeof w->lse);
+    memset(w->delta, 0, sizeof w->delta);
+    for (int i = 0; i < l->n; i++) {
+        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        const float *d_o = a->d_o + at * (size_t)D;
+        for (int d = 0; d < D; d++) w->q_rows[i * D + d] = w->q[d * nr + i];
+        memcpy(w->do_rows + i * D, d_o, (size_t)D * sizeof *d_o);
+        w->lse[i] = a->lse[at];
+        w->delta[i] = a->ctx->k->dot(d_o, a->o + at * (size_t)D, D);
+    }
+}
+
+static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lanes *l,
+                                         int seq, int kv, dlm__lanes_back *w)
+{
+    const dlm__kernels *k = a->ctx->k;
+    const int nr = k->nr, D = a->D;
+    const size_t head = ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq])
+                        * (size_t)D;
+    const float *k_rows = a->k + (size_t)a->v_base[seq] * a->ldk + (size_t)(kv * D);
+    const int ld = dlm__round_up(a->n_slots[seq], DLM__CHUNK);
+    float *dk = a->dkv_columns + 2 * head, *dv = dk + (size_t)D * (size_t)ld;
+    int from = 0, to = 0;
+    dlm__lanes_back_begin(a, l, w);
+    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
+        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
+        const int at = (from - chunk) * nr, n = to - from;
+        dlm__lanes_scores(a, l, w->s, a->k_panels + head, w->q, chunk, from, to);
+        dlm__lanes_mask(l, w->s, nr, chunk, from, to);
+        dlm__lanes_scores(a, l, w->ds, a->v_panels + head, w->d_o, chunk, from, to);
+        k->softmax_tile_backward(w->s + at, w->ds + at, n, l->width, w->lse, w->delta);
+        dlm__lanes_mix(a, l, w->dq, k_rows, a->ldk, w->ds, chunk, from, to);
+        dlm__turn_over(w->turned, DLM__CHUNK, w->ds + at, nr, l->n, n);
+        dlm__lanes_spread(a, l, dk + from, ld, w->q_rows, w->turned, n);
+        dlm__turn_over(w->turned, DLM__CHUNK, w->s + at, nr, l->n, n);
+        dlm__lanes_spread(a, l, dv + from, ld, w->do_rows, w->turned, n);
+    }
+    for (int i = 0; i < l->n; i++) {
+        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        float *dq_i = a->dq + at * (size_t)D;
+        for (int d = 0; d < D; d++) dq_i[d] = w->dq[d * nr + i] / sqrtf((float)D);
+    }
+}
+
+static void dlm__attention_backward_job(void *arg, int job)
+{
+    const dlm__attention *a = (const dlm__attention *)arg;
+    const int seq = job / a->KV, kv = job % a->KV, D = a->D;
+    const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
+    const int ld = dlm__round_up(a->n_slots[seq], DLM__CHUNK);
+    float *dk = a->dkv_columns
+        + 2 * ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)D;
+    float *dv = dk + (size_t)D * (size_t)ld;
+    dlm__lanes l;
+    dlm__lanes_back w;
+    memset(dk, 0, 2 * (size_t)D * (size_t)ld * sizeof *dk);
+    for (int first = 0; first < all; first += a->ctx->k->nr) {
+        dlm__lanes_take(&l, a, seq, kv, first);
+        dlm__attention_tile_backward(a, &l, seq, kv, &w);
+    }
+    for (int j = 0; j < a->n_slots[seq]; j++) {
+        const size_t row = (size_t)(a->v_base[seq] + j) * a->lddk + (size_t)(kv * D);
+        for (int d = 0; d < D; d++) {
+            a->dk[row + (size_t)d] = dk[(size_t)d * (size_t)ld + (size_t)j];
+            a->dv[row + (size_t)d] = dv[(size_t)d * (size_t)ld + (size_t)j];
+        }
+    }
+}
+
+static void dlm__attention_backward(dlm__attention *a)
+{
+    const double seen = dlm__keys_seen(a->keys, a->start[a->n_seqs]);
+    dlm__parallel(a->ctx, a->n_seqs * a->KV, 10.0 * a->D * a->H * seen + 1e6,
+                  dlm__attention_backward_job, a);
+}
+
+/* --[ cross-entropy ]---------------------------------------------------------
+     loss = log sum_v e^z_v - z_target          dz_v = w (softmax(z)_v - [v = target]) */
+DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax)
+{
+    const float max = ctx->k->max(logits, V);
+    if (argmax) {
+        int best = 0;
+        while (best < V - 1 && !(logits[best] == max)) best++;
+        *argmax = best;
+    }
+    if (max == -INFINITY) return -INFINITY;
+    return (double)max + log(ctx->k->sum_exp(logits, V, max, NULL));
+}
+
+DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
+                                 double weight)
+{
+    const double lse = dlm_log_sum_exp(ctx, logits, V, NULL);
+    const double loss = lse - (double)logits[target];
+    ctx->k->exp_scaled(logits, logits, V, (float)lse, (float)weight);
+    logits[target] -= (float)weight;
+    return loss;
+}
+
 #endif /* implementation, part 2 */
 #endif /* DLM__KERNEL_PASS */
 
