@@ -2667,6 +2667,1146 @@ DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
     return loss;
 }
 
+/* ==[ model ]=================================================================
+   Configuration, the parameter table with all its uses, key patterns, and the passes
+   forward and backward through the whole stack. */
+
+/* --[ configuration ]---------------------------------------------------------  */
+
+static dlm_error dlm__in_range(dlm_ctx *ctx, const char *name, int value, int lo, int hi)
+{
+    if (value >= lo && value <= hi) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d is not in %d..%d", name, value, lo, hi);
+}
+
+static void dlm__config_defaults(dlm_config *c)
+{
+    if (c->kv_heads == 0) c->kv_heads = c->heads;
+    if (c->head_dim == 0 && c->heads > 0) c->head_dim = c->dim / c->heads;
+    if (c->ffn == 0 && c->dim > 0 && c->dim <= 65536)
+        c->ffn = dlm__round_up(8 * c->dim / 3, 32);
+    if (c->mask_id == 0) c->mask_id = c->vocab - 1;
+    if (c->block == 0) c->block = 8;
+    if (c->rope_theta == 0.0f) c->rope_theta = 10000.0f;
+    if (c->norm_eps == 0.0f) c->norm_eps = 1e-6f;
+    if (c->pattern == DLM_PATTERN_CAUSAL) c->shifted = 1;
+}
+
+static size_t dlm__count_params(const dlm_config *c);
+
+static dlm_error dlm__config_ranges(dlm_ctx *ctx, const dlm_config *c)
+{
+    const struct { const char *name; int value, lo, hi; } fields[] = {
+        { "vocab", c->vocab, 2, 1 << 22 },    { "dim", c->dim, 1, 65536 },
+        { "layers", c->layers, 1, 1024 },     { "heads", c->heads, 1, 1024 },
+        { "max_seq", c->max_seq, 1, 1 << 20 }, { "kv_heads", c->kv_heads, 1, c->heads },
+        { "head_dim", c->head_dim, 2, DLM__MAX_D }, { "ffn", c->ffn, 1, 1 << 20 },
+        { "pattern", c->pattern, DLM_PATTERN_BLOCK, DLM_PATTERN_CAUSAL },
+        { "block", c->block, 1, 1 << 20 },    { "shifted", c->shifted, 0, 1 },
+        { "untied_head", c->untied_head, 0, 1 }, { "no_qk_norm", c->no_qk_norm, 0, 1 },
+        { "qkv_bias", c->qkv_bias, 0, 1 },
+        /* vocab itself: no token, a mark on the canvas of a causal model */
+        { "mask_id", c->mask_id, 1, c->vocab - (c->pattern != DLM_PATTERN_CAUSAL) },
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        dlm_error e = dlm__in_range(ctx, fields[i].name, fields[i].value, fields[i].lo,
+                                    fields[i].hi);
+        if (e != DLM_OK) return e;
+    }
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
+{
+    dlm_config c = *cfg;
+    dlm_error e;
+    dlm__config_defaults(&c);
+    e = dlm__config_ranges(ctx, &c);
+    if (e != DLM_OK) return e;
+    if (c.heads % c.kv_heads != 0)
+        return dlm__fail(ctx, DLM_E_CONFIG, "kv_heads: %d does not divide heads = %d",
+                         c.kv_heads, c.heads);
+    if (c.head_dim % 2 != 0)
+        return dlm__fail(ctx, DLM_E_CONFIG, "head_dim: %d is odd; rotary turns pairs",
+                         c.head_dim);
+    if (!(c.rope_theta > 0.0f && c.rope_theta < 1e12f))
+        return dlm__fail(ctx, DLM_E_CONFIG, "rope_theta: %g is not in (0, 1e12)",
+                         (double)c.rope_theta);
+    if (!(c.norm_eps > 0.0f && c.norm_eps < 1.0f))
+        return dlm__fail(ctx, DLM_E_CONFIG, "norm_eps: %g is not in (0, 1)",
+                         (double)c.norm_eps);
+    if (dlm__count_params(&c) == 0)
+        return dlm__fail(ctx, DLM_E_CONFIG, "the parameters of this config overflow");
+    *cfg = c;
+    return DLM_OK;
+}
+
+/* --[ the parameter table ]---------------------------------------------------
+   The one list of weights.  Sizes, places, names, initialisation, decay, files and
+   gradient checks all loop over it.  In memory: embedding, every layer in turn, final
+   norm, head; wq wk wv and wgate wup are neighbours, so that one matmul serves them. */
+
+typedef struct dlm__layer {                 /* weights, or gradients, of one layer */
+    float *norm1;                           /* (C)                                 */
+    float *wq;                              /* (H*D, C)                            */
+    float *wk, *wv;                         /* (KV*D, C) each                      */
+    float *bq, *bk, *bv;                    /* (H*D), (KV*D), (KV*D); NULL: none   */
+    float *qnorm, *knorm;                   /* (D) each; NULL: none                */
+    float *wo;                              /* (C, H*D)                            */
+    float *norm2;                           /* (C)                                 */
+    float *wgate, *wup;                     /* (F, C) each                         */
+    float *wdown;                           /* (C, F)                              */
+} dlm__layer;
+
+typedef struct dlm__globals {
+    float *tok_emb;                         /* (V, C)                              */
+    float *norm_out;                        /* (C)                                 */
+    float *head;                            /* (V, C); tok_emb when tied           */
+} dlm__globals;
+
+typedef enum dlm__dim {
+    DLM__ONE, DLM__V, DLM__C, DLM__HD, DLM__KVD, DLM__D, DLM__F
+} dlm__dim;
+typedef enum dlm__when { DLM__ALWAYS, DLM__BIASED, DLM__QK_NORM, DLM__UNTIED } dlm__when;
+typedef enum dlm__init { DLM__ONES, DLM__ZEROS, DLM__NORMAL, DLM__RESIDUAL } dlm__init;
+
+typedef struct dlm__param {
+    const char *name;                       /* after "model.layers.%d." in a layer */
+    size_t      offset;                     /* in dlm__layer or dlm__globals       */
+    dlm__dim    rows, cols;
+    dlm__init   init;
+    dlm__when   when;
+} dlm__param;
+
+#define DLM__AT(field) offsetof(dlm__layer, field)
+static const dlm__param dlm__layer_params[] = {
+    { "input_layernorm.weight", DLM__AT(norm1), DLM__C, DLM__ONE, DLM__ONES, DLM__ALWAYS },
+    { "self_attn.q_proj.weight", DLM__AT(wq), DLM__HD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "self_attn.k_proj.weight", DLM__AT(wk), DLM__KVD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "self_attn.v_proj.weight", DLM__AT(wv), DLM__KVD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "self_attn.q_proj.bias", DLM__AT(bq), DLM__HD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
+    { "self_attn.k_proj.bias", DLM__AT(bk), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
+    { "self_attn.v_proj.bias", DLM__AT(bv), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
+    { "self_attn.q_norm.weight", DLM__AT(qnorm), DLM__D, DLM__ONE, DLM__ONES,
+      DLM__QK_NORM },
+    { "self_attn.k_norm.weight", DLM__AT(knorm), DLM__D, DLM__ONE, DLM__ONES,
+      DLM__QK_NORM },
+    { "self_attn.o_proj.weight", DLM__AT(wo), DLM__C, DLM__HD, DLM__RESIDUAL,
+      DLM__ALWAYS },
+    { "post_attention_layernorm.weight", DLM__AT(norm2), DLM__C, DLM__ONE, DLM__ONES,
+      DLM__ALWAYS },
+    { "mlp.gate_proj.weight", DLM__AT(wgate), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "mlp.up_proj.weight", DLM__AT(wup), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "mlp.down_proj.weight", DLM__AT(wdown), DLM__C, DLM__F, DLM__RESIDUAL, DLM__ALWAYS },
+};
+#undef DLM__AT
+static const dlm__param dlm__global_params[] = {        /* the first comes first,   */
+    { "model.embed_tokens.weight", offsetof(dlm__globals, tok_emb), DLM__V, DLM__C,
+      DLM__NORMAL, DLM__ALWAYS },
+    { "model.norm.weight", offsetof(dlm__globals, norm_out), DLM__C, DLM__ONE, DLM__ONES,
+      DLM__ALWAYS },                                    /* the others after the layers */
+    { "lm_head.weight", offsetof(dlm__globals, head), DLM__V, DLM__C, DLM__NORMAL,
+      DLM__UNTIED },
+};
+enum {
+    DLM__N_LAYER = sizeof dlm__layer_params / sizeof *dlm__layer_params,
+    DLM__N_GLOBAL = sizeof dlm__global_params / sizeof *dlm__global_params
+};
+
+static int dlm__dim_of(const dlm_config *c, dlm__dim d)
+{
+    switch (d) {
+    case DLM__ONE: return 1;
+    case DLM__V:   return c->vocab;
+    case DLM__C:   return c->dim;
+    case DLM__HD:  return c->heads * c->head_dim;
+    case DLM__KVD: return c->kv_heads * c->head_dim;
+    case DLM__D:   return c->head_dim;
+    case DLM__F:   return c->ffn;
+    }
+    return 0;
+}
+
+/* Floats of one parameter; 0 when the config does not have it. */
+static size_t dlm__param_size(const dlm_config *c, const dlm__param *p)
+{
+    if (p->when == DLM__BIASED && !c->qkv_bias) return 0;
+    if (p->when == DLM__QK_NORM && c->no_qk_norm) return 0;
+    if (p->when == DLM__UNTIED && !c->untied_head) return 0;
+    return (size_t)dlm__dim_of(c, p->rows) * (size_t)dlm__dim_of(c, p->cols);
+}
+
+static size_t dlm__layer_size(const dlm_config *c)
+{
+    size_t n = 0;
+    for (int i = 0; i < DLM__N_LAYER; i++)
+        n += dlm__param_size(c, &dlm__layer_params[i]);
+    return n;
+}
+
+/* 0 when the bytes would not fit in a quarter of the address space. */
+static size_t dlm__count_params(const dlm_config *c)
+{
+    double exact = 0.0;
+    size_t n = 0;
+    for (int i = 0; i < DLM__N_LAYER; i++)
+        exact += (double)c->layers * dlm__dim_of(c, dlm__layer_params[i].rows)
+                 * dlm__dim_of(c, dlm__layer_params[i].cols);
+    exact += 2.0 * c->vocab * c->dim;
+    if (exact * sizeof(float) * 4 > (double)SIZE_MAX) return 0;
+    for (int i = 0; i < DLM__N_GLOBAL; i++)
+        n += dlm__param_size(c, &dlm__global_params[i]);
+    return n + (size_t)c->layers * dlm__layer_size(c);
+}
+
+/* Places one list's pointers into `at` (a dlm__layer or dlm__globals), from base on. */
+static float *dlm__place_params(const dlm_config *c, void *at, const dlm__param *list,
+                                int n, float *base)
+{
+    for (int i = 0; i < n; i++) {
+        const size_t size = dlm__param_size(c, &list[i]);
+        *(float **)((char *)at + list[i].offset) = size ? base : NULL;
+        base += size;
+    }
+    return base;
+}
+
+static dlm__layer dlm__layer_at(const dlm_config *c, float *base, int layer)
+{
+    dlm__layer l;
+    dlm__place_params(c, &l, dlm__layer_params, DLM__N_LAYER,
+                      base + dlm__param_size(c, &dlm__global_params[0])
+                      + (size_t)layer * dlm__layer_size(c));
+    return l;
+}
+
+static dlm__globals dlm__globals_at(const dlm_config *c, float *base)
+{
+    dlm__globals g;
+    float *after = dlm__place_params(c, &g, dlm__global_params, 1, base);
+    dlm__place_params(c, &g, dlm__global_params + 1, DLM__N_GLOBAL - 1,
+                      after + (size_t)c->layers * dlm__layer_size(c));
+    if (g.head == NULL) g.head = g.tok_emb;
+    return g;
+}
+
+static int dlm__list_length(const dlm_config *c, const dlm__param *list, int n)
+{
+    int count = 0;
+    for (int i = 0; i < n; i++) count += dlm__param_size(c, &list[i]) != 0;
+    return count;
+}
+
+DLM_API int dlm_model_tensors(const dlm_model *m)
+{
+    const dlm_config *c = &m->config;
+    return dlm__list_length(c, dlm__global_params, DLM__N_GLOBAL)
+        + c->layers * dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
+}
+
+/* The i-th parameter that exists in a list, and the floats before it. */
+static const dlm__param *dlm__nth_param(const dlm_config *c, const dlm__param *list,
+                                        int i, size_t *before)
+{
+    for (;; list++) {
+        const size_t size = dlm__param_size(c, list);
+        if (size != 0 && i-- == 0) return list;
+        *before += size;
+    }
+}
+
+DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
+{
+    const dlm_config *c = &m->config;
+    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
+    const dlm__param *p;
+    size_t at = 0;
+    out->layer = -1;
+    if (i == 0) {
+        p = dlm__global_params;
+    } else if (i - 1 < c->layers * per_layer) {
+        out->layer = (i - 1) / per_layer;
+        at = dlm__param_size(c, dlm__global_params)
+             + (size_t)out->layer * dlm__layer_size(c);
+        p = dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, &at);
+    } else {
+        at = dlm__param_size(c, dlm__global_params)
+             + (size_t)c->layers * dlm__layer_size(c);
+        p = dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer, &at);
+    }
+    if (out->layer < 0) snprintf(out->name, sizeof out->name, "%s", p->name);
+    else snprintf(out->name, sizeof out->name, "model.layers.%d.%s", out->layer, p->name);
+    out->data = m->weights + at;
+    out->rows = dlm__dim_of(c, p->rows);
+    out->cols = dlm__dim_of(c, p->cols);
+    out->decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
+}
+
+/* Initialises tensor i: normal(0.02), what writes to the residual stream smaller by
+   1/sqrt(2L) (GPT-2), norms 1, biases 0. */
+static void dlm__init_tensor(dlm_model *m, int i, dlm__init init, uint64_t seed)
+{
+    dlm_tensor t;
+    double scale = 0.02;
+    dlm_address at = dlm__address(seed, DLM_RANDOM_INIT, 0, (uint32_t)i, 0);
+    dlm_model_tensor(m, i, &t);
+    if (init == DLM__RESIDUAL) scale /= sqrt(2.0 * m->config.layers);
+    for (size_t j = 0; j < (size_t)t.rows * (size_t)t.cols; j++) {
+        at.position = (uint32_t)(j >> 16);
+        t.data[j] = init == DLM__ONES ? 1.0f : init == DLM__ZEROS ? 0.0f
+            : (float)(scale * dlm__normal(&at, (uint32_t)(j & 0xFFFF)));
+    }
+}
+
+static void dlm__init_weights(dlm_model *m, uint64_t seed)
+{
+    const dlm_config *c = &m->config;
+    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
+    const int n = dlm_model_tensors(m);
+    for (int i = 0; i < n; i++) {
+        size_t ignored = 0;
+        const int in_layers = i > 0 && i - 1 < c->layers * per_layer;
+        const dlm__param *p = i == 0 ? dlm__global_params
+            : in_layers ? dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, &ignored)
+            : dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer,
+                             &ignored);
+        dlm__init_tensor(m, i, p->init, seed);
+    }
+}
+
+static void dlm__model_carve(dlm__arena *a, const dlm_config *c, int owned,
+                             dlm_model **m, float **weights)
+{
+    *m = (dlm_model *)dlm__push(a, 1, sizeof **m);
+    *weights = owned ? dlm__push_floats(a, dlm__count_params(c), 1) : NULL;
+}
+
+static size_t dlm__model_size(const dlm_config *c, int owned)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm_model *m;
+    float *w;
+    dlm__model_carve(&a, c, owned, &m, &w);
+    return dlm__arena_bytes(&a);
+}
+
+DLM_API size_t dlm_model_bytes(const dlm_config *cfg)
+{
+    dlm_config c = *cfg;
+    dlm_ctx scratch;
+    memset(&scratch, 0, sizeof scratch);
+    if (dlm_config_resolve(&scratch, &c) != DLM_OK) return 0;
+    return dlm__model_size(&c, 1);
+}
+
+static dlm_error dlm__model_new(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                int owned, const dlm_memory *mem)
+{
+    dlm_config c = *cfg;
+    dlm__arena arena;
+    dlm_model *m;
+    float *weights;
+    void *block;
+    dlm_error e = dlm_config_resolve(ctx, &c);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__place(ctx, "model", dlm__model_size(&c, owned), mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    dlm__model_carve(&arena, &c, owned, &m, &weights);
+    m->config = c;
+    m->n_params = dlm__count_params(&c);
+    m->weights = weights;
+    m->version = 1;
+    m->ctx = ctx;
+    m->block = block;
+    *out = m;
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                   uint64_t seed, const dlm_memory *mem)
+{
+    dlm_error e = dlm__model_new(out, ctx, cfg, 1, mem);
+    if (e == DLM_OK) dlm__init_weights(*out, seed);
+    return e;
+}
+
+DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                 const float *weights, size_t n_params)
+{
+    dlm_error e = dlm__model_new(out, ctx, cfg, 0, NULL);
+    if (e != DLM_OK) return e;
+    if ((*out)->n_params != n_params) {
+        e = dlm__fail(ctx, DLM_E_MISMATCH, "weights: %.0f floats, the config needs %.0f",
+                      (double)n_params, (double)(*out)->n_params);
+        dlm_model_free(*out);
+        *out = NULL;
+        return e;
+    }
+    (*out)->weights = (float *)(uintptr_t)weights;
+    return DLM_OK;
+}
+
+DLM_API void dlm_model_free(dlm_model *m)
+{
+    if (m) dlm__release(m->ctx, m->block);
+}
+
+DLM_API void dlm_model_changed(dlm_model *m) { m->version++; }
+
+/* --[ patterns ]--------------------------------------------------------------  */
+
+DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
+                           int offset)
+{
+    const int first = pattern == DLM_PATTERN_BLOCK ? offset % block : 0;
+    for (int i = 0; i < T; i++) {
+        int end = T;
+        if (pattern == DLM_PATTERN_CAUSAL) end = i + 1;
+        if (pattern == DLM_PATTERN_BLOCK)
+            end = i < first ? first : first + ((i - first) / block + 1) * block;
+        keys[i].lo0 = 0;
+        keys[i].hi0 = keys[i].lo1 = keys[i].hi1 = dlm__min(end, T);
+    }
+}
+
+DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block)
+{
+    dlm_keys_fill(keys, P + R, DLM_PATTERN_BLOCK, block, P);
+    for (int i = 0; i < P + R; i++) positions[i] = i;
+    for (int r = 0; r < R; r++) {
+        const int first = r / block * block;
+        dlm_keys *k = &keys[P + R + r];
+        k->lo0 = 0;
+        k->hi0 = P + first;
+        k->lo1 = P + R + first;
+        k->hi1 = P + R + dlm__min(R, first + block);
+        positions[P + R + r] = P + r;
+    }
+}
+
+/* --[ work space ]------------------------------------------------------------
+   What a pass needs besides weights.  With keep, every layer has activations of its
+   own for backward; without, all layers share one set and keys and values go to a
+   cache. */
+
+typedef struct dlm__acts {          /* Q: query rows, all rows but in the last layer */
+    float *x;                       /* (N, C) what enters the layer                */
+    float *h1, *r1;                 /* (N, C), (N) norm1                           */
+    float *hq;                      /* (Q, C) the query rows of h1, or h1 itself   */
+    float *q, *q_pre, *rq;          /* (Q, H*D), the same, (Q, H)                  */
+    float *kv, *k_pre, *rk;         /* (N, 2*KV*D), (N, KV*D), (N, KV)             */
+    float *o, *lse;                 /* (Q, H*D), (Q, H)                            */
+    float *x2, *h2, *r2;            /* (Q, C), (Q, C), (Q) after attention; norm2  */
+    float *gu, *act;                /* (Q, 2F), (Q, F)                             */
+    float *k_panels, *v;            /* (KV, pad, D), (pad, KV*D) the cache         */
+} dlm__acts;
+
+typedef struct dlm__packs {         /* packed weights of one layer, or all NULL    */
+    float *q, *kv, *o, *gu, *down;
+} dlm__packs;
+
+typedef struct dlm__rows {          /* rows of a pass, grouped by sequence         */
+    int       n;
+    int      *start;                /* (S+1)                                       */
+    int      *positions;            /* (n)                                         */
+    dlm_keys *keys;                 /* (n)                                         */
+} dlm__rows;
+
+typedef struct dlm__work {
+    dlm_ctx    *ctx;
+    dlm_config  c;
+    int         keep, seqs, slots, rows, out, layer_caches, packed;   /* limits    */
+    int         chunk;              /* rows of the head at a time                  */
+    int         pad_total;          /* slots of all sequences, each rounded to 96  */
+    dlm__acts  *acts;               /* (L)                                         */
+    dlm__packs *packs;              /* (L)                                         */
+    float      *head_pack;
+    float      *cos_sin;            /* (max_seq, D)                                */
+    float      *x_out, *hf, *rf;    /* (out, C), (out, C), (out) final norm        */
+    float      *logits;             /* (chunk, V)                                  */
+    dlm__rows   all, sub;           /* every row; the rows that are looked at      */
+    int        *slot;               /* (rows)                                      */
+    int        *tokens;             /* (rows) copied, so that backward has them    */
+    int        *out_rows;           /* (out)                                       */
+    int        *k_base, *v_base, *n_slots;     /* (S) see dlm__attention           */
+    int         n_seqs;
+    /* training only */
+    float *dx, *dxq, *dh, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
+    float *v_panels, *dkv_columns;
+    float *grads;                   /* (n_params), the trainer's                   */
+} dlm__work;
+
+static void dlm__rows_carve(dlm__arena *a, dlm__rows *r, int n, int seqs)
+{
+    r->start = dlm__push_ints(a, (size_t)seqs + 1);
+    r->positions = dlm__push_ints(a, (size_t)n);
+    r->keys = (dlm_keys *)dlm__push(a, (size_t)n, sizeof(dlm_keys));
+}
+
+/* One set of activations: fresh for every layer when keeping, else for all. */
+static void dlm__acts_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
+{
+    const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
+    const size_t H = (size_t)w->c.heads, KV = (size_t)w->c.kv_heads;
+    const size_t D = (size_t)w->c.head_dim, norm = !w->c.no_qk_norm;
+    t->x = dlm__push_floats(a, N, C);
+    t->h1 = dlm__push_floats(a, N, C);
+    t->r1 = dlm__push_floats(a, N, 1);
+    t->q = dlm__push_floats(a, N, H * D);
+    t->q_pre = dlm__push_floats(a, norm * N, H * D);
+    t->rq = dlm__push_floats(a, norm * N, H);
+    t->kv = dlm__push_floats(a, N, 2 * KV * D);
+    t->k_pre = dlm__push_floats(a, norm * N, KV * D);
+    t->rk = dlm__push_floats(a, norm * N, KV);
+    t->o = dlm__push_floats(a, N, H * D);
+    t->lse = dlm__push_floats(a, N, H);
+    t->x2 = dlm__push_floats(a, N, C);
+    t->h2 = dlm__push_floats(a, N, C);
+    t->r2 = dlm__push_floats(a, N, 1);
+    t->gu = dlm__push_floats(a, N, 2 * F);
+    t->act = dlm__push_floats(a, N, F);
+}
+
+static void dlm__cache_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
+{
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    t->k_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
+    t->v = w->keep ? NULL : dlm__push_floats(a, (size_t)w->pad_total, KVD);
+}
+
+static void dlm__layers_carve(dlm__arena *a, dlm__work *w)
+{
+    const int counting = a->base == NULL;
+    float *hq = dlm__push_floats(a, (size_t)w->out, (size_t)w->c.dim);
+    dlm__acts shared;
+    memset(&shared, 0, sizeof shared);
+    for (int l = 0; l < w->c.layers; l++) {
+        dlm__acts one, *t = counting ? &one : &w->acts[l];
+        *t = shared;
+        if (w->keep || l == 0) dlm__acts_carve(a, w, t);
+        if (l == 0 || w->layer_caches) dlm__cache_carve(a, w, t);
+        t->hq = l == w->c.layers - 1 ? hq : t->h1;
+        if (l == 0) shared = *t;
+    }
+}
+
+static void dlm__packs_carve(dlm__arena *a, dlm__work *w)
+{
+    const int C = w->c.dim, F = w->c.ffn, HD = w->c.heads * w->c.head_dim;
+    const int KVD = w->c.kv_heads * w->c.head_dim, counting = a->base == NULL;
+    for (int l = 0; w->packed && l < w->c.layers; l++) {
+        dlm__packs one, *p = counting ? &one : &w->packs[l];
+        p->q = dlm__push_floats(a, dlm_pack_floats(w->ctx, HD, C), 1);
+        p->kv = dlm__push_floats(a, dlm_pack_floats(w->ctx, 2 * KVD, C), 1);
+        p->o = dlm__push_floats(a, dlm_pack_floats(w->ctx, C, HD), 1);
+        p->gu = dlm__push_floats(a, dlm_pack_floats(w->ctx, 2 * F, C), 1);
+        p->down = dlm__push_floats(a, dlm_pack_floats(w->ctx, C, F), 1);
+    }
+    w->head_pack = w->packed
+        ? dlm__push_floats(a, dlm_pack_floats(w->ctx, w->c.vocab, C), 1) : NULL;
+}
+
+static void dlm__training_carve(dlm__arena *a, dlm__work *w)
+{
+    const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
+    const size_t HD = (size_t)(w->c.heads * w->c.head_dim);
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    w->dx = dlm__push_floats(a, N, C);
+    w->dxq = dlm__push_floats(a, N, C);
+    w->dh = dlm__push_floats(a, N, C);
+    w->dq = dlm__push_floats(a, N, HD);
+    w->dkv = dlm__push_floats(a, N, 2 * KVD);
+    w->d_o = dlm__push_floats(a, N, HD);
+    w->dgu = dlm__push_floats(a, N, 2 * F);
+    w->dact = dlm__push_floats(a, N, F);
+    w->dhf = dlm__push_floats(a, (size_t)w->out, C);
+    w->v_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
+    w->dkv_columns = dlm__push_floats(a, (size_t)w->pad_total, 2 * KVD);
+}
+
+/* w's limits, ctx and c are set; everything else is placed here. */
+static void dlm__work_carve(dlm__arena *a, dlm__work *w)
+{
+    const size_t C = (size_t)w->c.dim, out = (size_t)w->out;
+    const size_t L = (size_t)w->c.layers, seqs = (size_t)w->seqs;
+    const int by_logits = (1 << 18) / w->c.vocab;
+    w->chunk = dlm__min(w->out, dlm__min(dlm__max(by_logits, 32), 512));
+    w->pad_total = w->keep ? dlm__round_up(w->rows, DLM__CHUNK) + w->seqs * DLM__CHUNK
+                           : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
+    w->acts = (dlm__acts *)dlm__push(a, L, sizeof(dlm__acts));
+    w->packs = (dlm__packs *)dlm__push(a, L, sizeof(dlm__packs));
+    w->cos_sin = dlm__push_floats(a, (size_t)w->c.max_seq, (size_t)w->c.head_dim);
+    w->x_out = dlm__push_floats(a, out, C);
+    w->hf = dlm__push_floats(a, out, C);
+    w->rf = dlm__push_floats(a, out, 1);
+    w->logits = dlm__push_floats(a, (size_t)w->chunk, (size_t)w->c.vocab);
+    dlm__rows_carve(a, &w->all, w->rows, w->seqs);
+    dlm__rows_carve(a, &w->sub, w->out, w->seqs);
+    w->slot = dlm__push_ints(a, (size_t)w->rows);
+    w->tokens = dlm__push_ints(a, (size_t)w->rows);
+    w->out_rows = dlm__push_ints(a, out);
+    w->k_base = dlm__push_ints(a, seqs);
+    w->v_base = dlm__push_ints(a, seqs);
+    w->n_slots = dlm__push_ints(a, seqs);
+    dlm__layers_carve(a, w);
+    dlm__packs_carve(a, w);
+    if (w->keep) dlm__training_carve(a, w);
+}
+
+static void dlm__fill_cos_sin(float *cos_sin, const dlm_config *c)
+{
+    const int half = c->head_dim / 2;
+    for (int t = 0; t < c->max_seq; t++)
+        for (int i = 0; i < half; i++) {
+            const double angle = t * pow((double)c->rope_theta,
+                                         -2.0 * i / c->head_dim);
+            float *row = cos_sin + (size_t)t * (size_t)c->head_dim;
+            row[i] = (float)cos(angle);
+            row[half + i] = (float)sin(angle);
+        }
+}
+
+static void dlm__pack_weights(dlm__work *w, const dlm_model *m)
+{
+    const int C = w->c.dim, F = w->c.ffn, HD = w->c.heads * w->c.head_dim;
+    const int KVD = w->c.kv_heads * w->c.head_dim;
+    for (int l = 0; l < w->c.layers; l++) {
+        const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
+        dlm_pack(w->ctx, w->packs[l].q, p.wq, HD, C);
+        dlm_pack(w->ctx, w->packs[l].kv, p.wk, 2 * KVD, C);
+        dlm_pack(w->ctx, w->packs[l].o, p.wo, C, HD);
+        dlm_pack(w->ctx, w->packs[l].gu, p.wgate, 2 * F, C);
+        dlm_pack(w->ctx, w->packs[l].down, p.wdown, C, F);
+    }
+    dlm_pack(w->ctx, w->head_pack, dlm__globals_at(&w->c, m->weights).head, w->c.vocab, C);
+}
+
+/* --[ checking a batch ]------------------------------------------------------  */
+
+static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
+{
+    if (b->n_seqs < 0 || b->n_seqs > w->seqs)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "batch: %d sequences, room for %d",
+                         b->n_seqs, w->seqs);
+    if (b->start[0] != 0)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "batch: start[0] is %d, not 0", b->start[0]);
+    for (int s = 0; s < b->n_seqs; s++) {
+        if (b->start[s + 1] < b->start[s] || b->start[s + 1] > w->rows)
+            return dlm__fail(w->ctx, DLM_E_INPUT,
+                             "batch: start[%d] = %d, wants %d..%d (rows)", s + 1,
+                             b->start[s + 1], b->start[s], w->rows);
+        if (b->lanes && (b->lanes[s] < 0 || b->lanes[s] >= w->seqs))
+            return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] = %d, wants 0..%d", s,
+                             b->lanes[s], w->seqs - 1);
+    }
+    return DLM_OK;
+}
+
+static dlm_error dlm__check_row(const dlm__work *w, int i, int slots)
+{
+    const dlm_keys *k = &w->all.keys[i];
+    const int two = k->lo1 < k->hi1;
+    if (w->tokens[i] < 0 || w->tokens[i] >= w->c.vocab)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "tokens[%d] = %d is not in 0..%d", i,
+                         w->tokens[i], w->c.vocab - 1);
+    if (w->slot[i] < 0 || w->slot[i] >= slots)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "slot of row %d: %d is not in 0..%d", i,
+                         w->slot[i], slots - 1);
+    if (w->all.positions[i] < 0 || w->all.positions[i] >= w->c.max_seq)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "position of row %d: %d is not in 0..%d", i,
+                         w->all.positions[i], w->c.max_seq - 1);
+    if (k->lo0 < 0 || k->lo0 > k->hi0 || k->hi0 > slots || (k->lo0 == k->hi0 && !two)
+        || (two && (k->lo1 < k->hi0 || k->hi1 > slots)))
+        return dlm__fail(w->ctx, DLM_E_INPUT, "keys of row %d: [%d,%d) and [%d,%d) are not"
+                         " two ranges in order within 0..%d, one of them not empty", i,
+                         k->lo0, k->hi0, k->lo1, k->hi1, slots);
+    return DLM_OK;
+}
+
+static dlm_error dlm__check_out_rows(dlm__work *w, const dlm_batch *b)
+{
+    if (b->n_out < 0 || b->n_out > w->out)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "batch: n_out = %d, room for %d", b->n_out,
+                         w->out);
+    for (int i = 0; i < b->n_out; i++) {
+        const int least = i ? b->out_rows[i - 1] + 1 : 0;
+        if (b->out_rows[i] < least || b->out_rows[i] >= w->all.n)
+            return dlm__fail(w->ctx, DLM_E_INPUT, "out_rows[%d] = %d is not in %d..%d", i,
+                             b->out_rows[i], least, w->all.n - 1);
+    }
+    return DLM_OK;
+}
+
+/* Copies a batch into the work space with its defaults filled in. */
+static void dlm__take_rows(dlm__work *w, const dlm_batch *b)
+{
+    int base = 0;
+    w->n_seqs = b->n_seqs;
+    w->all.n = b->start[b->n_seqs];
+    for (int s = 0; s < b->n_seqs; s++) {
+        const int first = b->start[s], n = b->start[s + 1] - first;
+        w->all.start[s] = first;
+        for (int i = first; i < first + n; i++) {
+            w->tokens[i] = b->tokens[i];
+            w->slot[i] = b->slots && !w->keep ? b->slots[i] : i - first;
+            w->all.positions[i] = b->positions ? b->positions[i] : w->slot[i];
+            w->all.keys[i] = b->keys[i];
+        }
+        w->n_slots[s] = w->keep ? n : w->slots;
+        w->k_base[s] = w->keep ? base
+            : (b->lanes ? b->lanes[s] : s) * dlm__round_up(w->slots, DLM__CHUNK);
+        w->v_base[s] = w->keep ? first : w->k_base[s];
+        base += dlm__round_up(n, DLM__CHUNK);
+    }
+    w->all.start[b->n_seqs] = w->all.n;
+}
+
+/* The rows that are looked at, as rows of their own: all the last layer computes. */
+static void dlm__take_out_rows(dlm__work *w, const dlm_batch *b)
+{
+    int i = 0;
+    w->sub.n = b->n_out;
+    for (int s = 0; s < w->n_seqs; s++) {
+        w->sub.start[s] = i;
+        for (; i < b->n_out && b->out_rows[i] < w->all.start[s + 1]; i++) {
+            w->out_rows[i] = b->out_rows[i];
+            w->sub.keys[i] = w->all.keys[b->out_rows[i]];
+            w->sub.positions[i] = w->all.positions[b->out_rows[i]];
+        }
+    }
+    w->sub.start[w->n_seqs] = i;
+}
+
+static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
+{
+    dlm_error e = dlm__check_sequences(w, b);
+    if (e != DLM_OK) return e;
+    dlm__take_rows(w, b);
+    for (int s = 0; s < w->n_seqs; s++)
+        for (int i = w->all.start[s]; i < w->all.start[s + 1]; i++)
+            if ((e = dlm__check_row(w, i, w->n_slots[s])) != DLM_OK) return e;
+    if ((e = dlm__check_out_rows(w, b)) != DLM_OK) return e;
+    dlm__take_out_rows(w, b);
+    return DLM_OK;
+}
+
+/* --[ forward ]---------------------------------------------------------------
+     x  = embedding
+     each layer:  h = norm1(x)   q, k, v = heads(h W)   x2 = x + attention(q, k, v) Wo
+                  g, u = norm2(x2) W                    x  = x2 + swiglu(g, u) Wdown
+     logits = norm(x) W_head
+   In the last layer queries, and all that follows them, exist for out rows only. */
+
+static void dlm__gather(float *out, const float *x, const int *rows, int n, int C)
+{
+    for (int i = 0; i < n; i++)
+        memcpy(out + (size_t)i * (size_t)C, x + (size_t)rows[i] * (size_t)C,
+               (size_t)C * sizeof *x);
+}
+
+/* Writes rows of D floats, ld apart, of one key/value head into panels. */
+static void dlm__store_panels(float *panels, int mr, const float *x, size_t ld,
+                              const int *slots, int n, int D)
+{
+    for (int i = 0; i < n; i++) {
+        const int slot = slots ? slots[i] : i;
+        float *out = panels + (size_t)(slot / mr) * (size_t)(mr * D) + slot % mr;
+        for (int d = 0; d < D; d++) out[d * mr] = x[(size_t)i * ld + (size_t)d];
+    }
+}
+
+typedef struct dlm__store {
+    const dlm__work *w;
+    float *panels;                  /* (KV, pad_total, D)                          */
+    const float *x; size_t ld;      /* (N, KV*D), rows ld apart                    */
+} dlm__store;
+
+static void dlm__store_job(void *arg, int job)
+{
+    const dlm__store *st = (const dlm__store *)arg;
+    const dlm__work *w = st->w;
+    const int s = job / w->c.kv_heads, kv = job % w->c.kv_heads, D = w->c.head_dim;
+    const int first = w->all.start[s], n = w->all.start[s + 1] - first;
+    dlm__store_panels(st->panels + ((size_t)kv * (size_t)w->pad_total
+                                    + (size_t)w->k_base[s]) * (size_t)D, w->ctx->k->mr,
+                      st->x + (size_t)first * st->ld + (size_t)(kv * D), st->ld,
+                      w->slot + first, n, D);
+}
+
+static void dlm__store_run(const dlm__work *w, float *panels, const float *x, size_t ld)
+{
+    dlm__store st;
+    st.w = w; st.panels = panels; st.x = x; st.ld = ld;
+    dlm__parallel(w->ctx, w->n_seqs * w->c.kv_heads,
+                  4.0 * w->all.n * w->c.kv_heads * w->c.head_dim, dlm__store_job, &st);
+}
+
+/* Keys to panels; values stay where they are in training, else go to the cache. */
+static void dlm__store_keys_values(const dlm__work *w, const dlm__acts *t)
+{
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    dlm__store_run(w, t->k_panels, t->kv, 2 * KVD);
+    for (int s = 0; s < w->n_seqs && !w->keep; s++)
+        for (int i = w->all.start[s]; i < w->all.start[s + 1]; i++)
+            memcpy(t->v + (size_t)(w->v_base[s] + w->slot[i]) * KVD,
+                   t->kv + (size_t)i * 2 * KVD + KVD, KVD * sizeof(float));
+}
+
+static dlm__heads dlm__heads_of(const dlm__work *w, float *x, size_t ldx, float *pre,
+                                float *r, const float *bias, const float *g, int heads,
+                                const int *positions)
+{
+    dlm__heads q;
+    q.ctx = w->ctx; q.x = x; q.ldx = ldx; q.pre = pre; q.r = r; q.bias = bias; q.g = g;
+    q.cos_sin = w->cos_sin; q.positions = positions; q.heads = heads;
+    q.D = w->c.head_dim; q.eps = w->c.norm_eps;
+    return q;
+}
+
+static dlm__attention dlm__attention_of(const dlm__work *w, const dlm__acts *t,
+                                        const dlm__rows *rows)
+{
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    dlm__attention a;
+    memset(&a, 0, sizeof a);
+    a.ctx = w->ctx; a.H = w->c.heads; a.KV = w->c.kv_heads; a.D = w->c.head_dim;
+    a.n_seqs = w->n_seqs; a.start = rows->start; a.keys = rows->keys;
+    a.q = t->q; a.o = t->o; a.lse = t->lse;
+    a.k_panels = t->k_panels; a.k_base = w->k_base; a.pad_total = w->pad_total;
+    a.v = w->keep ? t->kv + KVD : t->v;
+    a.ldv = w->keep ? 2 * KVD : KVD;
+    a.v_base = w->v_base; a.n_slots = w->n_slots;
+    return a;
+}
+
+static dlm__norm dlm__norm_of(const dlm__work *w, float *y, float *x, float *r,
+                              const float *g)
+{
+    dlm__norm n;
+    memset(&n, 0, sizeof n);
+    n.ctx = w->ctx; n.y = y; n.x = x; n.r = r; n.g = g; n.n = w->c.dim;
+    n.eps = w->c.norm_eps;
+    return n;
+}
+
+/* x (N, C) enters, x_next (Q, C) leaves; may be the same when Q = N. */
+static void dlm__block_forward(dlm__work *w, const dlm__layer *p, const dlm__packs *pk,
+                               const dlm__acts *t, int last, float *x_next)
+{
+    const int C = w->c.dim, F = w->c.ffn, D = w->c.head_dim;
+    const int HD = w->c.heads * D, KVD = w->c.kv_heads * D, N = w->all.n;
+    const dlm__rows *rows = last ? &w->sub : &w->all;
+    const int Q = rows->n;
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1), norm2, sum;
+    dlm__heads q, k;
+    dlm__attention attention;
+
+    dlm__norm_forward(&norm1, N);
+    dlm__linear_forward(w->ctx, t->kv, t->h1, p->wk, pk->kv, N, 2 * KVD, C);
+    if (p->bv)
+        for (int i = 0; i < N; i++)
+            w->ctx->k->add(t->kv + (size_t)i * 2 * (size_t)KVD + KVD, p->bv, KVD);
+    k = dlm__heads_of(w, t->kv, 2 * (size_t)KVD, t->k_pre, t->rk, p->bk, p->knorm,
+                      w->c.kv_heads, w->all.positions);
+    dlm__heads_forward(&k, N);
+    dlm__store_keys_values(w, t);
+    if (Q == 0) return;
+
+    if (last) dlm__gather(t->hq, t->h1, w->out_rows, Q, C);
+    dlm__linear_forward(w->ctx, t->q, t->hq, p->wq, pk->q, Q, HD, C);
+    q = dlm__heads_of(w, t->q, (size_t)HD, t->q_pre, t->rq, p->bq, p->qnorm, w->c.heads,
+                      rows->positions);
+    dlm__heads_forward(&q, Q);
+    attention = dlm__attention_of(w, t, rows);
+    dlm__attention_forward(&attention);
+
+    dlm__linear_forward(w->ctx, t->x2, t->o, p->wo, pk->o, Q, C, HD);
+    norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
+    norm2.residual = t->x;
+    norm2.residual_rows = last ? w->out_rows : NULL;
+    dlm__norm_forward(&norm2, Q);
+
+    dlm__linear_forward(w->ctx, t->gu, t->h2, p->wgate, pk->gu, Q, 2 * F, C);
+    dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, F);
+    dlm__linear_forward(w->ctx, x_next, t->act, p->wdown, pk->down, Q, C, F);
+    sum = dlm__norm_of(w, NULL, x_next, NULL, NULL);
+    sum.residual = t->x2;
+    dlm__norm_forward(&sum, Q);
+}
+
+static void dlm__layers_forward(dlm__work *w, const dlm_model *m)
+{
+    const dlm__globals g = dlm__globals_at(&w->c, m->weights);
+    const int last = w->c.layers - 1;
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, g.norm_out);
+    dlm__embedding_forward(w->acts[0].x, g.tok_emb, w->tokens, w->all.n, w->c.dim);
+    for (int l = 0; l <= last; l++) {
+        const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
+        dlm__block_forward(w, &p, &w->packs[l], &w->acts[l], l == last,
+                           l == last ? w->x_out : w->acts[l + 1].x);
+    }
+    dlm__norm_forward(&norm, w->sub.n);
+}
+
+typedef struct dlm__scoring {
+    dlm_score_fn score;
+    void  *user;
+    float *logits;                  /* (chunk, V)                                  */
+    int    first, V;                /* number of the chunk's first row             */
+} dlm__scoring;
+
+static void dlm__score_rows(void *arg, int first, int end)
+{
+    const dlm__scoring *s = (const dlm__scoring *)arg;
+    for (int i = first; i < end; i++)
+        s->score(s->user, s->first + i, s->logits + (size_t)i * (size_t)s->V);
+}
+
+/* The head, a chunk of rows at a time: logits, score, and when training (grads not
+   NULL) at once the way back, so that no more than a chunk of logits ever exists. */
+static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_fn score,
+                      void *user)
+{
+    const float *head = dlm__globals_at(&w->c, m->weights).head;
+    const int C = w->c.dim, V = w->c.vocab;
+    dlm__scoring s;
+    s.score = score; s.user = user; s.logits = w->logits; s.V = V;
+    for (s.first = 0; s.first < w->sub.n; s.first += w->chunk) {
+        const int n = dlm__min(w->chunk, w->sub.n - s.first);
+        float *hf = w->hf + (size_t)s.first * (size_t)C;
+        dlm__linear_forward(w->ctx, w->logits, hf, head, w->head_pack, n, V, C);
+        dlm__for_rows(w->ctx, n, 20.0 * V, dlm__score_rows, &s);
+        if (grads)
+            dlm__linear_backward(w->ctx, w->dhf + (size_t)s.first * (size_t)C, 0,
+                                 dlm__globals_at(&w->c, grads).head, w->logits, hf, head,
+                                 n, V, C);
+    }
+}
+
+/* --[ backward ]--------------------------------------------------------------
+   The column of dlm__block_forward upside down.  dxq (Q, C) comes in, the gradient of
+   what left the layer; dx (N, C) goes out, the gradient of what entered. */
+
+static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__rows *rows)
+{
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    dlm__attention a = dlm__attention_of(w, t, rows);
+    dlm__store_run(w, t->k_panels, t->kv, 2 * KVD);      /* layers share the panels */
+    dlm__store_run(w, w->v_panels, t->kv + KVD, 2 * KVD);
+    a.d_o = w->d_o; a.dq = w->dq; a.k = t->kv; a.ldk = 2 * KVD;
+    a.dk = w->dkv; a.dv = w->dkv + KVD; a.lddk = 2 * KVD;
+    a.v_panels = w->v_panels; a.dkv_columns = w->dkv_columns;
+    dlm__attention_backward(&a);
+}
+
+static void dlm__mlp_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
+                              const dlm__acts *t, int Q)
+{
+    const int C = w->c.dim, F = w->c.ffn;
+    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
+    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, p->wdown, Q, C, F);
+    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, F);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, p->wgate, Q, 2 * F, C);
+    norm2.dy = w->dh;
+    norm2.dx = w->dxq;              /* x2 reaches the output directly, too         */
+    dlm__norm_backward(&norm2, g->norm2, Q);
+}
+
+/* dh1 (N, C) from dq (Q, H*D) and dkv (N, 2*KV*D). */
+static void dlm__qkv_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
+                              const dlm__acts *t, int last)
+{
+    const int C = w->c.dim, D = w->c.head_dim, N = w->all.n;
+    const int HD = w->c.heads * D, KVD = w->c.kv_heads * D;
+    const dlm__rows *rows = last ? &w->sub : &w->all;
+    dlm__heads q = dlm__heads_of(w, w->dq, (size_t)HD, t->q_pre, t->rq, NULL, p->qnorm,
+                                 w->c.heads, rows->positions);
+    dlm__heads k = dlm__heads_of(w, w->dkv, 2 * (size_t)KVD, t->k_pre, t->rk, NULL,
+                                 p->knorm, w->c.kv_heads, w->all.positions);
+    dlm__heads_backward(&q, g->qnorm, g->bq, rows->n);
+    dlm__heads_backward(&k, g->knorm, g->bk, N);
+    if (g->bv)
+        dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, p->wk, N, 2 * KVD, C);
+    if (!last) {
+        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, p->wq, N, HD, C);
+        return;
+    }
+    dlm__linear_backward(w->ctx, w->d_o, 0, g->wq, w->dq, t->hq, p->wq, rows->n, HD, C);
+    for (int i = 0; i < rows->n; i++)           /* fwd: hq gathered rows of h1     */
+        w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
+                       w->d_o + (size_t)i * (size_t)C, C);
+}
+
+static void dlm__block_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
+                                const dlm__acts *t, int last)
+{
+    const int C = w->c.dim, HD = w->c.heads * w->c.head_dim, N = w->all.n;
+    const dlm__rows *rows = last ? &w->sub : &w->all;
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1);
+
+    dlm__mlp_backward(w, p, g, t, rows->n);
+    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, p->wo, rows->n, C, HD);
+    dlm__attention_back(w, t, rows);
+    dlm__qkv_backward(w, p, g, t, last);
+
+    if (last) {                                 /* fwd: x2 took rows of x          */
+        memset(w->dx, 0, (size_t)N * (size_t)C * sizeof *w->dx);
+        for (int i = 0; i < rows->n; i++)
+            memcpy(w->dx + (size_t)w->out_rows[i] * (size_t)C,
+                   w->dxq + (size_t)i * (size_t)C, (size_t)C * sizeof *w->dx);
+    } else {
+        memcpy(w->dx, w->dxq, (size_t)N * (size_t)C * sizeof *w->dx);
+    }
+    norm1.dy = w->dh;
+    norm1.dx = w->dx;
+    dlm__norm_backward(&norm1, g->norm1, N);
+}
+
+static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
+{
+    const dlm__globals p = dlm__globals_at(&w->c, m->weights);
+    const dlm__globals g = dlm__globals_at(&w->c, grads);
+    const int last = w->c.layers - 1;
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, p.norm_out);
+    memset(w->dxq, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dxq);
+    norm.dy = w->dhf;
+    norm.dx = w->dxq;
+    dlm__norm_backward(&norm, g.norm_out, w->sub.n);
+    for (int l = last; l >= 0; l--) {
+        const dlm__layer pl = dlm__layer_at(&w->c, m->weights, l);
+        const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
+        float *swap;
+        dlm__block_backward(w, &pl, &gl, &w->acts[l], l == last);
+        swap = w->dx; w->dx = w->dxq; w->dxq = swap;
+    }
+    dlm__embedding_backward(w->ctx, g.tok_emb, w->dxq, w->tokens, w->all.n, w->c.dim);
+}
+
+DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
+{
+    const double C = c->dim, HD = (double)c->heads * c->head_dim;
+    const double KVD = (double)c->kv_heads * c->head_dim, F = c->ffn;
+    const int N = b->start[b->n_seqs];
+    const double per_query = 2.0 * C * (2.0 * HD + 3.0 * F);
+    double seen_out = 0.0, flops;
+    for (int i = 0; i < b->n_out; i++) seen_out += dlm__keys_seen(b->keys + b->out_rows[i], 1);
+    flops = (double)c->layers * N * 4.0 * C * KVD;
+    flops += (c->layers - 1) * (N * per_query + 4.0 * HD * dlm__keys_seen(b->keys, N));
+    flops += b->n_out * (per_query + 2.0 * C * c->vocab) + 4.0 * HD * seen_out;
+    return flops;
+}
+
+/* --[ sessions ]--------------------------------------------------------------  */
+
+struct dlm_session {
+    dlm__work        w;
+    const dlm_model *m;
+    uint32_t         version;       /* of the weights that were packed             */
+    void            *block;
+};
+
+static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model *m,
+                                     const dlm_limits *lim)
+{
+    dlm_limits d;
+    dlm_error e;
+    memset(&d, 0, sizeof d);
+    memset(w, 0, sizeof *w);
+    if (lim) d = *lim;
+    w->ctx = ctx;
+    w->c = m->config;
+    if (d.seqs == 0) d.seqs = 1;
+    if (d.slots == 0) d.slots = m->config.max_seq;
+    e = dlm__in_range(ctx, "limits.seqs", d.seqs, 1, 1 << 20);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "limits.slots", d.slots, 1, 1 << 22);
+    if (e != DLM_OK) return e;
+    if ((double)d.seqs * (d.slots + DLM__CHUNK) > INT_MAX / 2)
+        return dlm__fail(ctx, DLM_E_CONFIG, "limits: %d seqs of %d slots are too many",
+                         d.seqs, d.slots);
+    if (d.rows == 0) d.rows = d.seqs * d.slots;
+    if (d.out == 0) d.out = d.rows;
+    e = dlm__in_range(ctx, "limits.rows", d.rows, 1, INT_MAX / 2);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
+    w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
+    w->layer_caches = d.cached != 0;
+    w->packed = !d.no_pack;
+    return e;
+}
+
+static size_t dlm__session_size(const dlm__work *limits)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm__work w = *limits;
+    dlm__push(&a, 1, sizeof(dlm_session));
+    dlm__work_carve(&a, &w);
+    return dlm__arena_bytes(&a);
+}
+
+DLM_API size_t dlm_session_bytes(const dlm_ctx *ctx, const dlm_model *m,
+                                 const dlm_limits *lim)
+{
+    dlm_ctx copy = *ctx;            /* errors are not reported from here           */
+    dlm__work w;
+    return dlm__session_limits(&w, &copy, m, lim) == DLM_OK ? dlm__session_size(&w) : 0;
+}
+
+DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_model *m,
+                                     const dlm_limits *lim, const dlm_memory *mem)
+{
+    dlm__arena arena;
+    dlm__work w;
+    dlm_session *s;
+    void *block;
+    dlm_error e = dlm__session_limits(&w, ctx, m, lim);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__place(ctx, "session", dlm__session_size(&w), mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    s = (dlm_session *)dlm__push(&arena, 1, sizeof *s);
+    s->w = w;
+    s->m = m;
+    s->block = block;
+    dlm__work_carve(&arena, &s->w);
+    dlm__fill_cos_sin(s->w.cos_sin, &s->w.c);
+    *out = s;
+    return DLM_OK;
+}
+
+DLM_API void dlm_session_free(dlm_session *s)
+{
+    if (s) dlm__release(s->w.ctx, s->block);
+}
+
+DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn score,
+                              void *user)
+{
+    dlm_error e = dlm__take_batch(&s->w, b);
+    if (e != DLM_OK) return e;
+    if (s->w.packed && s->version != s->m->version) dlm__pack_weights(&s->w, s->m);
+    s->version = s->m->version;
+    dlm__layers_forward(&s->w, s->m);
+    if (score) dlm__head(&s->w, s->m, NULL, score, user);
+    return DLM_OK;
+}
+
+typedef struct dlm__copy { float *out; size_t V; } dlm__copy;
+
+static void dlm__copy_logits(void *user, int i, float *logits)
+{
+    const dlm__copy *c = (const dlm__copy *)user;
+    memcpy(c->out + (size_t)i * c->V, logits, c->V * sizeof *logits);
+}
+
+DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
+{
+    dlm__copy c;
+    c.out = logits;
+    c.V = (size_t)s->w.c.vocab;
+    return dlm_forward(s, b, dlm__copy_logits, &c);
+}
+
 #endif /* implementation, part 2 */
 #endif /* DLM__KERNEL_PASS */
 
