@@ -3807,6 +3807,608 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
     return dlm_forward(s, b, dlm__copy_logits, &c);
 }
 
+/* ==[ objectives ]============================================================
+   Noise levels, masks, and the states of the three built-in objectives.  (AR; MDLM:
+   Sahoo et al. 2024, Nie et al. 2025; BLOCK: Arriola et al. 2025.) */
+
+DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified)
+{
+    const double eps = 1e-3;
+    dlm_address a = *at;
+    double u;
+    a.row = (uint32_t)row;
+    u = dlm_uniform(&a, 0);
+    if (stratified && n > 1)
+        u = ((double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n, (size_t)row)
+             + u) / n;
+    return (1.0 - eps) * u + eps;
+}
+
+DLM_API int dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
+                            int first, double t, int mask_id, const dlm_address *at)
+{
+    dlm_address a = *at;
+    int masked = 0;
+    for (int i = 0; i < T; i++) {
+        int hit;
+        a.position = (uint32_t)i;
+        hit = i >= first && dlm_uniform(&a, 0) < t;
+        noisy[i] = hit ? mask_id : tokens[i];
+        weight[i] = hit ? (float)(1.0 / t) : 0.0f;
+        masked += hit;
+    }
+    return masked;
+}
+
+/* One pass in the making: the rows of as many examples as fit. */
+typedef struct dlm__state {
+    int       n_seqs, n_rows, n_out;
+    int      *start;                /* (seqs+1)                                    */
+    int      *tokens, *positions;   /* (rows)                                      */
+    dlm_keys *keys;                 /* (rows)                                      */
+    int      *out_rows;             /* (out)                                       */
+    int      *targets;              /* (out) what should stand there               */
+    float    *weight;               /* (out) of its cross-entropy, 1/t say         */
+    float    *level;                /* (out) t, for the report                     */
+    double   *loss;                 /* (out) cross-entropy, filled by the scorer   */
+    int      *noisy;                /* (max_seq) one example's masked copy         */
+    float    *noisy_weight;         /* (max_seq)                                   */
+} dlm__state;
+
+static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs, int max_seq)
+{
+    const size_t n = (size_t)rows;
+    s->start = dlm__push_ints(a, (size_t)seqs + 1);
+    s->tokens = dlm__push_ints(a, n);
+    s->positions = dlm__push_ints(a, n);
+    s->keys = (dlm_keys *)dlm__push(a, n, sizeof(dlm_keys));
+    s->out_rows = dlm__push_ints(a, n);
+    s->targets = dlm__push_ints(a, n);
+    s->weight = dlm__push_floats(a, n, 1);
+    s->level = dlm__push_floats(a, n, 1);
+    s->loss = (double *)dlm__push(a, n, sizeof(double));
+    s->noisy = dlm__push_ints(a, (size_t)max_seq);
+    s->noisy_weight = dlm__push_floats(a, (size_t)max_seq, 1);
+}
+
+static void dlm__state_out(dlm__state *s, int row, int target, double weight, double level)
+{
+    s->out_rows[s->n_out] = row;
+    s->targets[s->n_out] = target;
+    s->weight[s->n_out] = (float)weight;
+    s->level[s->n_out++] = (float)level;
+}
+
+static void dlm__state_close(dlm__state *s, int rows)
+{
+    s->n_rows += rows;
+    s->start[++s->n_seqs] = s->n_rows;
+}
+
+/* Where the noise of an example comes from. */
+typedef struct dlm__noise {
+    dlm_address at;                 /* seed and step                               */
+    int stratified;
+    int first, all;                 /* noise levels before this example; in all    */
+    uint32_t row;                   /* number of the example in its step           */
+} dlm__noise;
+
+static double dlm__noise_of(const dlm__noise *n, int i)
+{
+    dlm_address at = n->at;
+    at.purpose = DLM_RANDOM_LEVEL;
+    return dlm_noise_level(&at, n->first + i, n->all, n->stratified);
+}
+
+/* Row i-1 predicts token i; the last token needs no row. */
+static void dlm__state_ar(dlm__state *s, const dlm_config *c, const dlm_example *e,
+                          const dlm__noise *noise)
+{
+    const int base = s->n_rows, rows = e->length - 1;
+    (void)c; (void)noise;
+    dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
+    for (int i = 0; i < rows; i++) {
+        s->tokens[base + i] = e->tokens[i];
+        s->positions[base + i] = i;
+        if (i + 1 >= e->prompt) dlm__state_out(s, base + i, e->tokens[i + 1], 1.0, 1.0);
+    }
+    dlm__state_close(s, rows);
+}
+
+/* One noise level for the whole sequence; a shifted model cannot predict token 0. */
+static void dlm__state_mdlm(dlm__state *s, const dlm_config *c, const dlm_example *e,
+                            const dlm__noise *noise)
+{
+    const int base = s->n_rows, T = e->length;
+    const double t = dlm__noise_of(noise, 0);
+    dlm_address at = noise->at;
+    at.purpose = DLM_RANDOM_MASK;
+    at.row = noise->row;
+    dlm_mask_tokens(s->noisy, s->noisy_weight, e->tokens, T, e->prompt, t, c->mask_id, &at);
+    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_FULL, 1, 0);
+    for (int i = 0; i < T; i++) {
+        s->tokens[base + i] = s->noisy[i];
+        s->positions[base + i] = i;
+        if (s->noisy_weight[i] > 0.0f && i >= c->shifted)
+            dlm__state_out(s, base + i - c->shifted, e->tokens[i], 1.0 / t, t);
+    }
+    dlm__state_close(s, T);
+}
+
+/* The doubled row [prompt | clean | noisy], one noise level per block.  Shifted, the
+   first token of a block is predicted by the clean row before it. */
+static void dlm__state_block(dlm__state *s, const dlm_config *c, const dlm_example *e,
+                             const dlm__noise *noise)
+{
+    const int base = s->n_rows, P = e->prompt, R = e->length - P, b = c->block;
+    const int noisy_row = base + P + R;
+    dlm_keys_doubled(s->keys + base, s->positions + base, P, R, b);
+    memcpy(s->tokens + base, e->tokens, (size_t)(P + R) * sizeof *s->tokens);
+    for (int first = 0; first < R; first += b) {
+        const int n = dlm__min(b, R - first);
+        dlm_address at = noise->at;
+        at.purpose = DLM_RANDOM_MASK;
+        at.row = noise->row;
+        for (int i = 0; i < n; i++) {
+            at.position = (uint32_t)(first + i);
+            s->noisy[first + i] = dlm_uniform(&at, 0) < dlm__noise_of(noise, first / b);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        s->tokens[noisy_row + r] = s->noisy[r] ? c->mask_id : e->tokens[P + r];
+    for (int clean = c->shifted; clean >= 0; clean--)   /* out rows must increase  */
+        for (int r = 0; r < R; r++) {
+            const int by_clean = c->shifted && r % b == 0;
+            const double t = dlm__noise_of(noise, r / b);
+            if (!s->noisy[r] || by_clean != clean || (by_clean && P + r == 0)) continue;
+            dlm__state_out(s, by_clean ? base + P + r - 1 : noisy_row + r - c->shifted,
+                           e->tokens[P + r], 1.0 / t, t);
+        }
+    dlm__state_close(s, P + 2 * R);
+}
+
+/* The table of objectives: rows and noise levels of one example, and its state. */
+typedef struct dlm__objective_kind {
+    const char *name;
+    void (*make)(dlm__state *s, const dlm_config *c, const dlm_example *e,
+                 const dlm__noise *noise);
+    int doubled, per_block;
+} dlm__objective_kind;
+
+static const dlm__objective_kind dlm__objectives[] = {
+    { "auto", NULL, 0, 0 },
+    { "block", dlm__state_block, 1, 1 },
+    { "mdlm", dlm__state_mdlm, 0, 0 },
+    { "ar", dlm__state_ar, 0, 0 },
+};
+
+static int dlm__rows_of(const dlm__objective_kind *k, const dlm_example *e)
+{
+    return e->length + (k->doubled ? e->length - e->prompt : 0);
+}
+
+static int dlm__levels_of(const dlm__objective_kind *k, const dlm_config *c,
+                          const dlm_example *e)
+{
+    return k->per_block ? dlm__ceil_div(e->length - e->prompt, c->block) : 1;
+}
+
+/* ==[ optimizer ]=============================================================
+   The trainer: passes that add up gradients, then clip, AdamW, averaging.  Gradients
+   and both moments are flat arrays in the order of the weights. */
+
+struct dlm_trainer {
+    dlm__work         w;
+    dlm_model        *m;
+    dlm_train_options opt;          /* with every default filled in                */
+    const dlm__objective_kind *kind;
+    float            *grads, *adam_m, *adam_v, *ema;     /* (n_params) each        */
+    double           *partial;      /* (n_params / 4096) sums of squares           */
+    dlm__state        state;
+    dlm_example      *windows;      /* (seqs) for dlm_trainer_step_text            */
+    int64_t           step;
+    double            pass_flops;   /* since the last update                       */
+    void             *block;
+};
+
+enum { DLM__GRAD_RUN = 4096 };
+
+static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
+{
+    const struct { const char *name; float value, lo, hi; } fields[] = {
+        { "lr", o->lr, 0.0f, 1e3f },            { "lr_min", o->lr_min, 0.0f, 1e3f },
+        { "beta1", o->beta1, 0.0f, 0.999999f }, { "beta2", o->beta2, 0.0f, 0.999999f },
+        { "adam_eps", o->adam_eps, 0.0f, 1.0f },
+        { "weight_decay", o->weight_decay, 0.0f, 100.0f },
+        { "clip", o->clip, 0.0f, 1e30f },       { "ema", o->ema, 0.0f, 0.9999999f },
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (!(fields[i].value >= fields[i].lo && fields[i].value <= fields[i].hi))
+            return dlm__fail(ctx, DLM_E_CONFIG, "%s: %g is not in %g..%g", fields[i].name,
+                             (double)fields[i].value, (double)fields[i].lo,
+                             (double)fields[i].hi);
+    if (o->schedule != DLM_SCHEDULE_CONSTANT && o->total <= o->warmup)
+        return dlm__fail(ctx, DLM_E_CONFIG, "total: %d steps, a schedule needs more than the"
+                         " warmup of %d", o->total, o->warmup);
+    return DLM_OK;
+}
+
+static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
+                                    const dlm_train_options *opt, dlm_train_options *o)
+{
+    static const dlm_objective by_pattern[] = {
+        DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
+    };
+    dlm_error e;
+    memset(o, 0, sizeof *o);
+    if (opt) *o = *opt;
+    e = dlm__in_range(ctx, "objective", (int)o->objective, 0, DLM_OBJECTIVE_AR);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "schedule", (int)o->schedule, 0,
+                                       DLM_SCHEDULE_COSINE);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "warmup", o->warmup, 0, INT_MAX);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "total", o->total, 0, INT_MAX);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "max_rows", o->max_rows, 0, 1 << 26);
+    if (e != DLM_OK) return e;
+    if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = by_pattern[m->config.pattern];
+    if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
+        return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
+                         " together, in a model of their own");
+    if (o->max_rows == 0)
+        o->max_rows = (int)fmin(1 << 26, 16.0 * m->config.max_seq
+                                * (1 + dlm__objectives[o->objective].doubled));
+    if (o->lr == 0.0f) o->lr = 1e-3f;
+    if (o->beta1 == 0.0f) o->beta1 = 0.9f;
+    if (o->beta2 == 0.0f) o->beta2 = 0.99f;
+    if (o->adam_eps == 0.0f) o->adam_eps = 1e-8f;
+    if (o->clip == 0.0f) o->clip = 1.0f;
+    return dlm__train_ranges(ctx, o);
+}
+
+static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
+{
+    const size_t n = t->m->n_params;
+    dlm__work *w = &t->w;
+    w->grads = t->grads = dlm__push_floats(a, n, 1);
+    t->adam_m = dlm__push_floats(a, n, 1);
+    t->adam_v = dlm__push_floats(a, n, 1);
+    t->ema = t->opt.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
+    t->partial = (double *)dlm__push(a, n / DLM__GRAD_RUN + 1, sizeof(double));
+    t->windows = (dlm_example *)dlm__push(a, (size_t)w->rows, sizeof(dlm_example));
+    dlm__state_carve(a, &t->state, w->rows, w->seqs, t->m->config.max_seq);
+    dlm__work_carve(a, w);
+}
+
+/* Everything but the arrays. */
+static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_model *m,
+                                      const dlm_train_options *opt)
+{
+    dlm_error e;
+    memset(t, 0, sizeof *t);
+    e = dlm__train_resolve(ctx, m, opt, &t->opt);
+    if (e != DLM_OK) return e;
+    t->m = (dlm_model *)(uintptr_t)m;
+    t->kind = &dlm__objectives[t->opt.objective];
+    t->w.ctx = ctx;
+    t->w.c = m->config;
+    t->w.keep = 1;
+    t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
+    t->w.seqs = dlm__max(16, t->opt.max_rows / 32);
+    return DLM_OK;
+}
+
+static size_t dlm__trainer_size(const dlm_trainer *prepared)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm_trainer t = *prepared;
+    dlm__push(&a, 1, sizeof t);
+    dlm__trainer_carve(&a, &t);
+    return dlm__arena_bytes(&a);
+}
+
+DLM_API size_t dlm_trainer_bytes(const dlm_ctx *ctx, const dlm_model *m,
+                                 const dlm_train_options *opt)
+{
+    dlm_ctx copy = *ctx;
+    dlm_trainer t;
+    return dlm__trainer_prepare(&t, &copy, m, opt) == DLM_OK ? dlm__trainer_size(&t) : 0;
+}
+
+DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
+                                     const dlm_train_options *opt, const dlm_memory *mem)
+{
+    dlm__arena arena;
+    dlm_trainer prepared, *t;
+    void *block;
+    dlm_error e = dlm__trainer_prepare(&prepared, ctx, m, opt);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__place(ctx, "trainer", dlm__trainer_size(&prepared), mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    t = (dlm_trainer *)dlm__push(&arena, 1, sizeof *t);
+    *t = prepared;
+    t->block = block;
+    dlm__trainer_carve(&arena, t);
+    dlm__fill_cos_sin(t->w.cos_sin, &t->w.c);
+    if (t->ema) memcpy(t->ema, m->weights, m->n_params * sizeof(float));
+    *out = t;
+    return DLM_OK;
+}
+
+DLM_API void dlm_trainer_free(dlm_trainer *t)
+{
+    if (t) dlm__release(t->w.ctx, t->block);
+}
+
+DLM_API float *dlm_trainer_gradients(dlm_trainer *t) { return t->grads; }
+DLM_API float *dlm_trainer_ema(dlm_trainer *t) { return t->ema; }
+DLM_API int64_t dlm_trainer_steps(const dlm_trainer *t) { return t->step; }
+
+/* --[ passes ]----------------------------------------------------------------  */
+
+static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                           void *user, int learn)
+{
+    dlm_error e = dlm__take_batch(&t->w, b);
+    if (e != DLM_OK) return e;
+    if (b->n_out == 0) return DLM_OK;
+    dlm__layers_forward(&t->w, t->m);
+    dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
+    if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
+    t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                                   void *user)
+{
+    return dlm__pass(t, b, score, user, 1);
+}
+
+typedef struct dlm__ce {            /* weighted cross-entropy of a state's out rows */
+    dlm_ctx    *ctx;
+    dlm__state *s;
+    double      scale;              /* 1 / D                                       */
+    int         V;
+} dlm__ce;
+
+static void dlm__ce_score(void *user, int i, float *logits)
+{
+    const dlm__ce *c = (const dlm__ce *)user;
+    c->s->loss[i] = dlm_cross_entropy(c->ctx, logits, c->V, c->s->targets[i],
+                                      (double)c->s->weight[i] * c->scale);
+}
+
+static dlm_batch dlm__state_batch(const dlm__state *s)
+{
+    dlm_batch b;
+    memset(&b, 0, sizeof b);
+    b.n_seqs = s->n_seqs; b.start = s->start; b.tokens = s->tokens;
+    b.positions = s->positions; b.keys = s->keys; b.out_rows = s->out_rows;
+    b.n_out = s->n_out;
+    return b;
+}
+
+static void dlm__report_state(dlm_report *r, const dlm__state *s, double scale)
+{
+    for (int i = 0; i < s->n_out; i++) {
+        const int bin = dlm__min(DLM_BINS - 1, (int)(s->level[i] * DLM_BINS));
+        r->loss += s->loss[i] * (double)s->weight[i] * scale;
+        r->bin_loss[bin] += s->loss[i];
+        r->bin_count[bin]++;
+        r->scored++;
+    }
+}
+
+static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e, int n)
+{
+    dlm_ctx *ctx = t->w.ctx;
+    if (n < 1) return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
+    for (int i = 0; i < n; i++) {
+        if (e[i].length < 1 || e[i].length > t->w.c.max_seq)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
+                             e[i].length, t->w.c.max_seq);
+        if (e[i].prompt < 0 || e[i].prompt >= e[i].length)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
+                             e[i].prompt, e[i].length - 1);
+        if (dlm__rows_of(t->kind, &e[i]) > t->w.rows)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: needs %d rows, max_rows is %d",
+                             i, dlm__rows_of(t->kind, &e[i]), t->w.rows);
+        for (int j = 0; j < e[i].length; j++)
+            if (e[i].tokens[j] < 0 || e[i].tokens[j] >= t->w.c.vocab)
+                return dlm__fail(ctx, DLM_E_INPUT, "example %d: token %d at %d is not in "
+                                 "0..%d", i, e[i].tokens[j], j, t->w.c.vocab - 1);
+    }
+    return DLM_OK;
+}
+
+/* All examples through as many passes as they need.  loss is normalised by D, the
+   tokens that could carry loss, so that it does not depend on the passes. */
+static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
+                                   dlm__noise *noise, int learn, dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    dlm__ce ce;
+    int i = 0;
+    for (int k = 0; k < n; k++) {
+        const int ar = t->kind->make == dlm__state_ar;
+        r->tokens += e[k].length - dlm__max(e[k].prompt, ar);
+        noise->all += dlm__levels_of(t->kind, &t->w.c, &e[k]);
+    }
+    ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
+    ce.scale = 1.0 / (double)(r->tokens > 0 ? r->tokens : 1);
+    while (i < n) {
+        dlm_batch b;
+        dlm_error error;
+        s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
+        for (; i < n && s->n_seqs < t->w.seqs; i++) {
+            if (s->n_rows + dlm__rows_of(t->kind, &e[i]) > t->w.rows) break;
+            noise->row = (uint32_t)i;
+            t->kind->make(s, &t->w.c, &e[i], noise);
+            noise->first += dlm__levels_of(t->kind, &t->w.c, &e[i]);
+        }
+        b = dlm__state_batch(s);
+        error = dlm__pass(t, &b, dlm__ce_score, &ce, learn);
+        if (error != DLM_OK) return error;
+        dlm__report_state(r, s, ce.scale);
+    }
+    for (int bin = 0; bin < DLM_BINS; bin++)
+        if (r->bin_count[bin]) r->bin_loss[bin] /= (double)r->bin_count[bin];
+    return DLM_OK;
+}
+
+static void dlm__noise_begin(const dlm_trainer *t, dlm__noise *noise, uint64_t seed,
+                             uint32_t step)
+{
+    memset(noise, 0, sizeof *noise);
+    noise->at = dlm__address(seed, 0, step, 0, 0);
+    noise->stratified = !t->opt.independent_levels;
+}
+
+DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
+                                   dlm_report *report)
+{
+    dlm_report local, *r = report ? report : &local;
+    dlm__noise noise;
+    dlm_error e = dlm__check_examples(t, examples, n);
+    memset(r, 0, sizeof *r);
+    if (e != DLM_OK) return e;
+    dlm__noise_begin(t, &noise, t->opt.seed, (uint32_t)t->step);
+    e = dlm__run_examples(t, examples, n, &noise, 1, r);
+    return e == DLM_OK ? dlm_trainer_update(t, r) : e;
+}
+
+DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens, size_t n_tokens,
+                                        int T, int B, dlm_report *report)
+{
+    if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
+        return dlm__fail(t->w.ctx, DLM_E_INPUT, "window: T = %d is not in 1..%d (max_seq), "
+                         "or the text has fewer tokens (%.0f)", T, t->w.c.max_seq,
+                         (double)n_tokens);
+    if (B < 1 || B > t->w.rows)
+        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)", B,
+                         t->w.rows);
+    for (int i = 0; i < B; i++) {
+        dlm_address at = dlm__address(t->opt.seed, DLM_RANDOM_DATA, (uint32_t)t->step,
+                                      (uint32_t)i, 0);
+        const double u = dlm_uniform(&at, 0);
+        t->windows[i].tokens = tokens + (size_t)(u * (double)(n_tokens - (size_t)T + 1));
+        t->windows[i].length = T;
+        t->windows[i].prompt = 0;
+    }
+    return dlm_trainer_step(t, t->windows, B, report);
+}
+
+DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
+                                       uint32_t draw, dlm_report *report)
+{
+    const double flops = t->pass_flops;
+    dlm__noise noise;
+    dlm_error e = dlm__check_examples(t, examples, n);
+    memset(report, 0, sizeof *report);
+    if (e != DLM_OK) return e;
+    dlm__noise_begin(t, &noise, ~t->opt.seed, draw);        /* never the training noise */
+    e = dlm__run_examples(t, examples, n, &noise, 0, report);
+    report->step = t->step;
+    report->flops = t->pass_flops - flops;
+    t->pass_flops = flops;
+    return e;
+}
+
+/* --[ update ]----------------------------------------------------------------  */
+
+/* Learning rate of update n = 0, 1, ..: linear up to lr over warmup, then the
+   schedule down to lr_min at total. */
+static double dlm__learning_rate(const dlm_train_options *o, int64_t n)
+{
+    double x;
+    if (n < o->warmup) return (double)o->lr * (double)(n + 1) / o->warmup;
+    if (o->schedule == DLM_SCHEDULE_CONSTANT) return (double)o->lr;
+    x = fmin(1.0, (double)(n - o->warmup) / (o->total - o->warmup));
+    if (o->schedule == DLM_SCHEDULE_COSINE) x = 0.5 - 0.5 * cos(3.141592653589793 * x);
+    return (double)o->lr + x * ((double)o->lr_min - (double)o->lr);
+}
+
+static void dlm__square_job(void *arg, int i)
+{
+    const dlm_trainer *t = (const dlm_trainer *)arg;
+    const size_t at = (size_t)i * DLM__GRAD_RUN;
+    const size_t left = t->m->n_params - at;
+    const int n = left < DLM__GRAD_RUN ? (int)left : DLM__GRAD_RUN;
+    t->partial[i] = (double)t->w.ctx->k->dot(t->grads + at, t->grads + at, n);
+}
+
+static double dlm__gradient_norm(dlm_trainer *t)
+{
+    const int runs = (int)((t->m->n_params + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN);
+    double sum = 0.0;
+    dlm__parallel(t->w.ctx, runs, 2.0 * (double)t->m->n_params, dlm__square_job, t);
+    for (int i = 0; i < runs; i++) sum += t->partial[i];
+    return sqrt(sum);
+}
+
+typedef struct dlm__adam {
+    dlm_trainer *t;
+    float  constants[8];            /* see the kernel                              */
+    size_t first, n;                /* the tensor: where, how many                 */
+} dlm__adam;
+
+static void dlm__adam_job(void *arg, int i)
+{
+    const dlm__adam *a = (const dlm__adam *)arg;
+    const size_t run = (size_t)i * DLM__GRAD_RUN, at = a->first + run;
+    const int n = a->n - run < DLM__GRAD_RUN ? (int)(a->n - run) : DLM__GRAD_RUN;
+    const dlm_trainer *t = a->t;
+    const dlm__kernels *k = t->w.ctx->k;
+    k->adamw(t->m->weights + at, t->grads + at, t->adam_m + at, t->adam_v + at, n,
+             a->constants);
+    if (t->ema) k->lerp(t->ema + at, t->m->weights + at, 1.0f - t->opt.ema, n);
+}
+
+static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
+{
+    const dlm_train_options *o = &t->opt;
+    const double n = (double)(t->step + 1);
+    const int tensors = dlm_model_tensors(t->m);
+    dlm__adam a;
+    a.t = t;
+    a.constants[0] = 1.0f - o->beta1;
+    a.constants[1] = 1.0f - o->beta2;
+    a.constants[2] = (float)(1.0 / (1.0 - pow((double)o->beta1, n)));
+    a.constants[3] = (float)(1.0 / (1.0 - pow((double)o->beta2, n)));
+    a.constants[4] = o->adam_eps;
+    a.constants[5] = (float)lr;
+    a.constants[7] = (float)clip;
+    for (int i = 0; i < tensors; i++) {
+        dlm_tensor x;
+        dlm_model_tensor(t->m, i, &x);
+        a.constants[6] = x.decayed ? (float)(lr * (double)o->weight_decay) : 0.0f;
+        a.first = (size_t)(x.data - t->m->weights);
+        a.n = (size_t)x.rows * (size_t)x.cols;
+        dlm__parallel(t->w.ctx, (int)((a.n + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN),
+                      12.0 * (double)a.n, dlm__adam_job, &a);
+    }
+    dlm_model_changed(t->m);
+}
+
+DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
+{
+    const double norm = dlm__gradient_norm(t), lr = dlm__learning_rate(&t->opt, t->step);
+    const double limit = (double)t->opt.clip;
+    const double clip = !t->opt.no_clip && norm > limit ? limit / norm : 1.0;
+    if (norm - norm == 0.0)                                 /* neither NaN nor inf */
+        dlm__adam_run(t, lr, clip);
+    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
+    t->step++;
+    if (report) {
+        report->step = t->step;
+        report->grad_norm = norm;
+        report->lr = lr;
+        report->flops = t->pass_flops;
+    }
+    t->pass_flops = 0.0;
+    return DLM_OK;
+}
+
 #endif /* implementation, part 2 */
 #endif /* DLM__KERNEL_PASS */
 
