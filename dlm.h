@@ -4409,6 +4409,791 @@ DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
     return DLM_OK;
 }
 
+/* ==[ sampler ]===============================================================
+   A state machine per sequence: the active block [a, e) loses its masks step by step,
+   then the next block that has some becomes active.  One step is one forward for all
+   sequences: choose which rows to run, let the score function pick a token and an
+   order score per candidate, commit the best. */
+
+typedef struct dlm__lane {          /* one sequence being filled in                */
+    int   length, prompt;           /* tokens; the visible prefix                  */
+    int   a, e;                     /* the active block                            */
+    int   cached;                   /* rows [0, cached) have final keys and values */
+    int   step, block_step;         /* steps done in all; in this block            */
+    int   block_masks;              /* masks when the block became active          */
+    int   end;                      /* tokens that count: up to the stop           */
+    int   done;
+    float time;                     /* FIRST_HITTING: noise level in this block    */
+    int   first, n;                 /* its candidates of this step                 */
+} dlm__lane;
+
+typedef struct dlm__candidate {     /* one masked position whose logits are wanted */
+    int   seq, position, token;
+    int   out;                      /* which out row predicts it                   */
+    float confidence, score;        /* probability; what the order sorts by        */
+    int   taken;
+} dlm__candidate;
+
+struct dlm_sampler {
+    dlm_session       *s;
+    dlm_sample_options opt;         /* with every default filled in                */
+    const dlm_config  *c;
+    int                n_seqs;
+    int               *canvas;      /* the caller's, (n_seqs, slots)               */
+    unsigned char     *fixed;       /* (n_seqs, slots) visible from the beginning  */
+    dlm__lane         *lanes;       /* (seqs)                                      */
+    dlm__candidate    *cands;       /* (out)                                       */
+    int               *out_cand;    /* (out) first candidate of an out row         */
+    int                n_cands;
+    int               *start, *lane_of, *tokens, *slots;    /* the batch           */
+    dlm_keys          *keys;
+    int               *out_rows;
+    int                n_rows, n_batch, n_out;
+    dlm_event         *trace;
+    int                n_events, forwards;
+    double             flops;
+    void              *block;
+};
+
+/* Orders that know their positions before they see logits run only those rows. */
+static int dlm__order_is_blind(dlm_order o)
+{
+    return o == DLM_ORDER_RANDOM || o == DLM_ORDER_SEQUENTIAL || o == DLM_ORDER_ANCESTRAL
+        || o == DLM_ORDER_FIRST_HITTING;
+}
+
+static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *w)
+{
+    const size_t rows = (size_t)w->rows, seqs = (size_t)w->seqs;
+    const size_t cells = seqs * (size_t)w->slots;
+    sm->fixed = (unsigned char *)dlm__push(a, cells, 1);
+    sm->lanes = (dlm__lane *)dlm__push(a, seqs, sizeof(dlm__lane));
+    sm->cands = (dlm__candidate *)dlm__push(a, rows, sizeof(dlm__candidate));
+    sm->out_cand = dlm__push_ints(a, rows);
+    sm->start = dlm__push_ints(a, seqs + 1);
+    sm->lane_of = dlm__push_ints(a, seqs);
+    sm->tokens = dlm__push_ints(a, rows);
+    sm->slots = dlm__push_ints(a, rows);
+    sm->keys = (dlm_keys *)dlm__push(a, rows, sizeof(dlm_keys));
+    sm->out_rows = dlm__push_ints(a, rows);
+    sm->trace = (dlm_event *)dlm__push(a, cells, sizeof(dlm_event));
+}
+
+DLM_API size_t dlm_sampler_bytes(const dlm_session *s)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm_sampler sm;
+    dlm__push(&a, 1, sizeof sm);
+    dlm__sampler_carve(&a, &sm, &s->w);
+    return dlm__arena_bytes(&a);
+}
+
+static dlm_error dlm__sample_floats(dlm_ctx *ctx, const dlm_sample_options *o)
+{
+    const struct { const char *name; float value, hi; } fields[] = {
+        { "threshold", o->threshold, 1.0f },     { "temperature", o->temperature, 1e4f },
+        { "entropy_bound", o->entropy_bound, 1e6f }, { "top_p", o->top_p, 1.0f },
+        { "min_p", o->min_p, 1.0f },
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (!(fields[i].value >= 0.0f && fields[i].value <= fields[i].hi))
+            return dlm__fail(ctx, DLM_E_CONFIG, "%s: %g is not in 0..%g", fields[i].name,
+                             (double)fields[i].value, (double)fields[i].hi);
+    return DLM_OK;
+}
+
+static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list, int n,
+                                    int vocab)
+{
+    if (n < 0 || (n > 0 && list == NULL))
+        return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d tokens at %p", name, n,
+                         (const void *)list);
+    for (int i = 0; i < n; i++)
+        if (list[i] < 0 || list[i] >= vocab)
+            return dlm__fail(ctx, DLM_E_CONFIG, "%s[%d]: %d is not in 0..%d", name, i,
+                             list[i], vocab - 1);
+    return DLM_OK;
+}
+
+static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
+                                     const dlm_sample_options *opt, dlm_sample_options *o)
+{
+    dlm_error e;
+    memset(o, 0, sizeof *o);
+    if (opt) *o = *opt;
+    e = dlm__in_range(ctx, "steps", o->steps, 0, INT_MAX);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "block", o->block, 0, 1 << 20);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "order", (int)o->order, 0, DLM_ORDER_COUNT - 1);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "top_k", o->top_k, 0, INT_MAX);
+    if (e == DLM_OK) e = dlm__sample_floats(ctx, o);
+    if (e == DLM_OK) e = dlm__sample_tokens(ctx, "suppress", o->suppress, o->n_suppress,
+                                            c->vocab);
+    if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
+    if (e != DLM_OK) return e;
+    if (o->block == 0) o->block = c->pattern == DLM_PATTERN_FULL ? 1 << 20 : c->block;
+    if (c->pattern == DLM_PATTERN_CAUSAL) o->block = 1;
+    if (o->threshold == 0.0f) o->threshold = 0.9f;
+    if (o->entropy_bound == 0.0f) o->entropy_bound = 0.35f;
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
+                                     const dlm_sample_options *opt, const dlm_memory *mem)
+{
+    dlm_ctx *ctx = s->w.ctx;
+    dlm__arena arena;
+    dlm_sample_options o;
+    dlm_sampler *sm;
+    void *block;
+    dlm_error e = dlm__sample_resolve(ctx, &s->w.c, opt, &o);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__place(ctx, "sampler", dlm_sampler_bytes(s), mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    sm = (dlm_sampler *)dlm__push(&arena, 1, sizeof *sm);
+    sm->s = s;
+    sm->opt = o;
+    sm->c = &s->w.c;
+    sm->block = block;
+    dlm__sampler_carve(&arena, sm, &s->w);
+    *out = sm;
+    return DLM_OK;
+}
+
+DLM_API void dlm_sampler_free(dlm_sampler *sm)
+{
+    if (sm) dlm__release(sm->s->w.ctx, sm->block);
+}
+
+/* --[ blocks ]----------------------------------------------------------------  */
+
+static int *dlm__canvas_of(const dlm_sampler *sm, int seq)
+{
+    return sm->canvas + (size_t)seq * (size_t)sm->s->w.slots;
+}
+
+static int dlm__count_masks(const dlm_sampler *sm, int seq, int from, int to)
+{
+    const int *canvas = dlm__canvas_of(sm, seq);
+    int n = 0;
+    for (int i = from; i < to; i++) n += canvas[i] == sm->c->mask_id;
+    return n;
+}
+
+static int dlm__block_offset(const dlm_sampler *sm, const dlm__lane *l)
+{
+    return sm->opt.absolute_blocks ? 0 : l->prompt % sm->opt.block;
+}
+
+/* Makes the next block with masks active, or ends the sequence. */
+static void dlm__next_block(dlm_sampler *sm, int seq)
+{
+    dlm__lane *l = &sm->lanes[seq];
+    const int b = sm->opt.block, offset = dlm__block_offset(sm, l);
+    do {
+        l->a = l->e;
+        l->e = l->a < offset ? offset : l->a + b;
+        l->e = dlm__min(l->e, l->length);
+        l->block_masks = dlm__count_masks(sm, seq, l->a, l->e);
+    } while (l->block_masks == 0 && l->a < l->length);
+    l->block_step = 0;
+    l->time = 1.0f;
+    if (l->block_masks == 0) l->done = 1;
+}
+
+DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
+                                    int n_seqs)
+{
+    const dlm__work *w = &sm->s->w;
+    const dlm_config *c = sm->c;
+    if (n_seqs < 1 || n_seqs > w->seqs)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "canvas: %d sequences, room for 1..%d",
+                         n_seqs, w->seqs);
+    for (int s = 0; s < n_seqs; s++) {
+        const int *row = canvas + (size_t)s * (size_t)w->slots;
+        if (lengths[s] < 1 || lengths[s] > w->slots || lengths[s] > c->max_seq)
+            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: length %d is not in 1..%d", s,
+                             lengths[s], dlm__min(w->slots, c->max_seq));
+        for (int i = 0; i < lengths[s]; i++)
+            if (row[i] != c->mask_id && (row[i] < 0 || row[i] >= c->vocab))
+                return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: token %d at %d is not in "
+                                 "0..%d", s, row[i], i, c->vocab - 1);
+        if (c->pattern == DLM_PATTERN_CAUSAL && row[0] == c->mask_id)
+            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: a causal model needs a first "
+                             "token to go on from", s);
+    }
+    sm->canvas = canvas;
+    sm->n_seqs = n_seqs;
+    sm->n_events = sm->forwards = 0;
+    sm->flops = 0.0;
+    for (int s = 0; s < n_seqs; s++) {
+        const int *row = dlm__canvas_of(sm, s);
+        dlm__lane *l = &sm->lanes[s];
+        memset(l, 0, sizeof *l);
+        l->length = l->end = lengths[s];
+        for (int i = 0; i < l->length; i++)
+            sm->fixed[(size_t)s * (size_t)w->slots + (size_t)i] = row[i] != c->mask_id;
+        while (l->prompt < l->length && row[l->prompt] != c->mask_id) l->prompt++;
+        dlm__next_block(sm, s);
+    }
+    return DLM_OK;
+}
+
+DLM_API int dlm_sampler_done(const dlm_sampler *sm)
+{
+    for (int s = 0; s < sm->n_seqs; s++)
+        if (!sm->lanes[s].done) return 0;
+    return 1;
+}
+
+DLM_API int dlm_sampler_length(const dlm_sampler *sm, int seq)
+{
+    return sm->lanes[seq].end;
+}
+
+DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events)
+{
+    *n_events = sm->n_events;
+    return sm->trace;
+}
+
+DLM_API void dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops)
+{
+    *forwards = sm->forwards;
+    *flops = sm->flops;
+}
+
+/* --[ which positions ]-------------------------------------------------------  */
+
+/* Positions to fill in this step: masks // steps, the remainder in the first steps. */
+static int dlm__planned(const dlm_sampler *sm, const dlm__lane *l)
+{
+    const int steps = sm->opt.steps ? sm->opt.steps : l->block_masks;
+    const int n = l->block_masks / steps + (l->block_step < l->block_masks % steps);
+    return dlm__max(n, 1);
+}
+
+static double dlm__sampler_uniform(const dlm_sampler *sm, int seq, uint32_t purpose,
+                                   int step, int position, uint32_t index)
+{
+    const uint32_t id = sm->opt.ids ? sm->opt.ids[seq] : (uint32_t)seq;
+    const dlm_address at = dlm__address(sm->opt.seed, purpose, (uint32_t)step, id,
+                                        (uint32_t)position);
+    return dlm_uniform(&at, index);
+}
+
+static void dlm__add_candidate(dlm_sampler *sm, int seq, int position)
+{
+    dlm__candidate *c = &sm->cands[sm->n_cands++];
+    memset(c, 0, sizeof *c);
+    c->seq = seq;
+    c->position = position;
+    sm->lanes[seq].n++;
+}
+
+/* Keeps the `keep` candidates of the lane with the smallest random keys, in place. */
+static void dlm__keep_random(dlm_sampler *sm, dlm__lane *l, int seq, int keep)
+{
+    dlm__candidate *c = sm->cands + l->first;
+    for (int i = 0; i < l->n; i++)
+        c[i].score = (float)dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
+                                                 c[i].position, 0);
+    while (l->n > keep) {
+        int worst = 0;
+        for (int i = 1; i < l->n; i++) if (c[i].score > c[worst].score) worst = i;
+        memmove(c + worst, c + worst + 1, (size_t)(l->n - worst - 1) * sizeof *c);
+        l->n--;
+        sm->n_cands--;
+    }
+}
+
+/* Ancestral: from t to s each mask is revealed with probability 1 - s/t, which is
+   1/(steps - k) at step k of `steps` even ones.  Steps that reveal nothing need no
+   forward and are passed over (the cache of MDLM). */
+static void dlm__keep_ancestral(dlm_sampler *sm, dlm__lane *l, int seq)
+{
+    dlm__candidate *c = sm->cands + l->first;
+    const int steps = sm->opt.steps ? sm->opt.steps : l->block_masks;
+    int kept = 0;
+    for (; kept == 0; l->block_step++) {
+        const double p = 1.0 / dlm__max(1, steps - l->block_step);
+        for (int i = 0; i < l->n; i++)
+            if (dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step, c[i].position,
+                                     (uint32_t)l->block_step) < p)
+                c[kept++] = c[i];
+    }
+    l->block_step--;
+    l->time = (float)dlm__max(0, steps - l->block_step - 1) / (float)steps;
+    sm->n_cands -= l->n - kept;
+    l->n = kept;
+}
+
+/* The candidates of one sequence: all masks of its block, or those a blind order has
+   already settled on. */
+static void dlm__find_candidates(dlm_sampler *sm, int seq)
+{
+    dlm__lane *l = &sm->lanes[seq];
+    const int *canvas = dlm__canvas_of(sm, seq);
+    const int plan = dlm__planned(sm, l);
+    const int most = sm->opt.order == DLM_ORDER_SEQUENTIAL ? plan : INT_MAX;
+    l->first = sm->n_cands;
+    l->n = 0;
+    for (int i = l->a; i < l->e && l->n < most; i++)
+        if (canvas[i] == sm->c->mask_id) dlm__add_candidate(sm, seq, i);
+    if (sm->opt.order == DLM_ORDER_RANDOM) dlm__keep_random(sm, l, seq, plan);
+    if (sm->opt.order == DLM_ORDER_ANCESTRAL) dlm__keep_ancestral(sm, l, seq);
+    if (sm->opt.order == DLM_ORDER_FIRST_HITTING) {
+        const double u = dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step, l->length,
+                                              0);
+        l->time *= (float)pow(u, 1.0 / l->n);
+        dlm__keep_random(sm, l, seq, 1);
+    }
+}
+
+/* --[ which rows ]------------------------------------------------------------
+   FULL: the whole canvas.  BLOCK: what has no final keys yet, up to the end of the
+   active block, so the block that was just finished is run again, clean, together
+   with the new one.  CAUSAL: up to the row that predicts.  Without a cache everything
+   from 0 on. */
+static int dlm__predictor(const dlm_sampler *sm, int position)
+{
+    return sm->c->shifted ? dlm__max(0, position - 1) : position;
+}
+
+static int dlm__first_row(const dlm_sampler *sm, const dlm__lane *l)
+{
+    if (sm->c->pattern == DLM_PATTERN_FULL || !sm->s->w.layer_caches) return 0;
+    return dlm__min(l->cached, dlm__predictor(sm, l->a));
+}
+
+static int dlm__end_row(const dlm_sampler *sm, const dlm__lane *l)
+{
+    if (sm->c->pattern == DLM_PATTERN_FULL) return l->length;
+    return sm->c->pattern == DLM_PATTERN_CAUSAL ? l->a : l->e;
+}
+
+static dlm_error dlm__add_rows(dlm_sampler *sm, int seq)
+{
+    const dlm__lane *l = &sm->lanes[seq];
+    const int *canvas = dlm__canvas_of(sm, seq);
+    const int first = dlm__first_row(sm, l), end = dlm__end_row(sm, l);
+    const int b = sm->opt.block, offset = dlm__block_offset(sm, l);
+    if (sm->n_rows + end - first > sm->s->w.rows)
+        return dlm__fail(sm->s->w.ctx, DLM_E_INPUT, "a step needs %d rows or more, the "
+                         "session has %d", sm->n_rows + end - first, sm->s->w.rows);
+    for (int i = first; i < end; i++) {
+        const int row = sm->n_rows + i - first;
+        dlm_keys *k = &sm->keys[row];
+        sm->tokens[row] = canvas[i];
+        sm->slots[row] = i;
+        k->lo0 = 0;
+        k->hi0 = sm->c->pattern == DLM_PATTERN_FULL ? l->length
+            : sm->c->pattern == DLM_PATTERN_CAUSAL ? i + 1
+            : i < offset ? offset : offset + ((i - offset) / b + 1) * b;
+        k->hi0 = dlm__min(k->hi0, l->length);
+        k->lo1 = k->hi1 = k->hi0;
+    }
+    for (int i = l->first; i < l->first + l->n; i++) {
+        const int row = sm->n_rows + dlm__predictor(sm, sm->cands[i].position) - first;
+        if (sm->n_out == 0 || sm->out_rows[sm->n_out - 1] != row) {
+            sm->out_cand[sm->n_out] = i;
+            sm->out_rows[sm->n_out++] = row;
+        }
+        sm->cands[i].out = sm->n_out - 1;
+    }
+    sm->lane_of[sm->n_batch] = seq;
+    sm->n_rows += end - first;
+    sm->start[++sm->n_batch] = sm->n_rows;
+    return DLM_OK;
+}
+
+/* --[ which token ]-----------------------------------------------------------  */
+
+/* Floats that are not negative sort like their bits, so a threshold can be found by
+   bisection on the bits: the smallest bits b for which keep(b) holds. */
+static float dlm__bisect(const float *w, int V, double limit, int by_mass)
+{
+    union { uint32_t u; float f; } lo, hi, mid;
+    lo.u = 0;                                   /* keeps everything                */
+    hi.f = 2.0f;                                /* above every weight              */
+    while (hi.u - lo.u > 1) {
+        double above = 0.0;
+        mid.u = lo.u + (hi.u - lo.u) / 2;
+        /* by mass: what lies above mid; by count: what is at least mid */
+        for (int v = 0; v < V; v++)
+            above += by_mass ? (w[v] > mid.f ? (double)w[v] : 0.0)
+                             : (w[v] >= mid.f ? 1.0 : 0.0);
+        if (by_mass ? above > limit : above >= limit) lo = mid;
+        else hi = mid;
+    }
+    return by_mass ? hi.f : lo.f;
+}
+
+static void dlm__drop_below(float *w, int V, float least)
+{
+    for (int v = 0; v < V; v++) if (w[v] < least) w[v] = 0.0f;
+}
+
+/* top-k keeps what is at least the k-th largest; top-p keeps a token while the mass
+   before it is at most p; min-p what is at least min_p times the largest.  Ties stay
+   together.  w (V) are weights with largest 1; each filter sees what the last left. */
+static void dlm__filter(const dlm_sample_options *o, float *w, int V)
+{
+    if (o->top_k > 0 && o->top_k < V)
+        dlm__drop_below(w, V, dlm__bisect(w, V, (double)o->top_k, 0));
+    if (o->top_p > 0.0f && o->top_p < 1.0f) {
+        double total = 0.0;
+        for (int v = 0; v < V; v++) total += (double)w[v];
+        dlm__drop_below(w, V, dlm__bisect(w, V, (double)o->top_p * total, 1));
+    }
+    if (o->min_p > 0.0f) dlm__drop_below(w, V, o->min_p);
+}
+
+/* Draws v with probability w_v / sum w: by inverting the CDF with one uniform, or, the
+   same law, as the smallest exponential variate of rate w_v (Gumbel-max). */
+static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float *w, int V)
+{
+    const int step = sm->lanes[c->seq].step;
+    double total = 0.0, least = INFINITY, target;
+    int best = 0;
+    if (!sm->opt.gumbel) {
+        for (int v = 0; v < V; v++) total += (double)w[v];
+        target = total * dlm__sampler_uniform(sm, c->seq, DLM_RANDOM_TOKEN, step,
+                                              c->position, 0);
+        total = 0.0;
+        for (int v = 0; v < V; v++) {
+            if (w[v] <= 0.0f) continue;
+            total += (double)w[v];
+            best = v;
+            if (total > target) break;
+        }
+        return best;
+    }
+    for (int v = 0; v < V; v++) {
+        double u, time;
+        if (w[v] <= 0.0f) continue;
+        u = dlm__sampler_uniform(sm, c->seq, DLM_RANDOM_TOKEN, step, c->position,
+                                 (uint32_t)v + 1);
+        time = -log1p(-u) / (double)w[v];
+        if (time < least) { least = time; best = v; }
+    }
+    return best;
+}
+
+/* What must not be emitted gets -INFINITY before anything is computed from the row. */
+static void dlm__restrict(const dlm_sampler *sm, const dlm__candidate *c, float *logits)
+{
+    const dlm_sample_options *o = &sm->opt;
+    if (o->logit_bias) sm->s->w.ctx->k->add(logits, o->logit_bias, sm->c->vocab);
+    if (o->constrain) o->constrain(o->user, c->seq, c->position, logits);
+    for (int i = 0; i < o->n_suppress; i++) logits[o->suppress[i]] = -INFINITY;
+    if (sm->c->mask_id < sm->c->vocab) logits[sm->c->mask_id] = -INFINITY;
+}
+
+/* Second largest logit, for the margin. */
+static float dlm__runner_up(const float *logits, int V, int argmax)
+{
+    float best = -INFINITY;
+    for (int v = 0; v < V; v++)
+        if (v != argmax && logits[v] > best) best = logits[v];
+    return best;
+}
+
+/* Token, confidence and order score of the candidate that out row i predicts. */
+static void dlm__pick(void *user, int i, float *logits)
+{
+    const dlm_sampler *sm = (const dlm_sampler *)user;
+    const dlm_sample_options *o = &sm->opt;
+    const dlm__kernels *k = sm->s->w.ctx->k;
+    const int V = sm->c->vocab;
+    dlm__candidate *c = &sm->cands[sm->out_cand[i]];
+    double sum, sum_x, p_max;
+    float max;
+    int argmax = 0;
+    dlm__restrict(sm, c, logits);
+    max = k->max(logits, V);
+    if (!(max > -INFINITY)) {                   /* nothing is allowed, or NaN      */
+        c->token = -1;
+        return;
+    }
+    while (logits[argmax] != max) argmax++;
+    sum = k->sum_exp(logits, V, max, &sum_x);
+    p_max = 1.0 / sum;
+    c->token = argmax;
+    c->confidence = (float)p_max;
+    c->score = c->confidence;
+    if (o->order == DLM_ORDER_ENTROPY || o->order == DLM_ORDER_ENTROPY_BOUND)
+        c->score = (float)(sum_x / sum - log(sum));         /* minus the entropy   */
+    if (o->order == DLM_ORDER_MARGIN)
+        c->score = (float)(p_max - p_max * exp((double)dlm__runner_up(logits, V, argmax)
+                                               - (double)max));
+    if (o->temperature > 0.0f) {
+        const float cold = 1.0f / o->temperature;
+        for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) * cold;
+        k->exp_scaled(logits, logits, V, 0.0f, 1.0f);
+        dlm__filter(o, logits, V);
+        c->token = dlm__draw(sm, c, logits, V);
+        c->confidence = (float)(p_max * pow((double)logits[c->token],
+                                            (double)o->temperature));
+        if (o->order == DLM_ORDER_CONFIDENCE || o->order == DLM_ORDER_THRESHOLD)
+            c->score = c->confidence;
+    }
+}
+
+/* --[ committing ]------------------------------------------------------------  */
+
+static void dlm__commit(dlm_sampler *sm, const dlm__candidate *c)
+{
+    const dlm__lane *l = &sm->lanes[c->seq];
+    dlm_event *e = &sm->trace[sm->n_events++];
+    dlm__canvas_of(sm, c->seq)[c->position] = c->token;
+    e->seq = c->seq;
+    e->position = c->position;
+    e->token = c->token;
+    e->step = l->step + 1;
+    e->confidence = c->confidence;
+    e->time = l->time;
+}
+
+static dlm__candidate *dlm__best_candidate(dlm_sampler *sm, const dlm__lane *l)
+{
+    dlm__candidate *best = NULL;
+    for (int i = l->first; i < l->first + l->n; i++) {
+        dlm__candidate *c = &sm->cands[i];
+        if (!c->taken && (best == NULL || c->score > best->score)) best = c;
+    }
+    return best;
+}
+
+/* Commits in order of score until the order says stop. */
+static void dlm__commit_lane(dlm_sampler *sm, int seq)
+{
+    dlm__lane *l = &sm->lanes[seq];
+    const dlm_order order = sm->opt.order;
+    const int plan = dlm__order_is_blind(order) ? l->n : dlm__planned(sm, l);
+    const int masks = dlm__count_masks(sm, seq, l->a, l->e);
+    double entropy = 0.0;
+    int n = 0;
+    for (int i = l->first; i < l->first + l->n; i++) sm->cands[i].taken = 0;
+    for (; n < l->n; n++) {
+        dlm__candidate *c = dlm__best_candidate(sm, l);
+        entropy -= (double)c->score;
+        if (order == DLM_ORDER_ENTROPY_BOUND) {
+            if (n > 0 && !(entropy < (double)sm->opt.entropy_bound)) break;
+        } else if (n >= plan && !(order == DLM_ORDER_THRESHOLD
+                                  && c->confidence > sm->opt.threshold)) {
+            break;
+        }
+        c->taken = 1;
+        if (order != DLM_ORDER_ANCESTRAL && order != DLM_ORDER_FIRST_HITTING)
+            l->time = (float)(masks - n - 1) / (float)l->block_masks;
+        dlm__commit(sm, c);
+    }
+    l->step++;
+    l->block_step++;
+}
+
+static int dlm__is_stop(const dlm_sampler *sm, int token)
+{
+    for (int i = 0; i < sm->opt.n_stop; i++)
+        if (sm->opt.stop[i] == token) return 1;
+    return 0;
+}
+
+/* Ends the sequence at the first generated stop token with no mask before it. */
+static void dlm__check_stop(dlm_sampler *sm, int seq)
+{
+    dlm__lane *l = &sm->lanes[seq];
+    int *canvas = dlm__canvas_of(sm, seq);
+    const unsigned char *fixed = sm->fixed + (size_t)seq * (size_t)sm->s->w.slots;
+    int i = l->prompt;
+    while (i < l->e && canvas[i] != sm->c->mask_id
+           && (fixed[i] || !dlm__is_stop(sm, canvas[i]))) i++;
+    if (sm->opt.n_stop == 0 || i >= l->e || canvas[i] == sm->c->mask_id) return;
+    l->done = 1;
+    l->end = i + 1;
+    for (i++; i < l->length; i++) if (!fixed[i]) canvas[i] = sm->c->mask_id;
+}
+
+static dlm_error dlm__sampler_forward(dlm_sampler *sm)
+{
+    dlm_batch b;
+    dlm_error e;
+    memset(&b, 0, sizeof b);
+    b.n_seqs = sm->n_batch; b.start = sm->start; b.tokens = sm->tokens;
+    b.slots = sm->slots; b.lanes = sm->lane_of; b.keys = sm->keys;
+    b.out_rows = sm->out_rows; b.n_out = sm->n_out;
+    e = dlm_forward(sm->s, &b, dlm__pick, sm);
+    if (e != DLM_OK) return e;
+    sm->forwards++;
+    sm->flops += dlm_forward_flops(sm->c, &b);
+    for (int i = 0; i < sm->n_cands; i++) {
+        dlm__candidate *c = &sm->cands[i];
+        const dlm__candidate *predicted = &sm->cands[sm->out_cand[c->out]];
+        const int position = c->position;
+        *c = *predicted;            /* shifted: tokens 0 and 1 share row 0         */
+        c->position = position;
+        if (c->token < 0)
+            return dlm__fail(sm->s->w.ctx, DLM_E_INPUT, "sequence %d, position %d: every "
+                             "token is forbidden, or the logits are NaN", c->seq, position);
+    }
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm)
+{
+    const int before = sm->n_events;
+    dlm_error e = DLM_OK;
+    sm->n_cands = sm->n_rows = sm->n_batch = sm->n_out = sm->start[0] = 0;
+    for (int s = 0; s < sm->n_seqs && e == DLM_OK; s++)
+        if (!sm->lanes[s].done) {
+            dlm__find_candidates(sm, s);
+            e = dlm__add_rows(sm, s);
+        }
+    if (e != DLM_OK || sm->n_batch == 0) return e;
+    e = dlm__sampler_forward(sm);
+    if (e != DLM_OK) return e;
+    for (int s = 0; s < sm->n_seqs; s++) {
+        dlm__lane *l = &sm->lanes[s];
+        if (l->done) continue;
+        l->cached = l->a;           /* everything before the block was clean       */
+        dlm__commit_lane(sm, s);
+        dlm__check_stop(sm, s);
+        if (!l->done && dlm__count_masks(sm, s, l->a, l->e) == 0) dlm__next_block(sm, s);
+    }
+    if (sm->opt.on_step)
+        sm->opt.on_step(sm->opt.user, sm->trace + before, sm->n_events - before);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int T,
+                             const dlm_sample_options *opt)
+{
+    dlm_limits lim;
+    dlm_session *s = NULL;
+    dlm_sampler *sm = NULL;
+    dlm_error e;
+    memset(&lim, 0, sizeof lim);
+    lim.slots = T;
+    lim.cached = m->config.pattern != DLM_PATTERN_FULL;
+    if (T < 1) return dlm__fail(ctx, DLM_E_INPUT, "canvas: length %d", T);
+    e = dlm_session_create(&s, ctx, m, &lim, NULL);
+    if (e == DLM_OK) e = dlm_sampler_create(&sm, s, opt, NULL);
+    if (e == DLM_OK) e = dlm_sampler_begin(sm, tokens, &T, 1);
+    while (e == DLM_OK && !dlm_sampler_done(sm)) e = dlm_sampler_step(sm);
+    dlm_sampler_free(sm);
+    dlm_session_free(s);
+    return e;
+}
+
+/* ==[ likelihood ]============================================================
+   log p(response | prompt).  Causal: the exact sum.  Else a Monte Carlo bound over the
+   number of masks l in a block of n (the whole response when FULL): l uniform on 1..n
+   and stratified over the samples, l positions without replacement, weight n/l.  (Nie
+   et al. 2025, appendix B; integer arithmetic keeps l exactly uniform.) */
+
+typedef struct dlm__likelihood {
+    dlm_session *s;
+    const int   *tokens;
+    int          T, P;
+    dlm__state   state;
+    double       sum;
+} dlm__likelihood;
+
+static void dlm__likelihood_score(void *user, int i, float *logits)
+{
+    const dlm__likelihood *k = (const dlm__likelihood *)user;
+    k->state.loss[i] = dlm_cross_entropy(k->s->w.ctx, logits, k->s->w.c.vocab,
+                                         k->state.targets[i], 0.0);
+}
+
+/* Masks l of the n response tokens from `first`, in s->noisy. */
+static void dlm__mask_exactly(dlm__state *s, uint64_t seed, int sample, int samples,
+                              int first, int n)
+{
+    const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD,
+                                        (uint32_t)(sample / samples), (uint32_t)first, 0);
+    const int k = (int)(dlm_uniform(&at, 0) * n);
+    const int l = (int)((k + (int64_t)sample * n / samples) % n) + 1;
+    for (int i = 0; i < n; i++) s->noisy[first + i] = 0;
+    for (int i = 0; i < l; i++)
+        s->noisy[first + (int)dlm_shuffled(seed ^ (uint64_t)first << 32, (uint32_t)sample,
+                                           (size_t)n, (size_t)i)] = 1;
+    for (int i = 0; i < n; i++) s->noisy_weight[first + i] = (float)n / (float)l;
+}
+
+static void dlm__likelihood_rows(dlm__likelihood *k, int sample, int samples, uint64_t seed)
+{
+    dlm__state *s = &k->state;
+    const dlm_config *c = &k->s->w.c;
+    const int P = k->P, R = k->T - P, full = c->pattern == DLM_PATTERN_FULL;
+    const int b = full ? R : c->block, noisy_row = full ? P : P + R;
+    for (int first = 0; first < R; first += b)
+        dlm__mask_exactly(s, seed, sample, samples, first, dlm__min(b, R - first));
+    memcpy(s->tokens, k->tokens, (size_t)k->T * sizeof *s->tokens);
+    for (int r = 0; r < R; r++)
+        s->tokens[noisy_row + r] = s->noisy[r] ? c->mask_id : k->tokens[P + r];
+    if (full) dlm_keys_fill(s->keys, k->T, DLM_PATTERN_FULL, 1, 0);
+    else dlm_keys_doubled(s->keys, s->positions, P, R, b);
+    for (int i = 0; full && i < k->T; i++) s->positions[i] = i;
+    for (int clean = c->shifted && !full; clean >= 0; clean--)
+        for (int r = 0; r < R; r++) {
+            const int by_clean = c->shifted && !full && r % b == 0;
+            const int row = by_clean ? P + r - 1 : noisy_row + r - c->shifted;
+            if (!s->noisy[r] || by_clean != clean || row < 0) continue;
+            dlm__state_out(s, row, k->tokens[P + r], (double)s->noisy_weight[r], 0.0);
+        }
+    dlm__state_close(s, noisy_row + R);
+}
+
+static dlm_error dlm__likelihood_sample(dlm__likelihood *k, int sample, int samples,
+                                        uint64_t seed)
+{
+    dlm__state *s = &k->state;
+    const dlm_example whole = { k->tokens, k->T, k->P };
+    dlm_batch b;
+    dlm_error e;
+    s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
+    if (k->s->w.c.pattern == DLM_PATTERN_CAUSAL)
+        dlm__state_ar(s, &k->s->w.c, &whole, NULL);
+    else
+        dlm__likelihood_rows(k, sample, samples, seed);
+    b = dlm__state_batch(s);
+    e = dlm_forward(k->s, &b, dlm__likelihood_score, k);
+    for (int i = 0; e == DLM_OK && i < s->n_out; i++)
+        k->sum -= s->loss[i] * (double)s->weight[i];
+    return e;
+}
+
+DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
+                                     int samples, uint64_t seed, double *nats)
+{
+    dlm_ctx *ctx = s->w.ctx;
+    dlm__arena arena = { NULL, 0 };
+    dlm__likelihood k;
+    void *block;
+    dlm_error e;
+    memset(&k, 0, sizeof k);
+    k.s = s; k.tokens = tokens; k.T = T; k.P = P;
+    if (T < 1 || T > s->w.c.max_seq || P < 0 || P > T)
+        return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T, P,
+                         s->w.c.max_seq);
+    if (s->w.c.pattern == DLM_PATTERN_CAUSAL) samples = 1;
+    if (samples < 1)
+        return dlm__fail(ctx, DLM_E_INPUT, "likelihood: %d samples", samples);
+    *nats = 0.0;
+    if (P == T) return DLM_OK;
+    dlm__state_carve(&arena, &k.state, 2 * T, 1, T);
+    e = dlm__place(ctx, "likelihood", dlm__arena_bytes(&arena), NULL, &arena, &block);
+    if (e != DLM_OK) return e;
+    dlm__state_carve(&arena, &k.state, 2 * T, 1, T);
+    for (int i = 0; i < samples && e == DLM_OK; i++)
+        e = dlm__likelihood_sample(&k, i, samples, seed);
+    dlm__release(ctx, block);
+    *nats = k.sum / samples;
+    return e;
+}
+
 #endif /* implementation, part 2 */
 #endif /* DLM__KERNEL_PASS */
 
