@@ -5194,6 +5194,1219 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
     return e;
 }
 
+/* ==[ json ]==================================================================
+   A reader over memory that keeps no tree: the caller walks objects key by key.  It
+   checks what it passes over, limits depth, and never reads beyond the end. */
+
+typedef struct dlm__json {
+    const char *p, *end;
+    int         bad;                /* set at the first mistake, stays set         */
+} dlm__json;
+
+enum { DLM__JSON_DEPTH = 32 };
+
+static void dlm__json_space(dlm__json *j)
+{
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t'
+                             || *j->p == '\r')) j->p++;
+}
+
+/* Takes the character c if it is next. */
+static int dlm__json_take(dlm__json *j, char c)
+{
+    dlm__json_space(j);
+    if (j->bad || j->p >= j->end || *j->p != c) return 0;
+    j->p++;
+    return 1;
+}
+
+static void dlm__json_want(dlm__json *j, char c)
+{
+    if (!dlm__json_take(j, c)) j->bad = 1;
+}
+
+static int dlm__json_word(dlm__json *j, const char *word)
+{
+    const size_t n = strlen(word);
+    dlm__json_space(j);
+    if (j->bad || (size_t)(j->end - j->p) < n || memcmp(j->p, word, n) != 0) return 0;
+    j->p += n;
+    return 1;
+}
+
+/* Code point to UTF-8; returns the bytes written, at most 4. */
+static size_t dlm__utf8_put(char *out, uint32_t c)
+{
+    if (c < 0x80) { out[0] = (char)c; return 1; }
+    if (c < 0x800) {
+        out[0] = (char)(0xC0 | c >> 6);
+        out[1] = (char)(0x80 | (c & 0x3F));
+        return 2;
+    }
+    if (c < 0x10000) {
+        out[0] = (char)(0xE0 | c >> 12);
+        out[1] = (char)(0x80 | (c >> 6 & 0x3F));
+        out[2] = (char)(0x80 | (c & 0x3F));
+        return 3;
+    }
+    out[0] = (char)(0xF0 | c >> 18);
+    out[1] = (char)(0x80 | (c >> 12 & 0x3F));
+    out[2] = (char)(0x80 | (c >> 6 & 0x3F));
+    out[3] = (char)(0x80 | (c & 0x3F));
+    return 4;
+}
+
+static uint32_t dlm__json_hex4(dlm__json *j)
+{
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++) {
+        const int c = j->p < j->end ? *j->p++ : 0;
+        const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
+            : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) j->bad = 1;
+        v = v << 4 | (uint32_t)(digit & 15);
+    }
+    return v;
+}
+
+/* The escape after a backslash; surrogate pairs become one code point. */
+static uint32_t dlm__json_escape(dlm__json *j)
+{
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const char c = j->p < j->end ? *j->p++ : '\0';
+    const char *at = c ? strchr(from, c) : NULL;
+    uint32_t high, low;
+    if (at) return (uint32_t)to[at - from];
+    if (c != 'u') { j->bad = 1; return 0; }
+    high = dlm__json_hex4(j);
+    if (high < 0xD800 || high > 0xDFFF) return high;
+    if (high > 0xDBFF || j->end - j->p < 2 || j->p[0] != '\\' || j->p[1] != 'u') {
+        j->bad = 1;
+        return 0;
+    }
+    j->p += 2;
+    low = dlm__json_hex4(j);
+    if (low < 0xDC00 || low > 0xDFFF) { j->bad = 1; return 0; }
+    return 0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00);
+}
+
+/* A string, unescaped and zero-terminated into out (size); what does not fit is a
+   mistake, and so is a zero character.  out NULL: pass over it.  Returns its length. */
+static size_t dlm__json_string(dlm__json *j, char *out, size_t size)
+{
+    size_t n = 0;
+    dlm__json_want(j, '"');
+    while (!j->bad) {
+        char bytes[4];
+        size_t m = 1;
+        if (j->p >= j->end || (unsigned char)*j->p < 0x20) { j->bad = 1; break; }
+        if (*j->p == '"') { j->p++; break; }
+        bytes[0] = *j->p++;
+        if (bytes[0] == '\\') {
+            const uint32_t c = dlm__json_escape(j);
+            if (c == 0) j->bad = 1;
+            m = dlm__utf8_put(bytes, c);
+        }
+        if (out && n + m >= size) { j->bad = 1; break; }
+        if (out) memcpy(out + n, bytes, m);
+        n += m;
+    }
+    if (out && size) out[j->bad ? 0 : n] = '\0';
+    return j->bad ? 0 : n;
+}
+
+/* A whole number that is not negative. */
+static uint64_t dlm__json_count(dlm__json *j)
+{
+    uint64_t v = 0;
+    int digits = 0;
+    dlm__json_space(j);
+    for (; !j->bad && j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++, digits++) {
+        if (v > (UINT64_MAX - 9) / 10) { j->bad = 1; break; }
+        v = v * 10 + (uint64_t)(*j->p - '0');
+    }
+    if (digits == 0) j->bad = 1;
+    return v;
+}
+
+static void dlm__json_skip(dlm__json *j, int depth);
+
+/* Walks on inside a list: 1 when another item follows, 0 after `close`. */
+static int dlm__json_next(dlm__json *j, char close, int *count)
+{
+    if (j->bad || dlm__json_take(j, close)) return 0;
+    if ((*count)++ > 0) dlm__json_want(j, ',');
+    return !j->bad;
+}
+
+/* The next key of an object, into key (size); 0 at its end. */
+static int dlm__json_key(dlm__json *j, char *key, size_t size, int *count)
+{
+    if (!dlm__json_next(j, '}', count)) return 0;
+    dlm__json_string(j, key, size);
+    dlm__json_want(j, ':');
+    return !j->bad;
+}
+
+static void dlm__json_skip(dlm__json *j, int depth)
+{
+    int count = 0;
+    if (depth > DLM__JSON_DEPTH) { j->bad = 1; return; }
+    if (dlm__json_take(j, '{')) {
+        while (dlm__json_key(j, NULL, 0, &count)) dlm__json_skip(j, depth + 1);
+    } else if (dlm__json_take(j, '[')) {
+        while (dlm__json_next(j, ']', &count)) dlm__json_skip(j, depth + 1);
+    } else if (j->p < j->end && *j->p == '"') {
+        dlm__json_string(j, NULL, 0);
+    } else if (!dlm__json_word(j, "true") && !dlm__json_word(j, "false")
+               && !dlm__json_word(j, "null")) {
+        const char *first = j->p;
+        while (j->p < j->end && *j->p && strchr("+-0123456789.eE", *j->p)) j->p++;
+        if (j->p == first) j->bad = 1;
+    }
+}
+
+/* Appends text as a JSON string; out NULL counts.  Returns the bytes. */
+static size_t dlm__json_quote(char *out, const char *text)
+{
+    size_t n = 1;
+    char piece[8];
+    if (out) out[0] = '"';
+    for (; *text; text++) {
+        const unsigned char c = (unsigned char)*text;
+        int m = 1;
+        if (c == '"' || c == '\\') m = snprintf(piece, sizeof piece, "\\%c", c);
+        else if (c < 0x20) m = snprintf(piece, sizeof piece, "\\u%04x", (unsigned)c);
+        else piece[0] = *text;
+        if (out) memcpy(out + n, piece, (size_t)m);
+        n += (size_t)m;
+    }
+    if (out) out[n] = '"';
+    return n + 1;
+}
+
+/* ==[ tokenizers ]============================================================
+   Bytes, or the characters of a corpus.  ids: characters by code point, stop, mask. */
+
+struct dlm_tokenizer {
+    dlm_ctx            *ctx;
+    dlm_tokenizer_kind  kind;
+    int                 n;          /* bytes or characters                         */
+    uint32_t           *chars;      /* (n) code points, ascending; CHARS only      */
+};
+
+/* Decodes one character of text [*i, size); 0 and *i unmoved when malformed: wrong
+   continuation, overlong, surrogate or beyond U+10FFFF. */
+static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
+    const unsigned char *p = (const unsigned char *)text + *i;
+    const size_t left = size - *i;
+    const unsigned char first = p[0];
+    size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1 : first < 0xF0 ? 2
+        : first < 0xF8 ? 3 : 9;
+    uint32_t c;
+    if (more >= left) return 0;
+    c = more == 0 ? first : (uint32_t)(first & (0x3F >> more));
+    for (size_t k = 1; k <= more; k++) {
+        if ((p[k] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[k] & 0x3F);
+    }
+    if (c < least[more] || (c >= 0xD800 && c <= 0xDFFF) || c > 0x10FFFF) return 0;
+    *i += more + 1;
+    *out = c;
+    return 1;
+}
+
+/* Sets, or counts, the bit of every character; bits covers all code points. */
+static dlm_error dlm__collect_chars(dlm_ctx *ctx, unsigned char *bits, const char *text,
+                                    size_t size)
+{
+    for (size_t i = 0; i < size;) {
+        uint32_t c;
+        if (!dlm__utf8_get(text, size, &i, &c))
+            return dlm__fail(ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
+                             (double)i);
+        bits[c >> 3] = (unsigned char)(bits[c >> 3] | 1 << (c & 7));
+    }
+    return DLM_OK;
+}
+
+static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
+                                    dlm_tokenizer_kind kind, int n)
+{
+    const size_t chars = kind == DLM_TOKENIZER_CHARS ? (size_t)n : 0;
+    dlm_tokenizer *t = (dlm_tokenizer *)dlm__alloc(ctx, sizeof *t
+                                                   + chars * sizeof *t->chars);
+    if (t == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    t->ctx = ctx;
+    t->kind = kind;
+    t->n = n;
+    t->chars = (uint32_t *)(void *)(t + 1);
+    *out = t;
+    return DLM_OK;
+}
+
+static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx, const char *text,
+                                      size_t size)
+{
+    const size_t bytes = 0x110000 / 8;
+    unsigned char *bits = (unsigned char *)dlm__alloc(ctx, bytes);
+    int n = 0;
+    dlm_error e;
+    if (bits == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    memset(bits, 0, bytes);
+    e = dlm__collect_chars(ctx, bits, text, size);
+    for (uint32_t c = 0; c < 0x110000; c++) n += bits[c >> 3] >> (c & 7) & 1;
+    if (e == DLM_OK && n == 0)
+        e = dlm__fail(ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
+    if (e == DLM_OK) e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n);
+    n = 0;
+    for (uint32_t c = 0; e == DLM_OK && c < 0x110000; c++)
+        if (bits[c >> 3] >> (c & 7) & 1) (*out)->chars[n++] = c;
+    dlm__release(ctx, bits);
+    return e;
+}
+
+DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
+                                       dlm_tokenizer_kind kind, const char *text,
+                                       size_t size)
+{
+    *out = NULL;
+    if (kind == DLM_TOKENIZER_BYTES) return dlm__tokenizer_new(out, ctx, kind, 256);
+    if (kind == DLM_TOKENIZER_CHARS) return dlm__tokenizer_chars(out, ctx, text, size);
+    return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
+}
+
+DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
+{
+    if (t) dlm__release(t->ctx, t);
+}
+
+DLM_API int dlm_tokenizer_vocab(const dlm_tokenizer *t) { return t->n + 2; }
+DLM_API int dlm_tokenizer_mask(const dlm_tokenizer *t) { return t->n + 1; }
+DLM_API int dlm_tokenizer_stop(const dlm_tokenizer *t) { return t->n; }
+
+/* -1 when the character is not in the vocabulary. */
+static int dlm__find_char(const dlm_tokenizer *t, uint32_t c)
+{
+    int lo = 0, hi = t->n;
+    while (lo < hi) {
+        const int mid = lo + (hi - lo) / 2;
+        if (t->chars[mid] < c) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < t->n && t->chars[lo] == c ? lo : -1;
+}
+
+DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
+                             int *ids, size_t max, size_t *n)
+{
+    *n = 0;
+    for (size_t i = 0; i < size;) {
+        int id = (unsigned char)text[i];
+        uint32_t c = 0;
+        const size_t at = i;
+        if (t->kind == DLM_TOKENIZER_BYTES) {
+            i++;
+        } else {
+            if (!dlm__utf8_get(text, size, &i, &c))
+                return dlm__fail(t->ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
+                                 (double)at);
+            id = dlm__find_char(t, c);
+            if (id < 0)
+                return dlm__fail(t->ctx, DLM_E_INPUT, "text: '%.*s' (U+%04X) at byte %.0f "
+                                 "is not in the vocabulary", (int)(i - at), text + at,
+                                 (unsigned)c, (double)at);
+        }
+        if (ids && *n < max) ids[*n] = id;
+        (*n)++;
+    }
+    return DLM_OK;
+}
+
+DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
+                          size_t size)
+{
+    size_t length = 0;
+    for (size_t i = 0; i < n; i++) {
+        char bytes[4] = { '_', 0, 0, 0 };
+        size_t m = 1;
+        if (ids[i] == t->n) continue;           /* stop                            */
+        if (ids[i] >= 0 && ids[i] < t->n) {
+            if (t->kind == DLM_TOKENIZER_BYTES) bytes[0] = (char)ids[i];
+            else m = dlm__utf8_put(bytes, t->chars[ids[i]]);
+        }
+        for (size_t k = 0; k < m; k++, length++)
+            if (out && length + 1 < size) out[length] = bytes[k];
+    }
+    if (out && size) out[length < size ? length : size - 1] = '\0';
+    return length;
+}
+
+/* ==[ safetensors ]===========================================================
+   u64 header length, a JSON header, raw little-endian data.  Everything in the header
+   is hostile until checked: sizes with overflow, ranges within the file, no two
+   tensors on the same bytes, no name twice. */
+
+#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "dlm.h reads and writes little-endian files on little-endian machines only"
+#endif
+#endif
+
+typedef struct dlm__pair { const char *key, *value; } dlm__pair;
+
+struct dlm_safetensors {
+    dlm_ctx       *ctx;
+    int            n, n_meta;
+    dlm_st_tensor *tensors;         /* (n) sorted by name                          */
+    dlm__pair     *meta;            /* (n_meta)                                    */
+    char          *text;            /* unescaped metadata                          */
+    size_t         text_used;
+    const char    *data;            /* after the header                            */
+    size_t         data_size;
+    void          *map;             /* the whole file, when it was opened here     */
+    size_t         map_size;
+};
+
+static const struct { const char *name; size_t size; } dlm__dtypes[DLM_DTYPE_COUNT] = {
+    { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
+    { "I16", 2 }, { "I8", 1 }, { "U8", 1 }, { "BOOL", 1 },
+};
+
+static dlm_error dlm__bad_header(dlm_ctx *ctx, const char *name, const char *what)
+{
+    return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %s: %s", name, what);
+}
+
+static dlm_error dlm__st_dtype(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
+{
+    char name[16];
+    dlm__json_string(j, name, sizeof name);
+    if (j->bad) return dlm__bad_header(ctx, t->name, "dtype is not a short string");
+    for (int i = 0; i < DLM_DTYPE_COUNT; i++)
+        if (strcmp(name, dlm__dtypes[i].name) == 0) {
+            t->dtype = (dlm_dtype)i;
+            return DLM_OK;
+        }
+    return dlm__fail(ctx, DLM_E_UNSUPPORTED, "safetensors: %s: dtype %s", t->name, name);
+}
+
+static dlm_error dlm__st_shape(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
+{
+    int count = 0;
+    t->count = 1;
+    dlm__json_want(j, '[');
+    while (dlm__json_next(j, ']', &count)) {
+        const uint64_t d = dlm__json_count(j);
+        if (j->bad) break;
+        if (t->n_dims == 4) return dlm__bad_header(ctx, t->name, "more than 4 dimensions");
+        if (d > INT64_MAX || (d != 0 && t->count > SIZE_MAX / 16 / d))
+            return dlm__bad_header(ctx, t->name, "its shape overflows");
+        t->dims[t->n_dims++] = (int64_t)d;
+        t->count *= (size_t)d;
+    }
+    return j->bad ? dlm__bad_header(ctx, t->name, "shape is not a list of sizes") : DLM_OK;
+}
+
+/* One entry, j behind its key.  begin and end are relative to the data. */
+static dlm_error dlm__st_entry(const dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
+{
+    char key[32];
+    uint64_t begin = 1, end = 0;
+    int count = 0, seen = 0;
+    dlm_error e = DLM_OK;
+    dlm__json_want(j, '{');
+    while (e == DLM_OK && dlm__json_key(j, key, sizeof key, &count)) {
+        if (strcmp(key, "dtype") == 0) {
+            seen |= 1;
+            e = dlm__st_dtype(f->ctx, j, t);
+        } else if (strcmp(key, "shape") == 0) {
+            seen |= 2;
+            t->n_dims = 0;
+            e = dlm__st_shape(f->ctx, j, t);
+        } else if (strcmp(key, "data_offsets") == 0) {
+            seen |= 4;
+            dlm__json_want(j, '[');
+            begin = dlm__json_count(j);
+            dlm__json_want(j, ',');
+            end = dlm__json_count(j);
+            dlm__json_want(j, ']');
+        } else {
+            dlm__json_skip(j, 0);
+        }
+    }
+    if (e != DLM_OK) return e;
+    if (j->bad || seen != 7)
+        return dlm__bad_header(f->ctx, t->name, "wants dtype, shape and data_offsets");
+    if (begin > end || end > f->data_size)
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %s: bytes [%.0f, %.0f) of "
+                         "%.0f", t->name, (double)begin, (double)end, (double)f->data_size);
+    if (end - begin != (uint64_t)t->count * dlm__dtypes[t->dtype].size)
+        return dlm__bad_header(f->ctx, t->name, "its bytes do not fit its shape");
+    t->data = f->data + begin;
+    return DLM_OK;
+}
+
+/* Metadata, null or an object of strings; pairs are stored when there is room. */
+static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j, size_t text_size)
+{
+    int count = 0;
+    if (dlm__json_word(j, "null")) return DLM_OK;
+    dlm__json_want(j, '{');
+    f->n_meta = 0;
+    f->text_used = 0;
+    while (f->meta && !j->bad) {
+        dlm__pair *pair = &f->meta[f->n_meta];
+        char *key = f->text + f->text_used;
+        if (!dlm__json_next(j, '}', &count)) break;
+        f->text_used += dlm__json_string(j, key, text_size - f->text_used) + 1;
+        dlm__json_want(j, ':');
+        pair->key = key;
+        pair->value = f->text + f->text_used;
+        f->text_used += dlm__json_string(j, f->text + f->text_used,
+                                         text_size - f->text_used) + 1;
+        f->n_meta++;
+    }
+    while (!f->meta && dlm__json_key(j, NULL, 0, &count)) {
+        dlm__json_string(j, NULL, 0);
+        f->n_meta++;
+    }
+    return j->bad ? dlm__bad_header(f->ctx, "__metadata__", "not an object of strings")
+                  : DLM_OK;
+}
+
+/* Walks the header; without arrays it only counts. */
+static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t size)
+{
+    dlm__json j;
+    int count = 0, n = 0;
+    dlm_error e = DLM_OK;
+    j.p = header; j.end = header + size; j.bad = 0;
+    dlm__json_want(&j, '{');
+    while (e == DLM_OK) {
+        dlm_st_tensor counted, *t = f->tensors ? &f->tensors[n] : &counted;
+        memset(t, 0, sizeof *t);
+        if (!dlm__json_key(&j, t->name, sizeof t->name, &count)) break;
+        if (strcmp(t->name, "__metadata__") == 0) {
+            e = dlm__st_metadata(f, &j, size + 1);
+        } else {
+            e = dlm__st_entry(f, &j, t);
+            n++;
+        }
+    }
+    if (e != DLM_OK) return e;
+    dlm__json_space(&j);
+    if (j.bad || j.p != j.end)
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed header near byte "
+                         "%.0f", (double)(j.p - header) + 8.0);
+    f->n = n;
+    return DLM_OK;
+}
+
+static int dlm__by_name(const void *a, const void *b)
+{
+    return strcmp(((const dlm_st_tensor *)a)->name, ((const dlm_st_tensor *)b)->name);
+}
+
+static int dlm__by_place(const void *a, const void *b)
+{
+    const char *x = (const char *)((const dlm_st_tensor *)a)->data;
+    const char *y = (const char *)((const dlm_st_tensor *)b)->data;
+    const size_t m = ((const dlm_st_tensor *)a)->count, n = ((const dlm_st_tensor *)b)->count;
+    return x != y ? (x > y) - (x < y) : (m > n) - (m < n);
+}
+
+static dlm_error dlm__st_check_overlap(dlm_safetensors *f)
+{
+    qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_place);
+    for (int i = 1; i < f->n; i++) {
+        const dlm_st_tensor *a = &f->tensors[i - 1], *b = &f->tensors[i];
+        if ((const char *)a->data + a->count * dlm__dtypes[a->dtype].size
+            > (const char *)b->data)
+            return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %s and %s overlap",
+                             a->name, b->name);
+    }
+    qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_name);
+    for (int i = 1; i < f->n; i++)
+        if (strcmp(f->tensors[i - 1].name, f->tensors[i].name) == 0)
+            return dlm__bad_header(f->ctx, f->tensors[i].name, "there twice");
+    return DLM_OK;
+}
+
+/* Arrays for what the first walk counted, in one block behind the object. */
+static dlm_error dlm__st_build(dlm_safetensors **out, const dlm_safetensors *counted,
+                               const char *header, size_t header_size)
+{
+    const size_t tensors = (size_t)counted->n + 1, pairs = (size_t)counted->n_meta + 1;
+    dlm_ctx *ctx = counted->ctx;
+    dlm__arena arena = { NULL, 0 };
+    dlm_safetensors *f = NULL;
+    dlm_error e;
+    for (int pass = 0; pass < 2; pass++) {
+        dlm_safetensors sizes, *to;
+        f = (dlm_safetensors *)dlm__push(&arena, 1, sizeof *f);
+        to = f ? f : &sizes;
+        if (f) *f = *counted;
+        to->tensors = (dlm_st_tensor *)dlm__push(&arena, tensors, sizeof(dlm_st_tensor));
+        to->meta = (dlm__pair *)dlm__push(&arena, pairs, sizeof(dlm__pair));
+        to->text = (char *)dlm__push(&arena, header_size + 1, 1);
+        if (pass == 0) {
+            void *block = dlm__alloc(ctx, arena.used);
+            if (block == NULL || arena.used == SIZE_MAX) {
+                dlm__release(ctx, block);
+                return dlm__fail(ctx, DLM_E_NOMEM, "safetensors: cannot allocate");
+            }
+            arena.base = (char *)block;
+            arena.used = 0;
+        }
+    }
+    e = dlm__st_walk(f, header, header_size);
+    if (e == DLM_OK) e = dlm__st_check_overlap(f);
+    if (e == DLM_OK) *out = f;
+    else dlm__release(ctx, f);
+    return e;
+}
+
+DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
+                                        const void *data, size_t size)
+{
+    dlm_safetensors f;
+    uint64_t header = 0;
+    dlm_error e;
+    *out = NULL;
+    memset(&f, 0, sizeof f);
+    f.ctx = ctx;
+    if (size < 8)
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %.0f bytes are too few",
+                         (double)size);
+    memcpy(&header, data, 8);
+    if (header > size - 8 || header > 100000000)
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: header of %.0f bytes in a file of "
+                         "%.0f", (double)header, (double)size);
+    f.data = (const char *)data + 8 + header;
+    f.data_size = size - 8 - (size_t)header;
+    e = dlm__st_walk(&f, (const char *)data + 8, (size_t)header);
+    if (e != DLM_OK) return e;
+    return dlm__st_build(out, &f, (const char *)data + 8, (size_t)header);
+}
+
+DLM_API int dlm_safetensors_count(const dlm_safetensors *f) { return f->n; }
+
+DLM_API const dlm_st_tensor *dlm_safetensors_get(const dlm_safetensors *f, int i)
+{
+    return i >= 0 && i < f->n ? &f->tensors[i] : NULL;
+}
+
+DLM_API const dlm_st_tensor *dlm_safetensors_find(const dlm_safetensors *f,
+                                                  const char *name)
+{
+    int lo = 0, hi = f->n;
+    while (lo < hi) {
+        const int mid = lo + (hi - lo) / 2;
+        if (strcmp(f->tensors[mid].name, name) < 0) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < f->n && strcmp(f->tensors[lo].name, name) == 0 ? &f->tensors[lo] : NULL;
+}
+
+DLM_API const char *dlm_safetensors_metadata(const dlm_safetensors *f, const char *key)
+{
+    for (int i = 0; i < f->n_meta; i++)
+        if (strcmp(f->meta[i].key, key) == 0) return f->meta[i].value;
+    return NULL;
+}
+
+/* --[ widening ]--------------------------------------------------------------  */
+
+static float dlm__bits_to_float(uint32_t bits)
+{
+    union { uint32_t u; float f; } x;
+    x.u = bits;
+    return x.f;
+}
+
+/* IEEE half: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
+static float dlm__half_to_float(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31;
+    const uint32_t fraction = h & 0x3FF;
+    if (exponent == 31) return dlm__bits_to_float(sign | 0x7F800000U | fraction << 13);
+    if (exponent == 0) {            /* subnormal: fraction * 2^-24, exact in float */
+        const float magnitude = (float)fraction * (1.0f / 16777216.0f);
+        return sign ? -magnitude : magnitude;
+    }
+    return dlm__bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, float *out)
+{
+    const char *p = (const char *)t->data;
+    const size_t size = dlm__dtypes[t->dtype].size;
+    if (t->dtype == DLM_F32) {
+        memcpy(out, p, t->count * sizeof *out);
+        return DLM_OK;
+    }
+    if (t->dtype != DLM_F16 && t->dtype != DLM_BF16 && t->dtype != DLM_F64)
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: %s is not a float type", t->name,
+                         dlm__dtypes[t->dtype].name);
+    for (size_t i = 0; i < t->count; i++) {
+        uint16_t h = 0;
+        double d = 0.0;
+        if (t->dtype == DLM_F64) memcpy(&d, p + i * size, size);
+        else memcpy(&h, p + i * size, size);
+        out[i] = t->dtype == DLM_F64 ? (float)d
+            : t->dtype == DLM_F16 ? dlm__half_to_float(h)
+            : dlm__bits_to_float((uint32_t)h << 16);
+    }
+    return DLM_OK;
+}
+
+/* ==[ checkpoints ]===========================================================
+   Our own files: the config as metadata strings "dlm.<field>", the tokenizer as
+   "dlm.tokenizer", tensors by their Hugging Face names. */
+
+typedef struct dlm__field { const char *name; size_t offset; int is_float; } dlm__field;
+#define DLM__INT(f) { "dlm." #f, offsetof(dlm_config, f), 0 }
+#define DLM__FLOAT(f) { "dlm." #f, offsetof(dlm_config, f), 1 }
+static const dlm__field dlm__config_fields[] = {
+    DLM__INT(vocab), DLM__INT(dim), DLM__INT(layers), DLM__INT(heads), DLM__INT(max_seq),
+    DLM__INT(mask_id), DLM__INT(pattern), DLM__INT(block), DLM__INT(shifted),
+    DLM__INT(kv_heads), DLM__INT(head_dim), DLM__INT(ffn), DLM__INT(untied_head),
+    DLM__INT(no_qk_norm), DLM__INT(qkv_bias), DLM__FLOAT(rope_theta), DLM__FLOAT(norm_eps),
+};
+#undef DLM__INT
+#undef DLM__FLOAT
+enum { DLM__N_FIELDS = sizeof dlm__config_fields / sizeof *dlm__config_fields };
+
+static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safetensors *f)
+{
+    memset(c, 0, sizeof *c);
+    for (int i = 0; i < DLM__N_FIELDS; i++) {
+        const dlm__field *field = &dlm__config_fields[i];
+        const char *text = dlm_safetensors_metadata(f, field->name);
+        char *at = (char *)c + field->offset, *end;
+        if (text == NULL)
+            return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: no metadata \"%s\": not a "
+                             "file of dlm_save", field->name);
+        if (field->is_float) {
+            *(float *)(void *)at = strtof(text, &end);
+        } else {
+            const long v = strtol(text, &end, 10);
+            if (v < -1 || v > INT_MAX) end = (char *)(uintptr_t)text;
+            *(int *)(void *)at = (int)v;
+        }
+        if (end == text || *end)
+            return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"", field->name,
+                             text);
+    }
+    return dlm_config_resolve(ctx, c);
+}
+
+static dlm_error dlm__read_tensor(dlm_ctx *ctx, const dlm_safetensors *f,
+                                  const dlm_tensor *want)
+{
+    const dlm_st_tensor *t = dlm_safetensors_find(f, want->name);
+    if (t == NULL)
+        return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", want->name);
+    if (t->n_dims != (want->cols > 1 ? 2 : 1) || t->dims[0] != want->rows
+        || (want->cols > 1 && t->dims[1] != want->cols))
+        return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s has %d dimensions [%.0f, "
+                         "%.0f], the config needs [%d, %d]", want->name, t->n_dims,
+                         (double)t->dims[0], (double)t->dims[1], want->rows, want->cols);
+    return dlm_safetensors_floats(ctx, t, want->data);
+}
+
+/* Names the first tensor of the file that the model has no use for. */
+static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f,
+                                   const dlm_model *m)
+{
+    for (int i = 0; i < f->n; i++) {
+        int known = 0;
+        for (int k = 0; k < dlm_model_tensors(m) && !known; k++) {
+            dlm_tensor t;
+            dlm_model_tensor(m, k, &t);
+            known = strcmp(t.name, f->tensors[i].name) == 0;
+        }
+        if (!known)
+            return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is not part of this "
+                             "model", f->tensors[i].name);
+    }
+    return DLM_OK;
+}
+
+static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
+                                     const dlm_safetensors *f)
+{
+    const char *kind = dlm_safetensors_metadata(f, "dlm.tokenizer");
+    const char *chars = dlm_safetensors_metadata(f, "dlm.chars");
+    *tok = NULL;
+    if (kind == NULL) return DLM_OK;
+    if (strcmp(kind, "bytes") == 0)
+        return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_BYTES, NULL, 0);
+    if (strcmp(kind, "chars") == 0 && chars)
+        return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, chars, strlen(chars));
+    return dlm__fail(ctx, DLM_E_UNSUPPORTED, "checkpoint: tokenizer \"%.40s\"", kind);
+}
+
+static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                const dlm_safetensors *f)
+{
+    dlm_config c;
+    dlm_error e = dlm__config_from(&c, ctx, f);
+    if (e == DLM_OK && dlm__count_params(&c) > f->data_size / 2)
+        e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
+                      (double)dlm__count_params(&c), (double)f->data_size);
+    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, 1, NULL);
+    for (int i = 0; e == DLM_OK && i < dlm_model_tensors(*out); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(*out, i, &t);
+        e = dlm__read_tensor(ctx, f, &t);
+    }
+    if (e == DLM_OK && f->n != dlm_model_tensors(*out)) e = dlm__extra_tensor(ctx, f, *out);
+    if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
+    if (e != DLM_OK) {
+        dlm_model_free(*out);
+        *out = NULL;
+    }
+    return e;
+}
+
+DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                  const void *data, size_t size)
+{
+    dlm_safetensors *f;
+    dlm_error e;
+    *out = NULL;
+    if (tok) *tok = NULL;
+    e = dlm_safetensors_parse(&f, ctx, data, size);
+    if (e == DLM_OK) e = dlm__load_from(out, tok, ctx, f);
+    dlm_safetensors_close(f);
+    return e;
+}
+
+#ifndef DLM_NO_STDIO
+
+/* --[ reading files ]---------------------------------------------------------  */
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static dlm_error dlm__map_file(dlm_ctx *ctx, const char *path, void **data, size_t *size)
+{
+    struct stat st;
+    const int fd = open(path, O_RDONLY);
+    if (fd < 0) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0) {
+        close(fd);
+        return dlm__fail(ctx, DLM_E_IO, "%s is empty or not a regular file", path);
+    }
+    *size = (size_t)st.st_size;
+    *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd);
+    if (*data == MAP_FAILED) {
+        *data = NULL;
+        return dlm__fail(ctx, DLM_E_IO, "cannot map %s", path);
+    }
+    return DLM_OK;
+}
+
+static void dlm__unmap_file(dlm_ctx *ctx, void *data, size_t size)
+{
+    (void)ctx;
+    if (data) munmap(data, size);
+}
+
+/* POSIX hides these under -std=c99, C++ compilers never do. */
+#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
+extern int fileno(FILE *file);
+extern int fsync(int fd);
+#endif
+static int dlm__sync(FILE *f) { return fflush(f) == 0 && fsync(fileno(f)) == 0; }
+
+#else
+
+static dlm_error dlm__map_file(dlm_ctx *ctx, const char *path, void **data, size_t *size)
+{
+    FILE *f = fopen(path, "rb");
+    long n = -1;
+    *data = NULL;
+    if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
+    if (fseek(f, 0, SEEK_END) == 0) n = ftell(f);
+    if (n > 0 && fseek(f, 0, SEEK_SET) == 0) *data = dlm__alloc(ctx, (size_t)n);
+    *size = n > 0 ? (size_t)n : 0;
+    if (*data && fread(*data, 1, *size, f) != *size) {
+        dlm__release(ctx, *data);
+        *data = NULL;
+    }
+    fclose(f);
+    return *data ? DLM_OK : dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
+}
+
+static void dlm__unmap_file(dlm_ctx *ctx, void *data, size_t size)
+{
+    (void)size;
+    dlm__release(ctx, data);
+}
+
+static int dlm__sync(FILE *f) { return fflush(f) == 0; }
+
+#endif /* POSIX */
+
+DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
+                                       const char *path)
+{
+    void *data = NULL;
+    size_t size = 0;
+    dlm_error e;
+    *out = NULL;
+    e = dlm__map_file(ctx, path, &data, &size);
+    if (e != DLM_OK) return e;
+    e = dlm_safetensors_parse(out, ctx, data, size);
+    if (e != DLM_OK) {
+        dlm__unmap_file(ctx, data, size);
+        return e;
+    }
+    (*out)->map = data;
+    (*out)->map_size = size;
+    return DLM_OK;
+}
+
+#endif /* !DLM_NO_STDIO */
+
+DLM_API void dlm_safetensors_close(dlm_safetensors *f)
+{
+    if (f == NULL) return;
+#ifndef DLM_NO_STDIO
+    dlm__unmap_file(f->ctx, f->map, f->map_size);
+#endif
+    dlm__release(f->ctx, f);
+}
+
+#ifndef DLM_NO_STDIO
+
+/* --[ writing files ]---------------------------------------------------------
+   The header is text built in two passes, counting and writing; the same calls do
+   both.  The file goes beside its target and is renamed when it is safely there. */
+
+typedef struct dlm__text { char *out; size_t n; } dlm__text;
+
+static void dlm__put(dlm__text *t, const char *s)
+{
+    const size_t n = strlen(s);
+    if (t->out) memcpy(t->out + t->n, s, n);
+    t->n += n;
+}
+
+static void dlm__put_pair(dlm__text *t, const char *key, const char *value)
+{
+    dlm__put(t, ",");
+    t->n += dlm__json_quote(t->out ? t->out + t->n : NULL, key);
+    dlm__put(t, ":");
+    t->n += dlm__json_quote(t->out ? t->out + t->n : NULL, value);
+}
+
+static void dlm__put_tensor(dlm__text *t, const char *name, int rows, int cols,
+                            size_t count, size_t *offset)
+{
+    char line[256];
+    char shape[64];
+    const size_t bytes = count * sizeof(float);
+    if (cols > 1) snprintf(shape, sizeof shape, "%d,%d", rows, cols);
+    else snprintf(shape, sizeof shape, "%.0f", (double)count);
+    snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
+             "\"data_offsets\":[%.0f,%.0f]}", name, shape, (double)*offset,
+             (double)(*offset + bytes));
+    dlm__put(t, line);
+    *offset += bytes;
+}
+
+typedef struct dlm__piece { const char *name; const float *data; size_t count; } dlm__piece;
+
+/* What a file holds: a model's tensors, or whole arrays. */
+typedef struct dlm__content {
+    const dlm_model     *m;
+    const dlm_tokenizer *tok;
+    const dlm_trainer   *t;         /* not NULL: a training state                  */
+    char                *chars;     /* the vocabulary as text                      */
+    dlm__piece           pieces[4];
+    int                  n_pieces;
+} dlm__content;
+
+static void dlm__put_config(dlm__text *t, const dlm_config *c)
+{
+    for (int i = 0; i < DLM__N_FIELDS; i++) {
+        const dlm__field *f = &dlm__config_fields[i];
+        const char *at = (const char *)c + f->offset;
+        char value[32];
+        if (f->is_float)
+            snprintf(value, sizeof value, "%.9g", (double)*(const float *)(const void *)at);
+        else
+            snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
+        dlm__put_pair(t, f->name, value);
+    }
+}
+
+static void dlm__put_header(dlm__text *t, const dlm__content *c)
+{
+    char value[32];
+    size_t offset = 0;
+    t->n = 8;
+    dlm__put(t, "{\"__metadata__\":{\"format\":\"pt\"");
+    dlm__put_config(t, &c->m->config);
+    if (c->tok)
+        dlm__put_pair(t, "dlm.tokenizer",
+                      c->tok->kind == DLM_TOKENIZER_BYTES ? "bytes" : "chars");
+    if (c->chars) dlm__put_pair(t, "dlm.chars", c->chars);
+    if (c->t) {
+        snprintf(value, sizeof value, "%.0f", (double)c->t->step);
+        dlm__put_pair(t, "dlm.step", value);
+        dlm__put_pair(t, "dlm.objective", c->t->kind->name);
+    }
+    dlm__put(t, "}");
+    for (int i = 0; c->t == NULL && i < dlm_model_tensors(c->m); i++) {
+        dlm_tensor x;
+        dlm_model_tensor(c->m, i, &x);
+        dlm__put_tensor(t, x.name, x.rows, x.cols, (size_t)x.rows * (size_t)x.cols, &offset);
+    }
+    for (int i = 0; c->t && i < c->n_pieces; i++)
+        dlm__put_tensor(t, c->pieces[i].name, 0, 1, c->pieces[i].count, &offset);
+    dlm__put(t, "}");
+    while (t->n % 8 != 0) dlm__put(t, " ");
+}
+
+static int dlm__write_all(FILE *f, const dlm__text *header, const dlm__content *c)
+{
+    const uint64_t length = header->n - 8;
+    memcpy(header->out, &length, 8);
+    if (fwrite(header->out, 1, header->n, f) != header->n) return 0;
+    for (int i = 0; i < c->n_pieces; i++)
+        if (fwrite(c->pieces[i].data, sizeof(float), c->pieces[i].count, f)
+            != c->pieces[i].count) return 0;
+    return dlm__sync(f);
+}
+
+static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path, const char *beside,
+                                   const dlm__text *header, const dlm__content *c)
+{
+    FILE *f = fopen(beside, "wb");
+    int ok;
+    if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot create %s", beside);
+    ok = dlm__write_all(f, header, c);
+    ok = fclose(f) == 0 && ok;
+#ifdef _WIN32
+    if (ok) remove(path);                       /* rename does not replace there   */
+#endif
+    if (ok && rename(beside, path) == 0) return DLM_OK;
+    remove(beside);
+    return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
+}
+
+static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c)
+{
+    static const char suffix[] = ".part";
+    const size_t path_size = strlen(path);
+    const size_t chars = c->tok && c->tok->kind == DLM_TOKENIZER_CHARS
+        ? (size_t)c->tok->n * 4 + 1 : 0;
+    dlm__text header = { NULL, 0 };
+    char *block, *beside;
+    dlm_error e;
+    dlm__text counted = { NULL, 0 };
+    c->chars = chars ? (char *)dlm__alloc(ctx, chars) : NULL;
+    if (chars && c->chars == NULL)
+        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
+    for (int i = 0, n = 0; chars && i <= c->tok->n; i++) {
+        if (i < c->tok->n) n += (int)dlm__utf8_put(c->chars + n, c->tok->chars[i]);
+        else c->chars[n] = '\0';
+    }
+    dlm__put_header(&counted, c);
+    block = (char *)dlm__alloc(ctx, counted.n + path_size + sizeof suffix);
+    if (block == NULL) {
+        dlm__release(ctx, c->chars);
+        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
+    }
+    header.out = block;
+    dlm__put_header(&header, c);
+    beside = block + counted.n;
+    memcpy(beside, path, path_size);
+    memcpy(beside + path_size, suffix, sizeof suffix);
+    e = dlm__replace_file(ctx, path, beside, &header, c);
+    dlm__release(ctx, block);
+    dlm__release(ctx, c->chars);
+    return e;
+}
+
+static void dlm__add_piece(dlm__content *c, const char *name, const float *data, size_t n)
+{
+    dlm__piece *p = &c->pieces[c->n_pieces++];
+    p->name = name;
+    p->data = data;
+    p->count = n;
+}
+
+DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
+                           const dlm_tokenizer *tok)
+{
+    dlm__content c;
+    memset(&c, 0, sizeof c);
+    c.m = m;
+    c.tok = tok;
+    dlm__add_piece(&c, "weights", m->weights, m->n_params);
+    return dlm__write_file(ctx, path, &c);
+}
+
+DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                           const char *path)
+{
+    dlm_safetensors *f;
+    dlm_error e;
+    *out = NULL;
+    if (tok) *tok = NULL;
+    e = dlm_safetensors_open(&f, ctx, path);
+    if (e == DLM_OK) e = dlm__load_from(out, tok, ctx, f);
+    dlm_safetensors_close(f);
+    return e;
+}
+
+static void dlm__trainer_pieces(dlm__content *c, const dlm_trainer *t)
+{
+    memset(c, 0, sizeof *c);
+    c->m = t->m;
+    c->t = t;
+    dlm__add_piece(c, "weights", t->m->weights, t->m->n_params);
+    dlm__add_piece(c, "adam.m", t->adam_m, t->m->n_params);
+    dlm__add_piece(c, "adam.v", t->adam_v, t->m->n_params);
+    if (t->ema) dlm__add_piece(c, "ema", t->ema, t->m->n_params);
+}
+
+DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
+{
+    dlm__content c;
+    dlm__trainer_pieces(&c, t);
+    return dlm__write_file(t->w.ctx, path, &c);
+}
+
+/* Checks everything before anything is copied. */
+static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
+{
+    dlm_ctx *ctx = t->w.ctx;
+    const char *step = dlm_safetensors_metadata(f, "dlm.step");
+    const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
+    dlm__content c;
+    dlm_config config;
+    char *end;
+    long long steps;
+    dlm_error e = dlm__config_from(&config, ctx, f);
+    if (e != DLM_OK) return e;
+    if (memcmp(&config, &t->m->config, sizeof config) != 0)
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
+                         "config");
+    if (step == NULL || objective == NULL || strcmp(objective, t->kind->name) != 0)
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, the trainer's "
+                         "is %s", objective ? objective : "missing", t->kind->name);
+    steps = strtoll(step, &end, 10);
+    if (steps < 0 || *end || end == step)
+        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\"", step);
+    dlm__trainer_pieces(&c, t);
+    for (int i = 0; i < c.n_pieces; i++) {
+        const dlm_st_tensor *x = dlm_safetensors_find(f, c.pieces[i].name);
+        if (x == NULL || x->dtype != DLM_F32 || x->count != c.pieces[i].count)
+            return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
+                             "%.0f floats", c.pieces[i].name, (double)c.pieces[i].count);
+    }
+    for (int i = 0; i < c.n_pieces; i++)
+        memcpy((float *)(uintptr_t)c.pieces[i].data,
+               dlm_safetensors_find(f, c.pieces[i].name)->data,
+               c.pieces[i].count * sizeof(float));
+    t->step = steps;
+    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
+    dlm_model_changed(t->m);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
+{
+    dlm_safetensors *f;
+    dlm_error e = dlm_safetensors_open(&f, t->w.ctx, path);
+    if (e == DLM_OK) e = dlm__trainer_from(t, f);
+    dlm_safetensors_close(f);
+    return e;
+}
+
+#endif /* !DLM_NO_STDIO */
+
+/* ==[ gradcheck ]=============================================================
+   Along a random direction u of +-1, per tensor: g . u from backward against
+   (loss(w + h u) - loss(w - h u)) / 2h.  Float forward passes limit the agreement to
+   about 1e-3; the tests compare with double precision instead. */
+
+static double dlm__check_loss(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                              double (*loss)(void *user), void *user, dlm_error *e)
+{
+    *e = dlm__pass(t, b, score, user, 0);
+    return *e == DLM_OK ? loss(user) : 0.0;
+}
+
+/* w = from + h u, for the direction of tensor i. */
+static void dlm__check_move(const dlm_tensor *x, const float *from, int i, double h)
+{
+    dlm_address at = dlm__address(0, DLM_RANDOM_CHECK, 0, (uint32_t)i, 0);
+    for (size_t j = 0; j < (size_t)x->rows * (size_t)x->cols; j++) {
+        at.position = (uint32_t)j;
+        x->data[j] = from[j] + (float)(dlm_uniform(&at, 0) < 0.5 ? h : -h);
+    }
+}
+
+static double dlm__check_slope(const dlm_tensor *x, int i, const float *g)
+{
+    dlm_address at = dlm__address(0, DLM_RANDOM_CHECK, 0, (uint32_t)i, 0);
+    double sum = 0.0;
+    for (size_t j = 0; j < (size_t)x->rows * (size_t)x->cols; j++) {
+        at.position = (uint32_t)j;
+        sum += dlm_uniform(&at, 0) < 0.5 ? (double)g[j] : -(double)g[j];
+    }
+    return sum;
+}
+
+DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
+                                double (*loss)(void *user), void *user, double step,
+                                dlm_check *out)
+{
+    const int n = dlm_model_tensors(t->m);
+    const size_t bytes = t->m->n_params * sizeof(float);
+    float *before = (float *)dlm__alloc(t->w.ctx, bytes);
+    dlm_error e;
+    if (before == NULL) return dlm__fail(t->w.ctx, DLM_E_NOMEM, "gradcheck: cannot allocate");
+    memcpy(before, t->m->weights, bytes);
+    memset(t->grads, 0, bytes);
+    e = dlm__pass(t, b, score, user, 1);
+    for (int i = 0; i < n && e == DLM_OK; i++) {
+        dlm_tensor x;
+        double up, down = 0.0;
+        size_t at;
+        dlm_model_tensor(t->m, i, &x);
+        at = (size_t)(x.data - t->m->weights);
+        dlm__check_move(&x, before + at, i, step);
+        up = dlm__check_loss(t, b, score, loss, user, &e);
+        dlm__check_move(&x, before + at, i, -step);
+        if (e == DLM_OK) down = dlm__check_loss(t, b, score, loss, user, &e);
+        memcpy(x.data, before + at, (size_t)x.rows * (size_t)x.cols * sizeof(float));
+        snprintf(out[i].name, sizeof out[i].name, "%s", x.name);
+        out[i].analytic = dlm__check_slope(&x, i, t->grads + at);
+        out[i].numeric = (up - down) / (2.0 * step);
+        out[i].error = fabs(out[i].analytic - out[i].numeric)
+            / fmax(fmax(fabs(out[i].analytic), fabs(out[i].numeric)), 1e-3);
+    }
+    dlm__release(t->w.ctx, before);
+    memset(t->grads, 0, bytes);
+    t->pass_flops = 0.0;
+    return e;
+}
+
 #endif /* implementation, part 2 */
 #endif /* DLM__KERNEL_PASS */
 
