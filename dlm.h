@@ -1,3 +1,111 @@
+/* dlm.h - v0.1.0 - small diffusion language models on a CPU, in one C file
+   SPDX-License-Identifier: MIT OR Unlicense      both texts at the end of this file
+
+   DO THIS in exactly ONE .c (or .cpp) file:
+       #define DLM_IMPLEMENTATION
+       #include "dlm.h"
+   and a plain #include "dlm.h" everywhere else.  Link with -lm (and -pthread on old
+   systems).  No other flag is needed: the kernels of every instruction set are
+   compiled in, and the best one the CPU has is chosen when the program starts.
+
+   A diffusion language model reads a canvas of tokens of which some are masked,
+   predicts all of them at once from both sides, and fills them in over a few steps.
+   Continuing a text, infilling it and filling in a form are therefore one call.
+
+   A WHOLE PROGRAM                 examples/01_first_program.c has it with error checks
+
+       #define DLM_IMPLEMENTATION
+       #include "dlm.h"
+       int main(void)
+       {
+           const char text[] = "the cat sat on the mat. the dog sat on the log. ";
+           dlm_ctx *ctx; dlm_tokenizer *tok; dlm_model *model; dlm_trainer *trainer;
+           dlm_config cfg = {0};                           // zero: the default
+           int ids[64], canvas[48];
+           size_t n;
+           char out[64];
+           dlm_init(&ctx, NULL);
+           dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, sizeof text - 1);
+           dlm_encode(tok, text, sizeof text - 1, ids, 64, &n);
+           cfg.vocab = dlm_tokenizer_vocab(tok); cfg.max_seq = 48;
+           cfg.dim = 64; cfg.layers = 2; cfg.heads = 2;
+           dlm_model_create(&model, ctx, &cfg, 1, NULL);
+           dlm_trainer_create(&trainer, ctx, model, NULL, NULL);
+           for (int step = 0; step < 200; step++)
+               dlm_trainer_step_text(trainer, ids, n, 48, 8, NULL);
+           for (int i = 0; i < 48; i++) canvas[i] = i < 8 ? ids[i] : model->config.mask_id;
+           dlm_sample(ctx, model, canvas, 48, NULL);       // fills in 8..47
+           dlm_decode(tok, canvas, 48, out, sizeof out);
+           puts(out);
+       }
+
+   CONTENTS                        grep -n '==\[' dlm.h lists the same with line numbers
+       api                         types and prototypes, each with its contract
+       platform memory random cpu  the ground: compiler, arenas, addressed bits, tables
+       kernels instances           every inner loop once, compiled per instruction set
+       threads context matmul      jobs, a small pool; packed and blocked products
+       layers attention            forward and backward of each, side by side
+       config parameters patterns  what a model is: sizes, the weight table, key ranges
+       work forward backward       activations, a batch, one pass up, one pass down
+       sessions                    inference
+       objectives optimizer        states and losses; the trainer, clipping, AdamW
+       sampler likelihood          filling in a canvas; scoring a text
+       json tokenizers             a reader; bytes and characters
+       safetensors checkpoints     files
+       gradcheck                   finite differences
+       history license
+
+   COMPILE-TIME OPTIONS            define before including the implementation
+       DLM_STATIC                  everything static, implementation included
+       DLM_NO_SIMD                 scalar kernels only (small, portable, slow)
+       DLM_NO_STDIO                no files: load from memory, nothing is saved
+       DLM_NO_THREADS              no built-in pool; a hook still works
+       DLM_ASSERT(x)               default assert(x): contract broken by the caller
+       DLM_MALLOC(n) DLM_FREE(p)   both or none; dlm_allocator replaces them at run time
+       DLM_SELF                    this file's name, if you renamed it: "my_dlm.h"
+       DLM_ALLOW_FAST_MATH         -ffast-math is refused without it (NaN, infinity)
+   and the environment variable DLM_ISA=scalar|sse2|avx2|avx512|neon at run time.
+
+   SHAPES AND NAMES                row-major, last index fastest, contiguous
+       N   rows (tokens) of a pass, all sequences one after the other    64 .. 4096
+       S   sequences in a pass                                           1 .. 64
+       T   tokens of one sequence                                        16 .. 1024
+       P R prompt and response tokens of it, T = P + R
+       Q   query rows: N, or in the last layer the rows looked at
+       C   width of the model, `dim`                                     64 .. 1024
+       H   query heads;  KV key/value heads;  G = H / KV per group       2 .. 16
+       D   width of a head                                               8 .. 128
+       F   width of the MLP, `ffn`                                       8/3 C
+       V   vocabulary                                                    32 .. 152000
+       L   layers                                                        2 .. 28
+       M N K   of a matrix product;  b: tokens of a block
+   Weights are (out, in).  dx is the gradient of x.  x_i means &x[i*...].
+
+   MEMORY                          one block per object, from the allocator or from you
+       dlm_*_bytes() says how large.  After creation a training step, a forward pass
+       and a sampling step allocate nothing.  Threads need 300 KiB of stack.
+
+   ERRORS                          nothing prints, exits or aborts
+       The world failed (memory, files, data, options): a dlm_error, and a sentence in
+       dlm_last_error(ctx).  Creators leave *out = NULL.  The caller broke a contract (a
+       NULL where none is allowed): DLM_ASSERT.  The numbers went wrong: reported as
+       data, grad_norm is then not finite and the weights stay as they were.
+
+   THREADS AND DETERMINISM         one context per thread of control; no globals
+       Same binary, same ISA: bit-identical results for any number of threads and any
+       neighbours in a batch, because work is shared out over outputs, never over sums.
+       Different ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
+       draws the same bits everywhere.
+
+   HOW TO READ THIS FILE           api, then layers -> forward -> objectives -> sampler
+       tell what a diffusion language model is; random, attention and matmul tell how it
+       is made deterministic and fast; the rest is files.
+
+   WHAT THIS IS NOT                no GPU, no autograd, no strides or views, no mixture
+       of experts, no training of models beyond some hundred million parameters.
+
+   RECENT CHANGES                  0.1.0 first version; all of them at the end */
+
 #ifndef DLM__KERNEL_PASS           /* door 1: a kernel pass skips all of this      */
 
 #if defined(DLM_STATIC) || defined(__INTELLISENSE__) || defined(__JETBRAINS_IDE__)
@@ -7,7 +115,7 @@
 #endif
 
 /* ==[ api ]===================================================================
-   Everything a caller may use.  Nothing below ==[ platform ]== is promised.
+   Everything a caller may use.  Nothing from section platform on is promised.
    Ordered as a program meets it: errors, context, math, model, batch, inference,
    sampling, objectives, training, text, files, gradient check. */
 #ifndef DLM_H
@@ -368,10 +476,11 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
 /* --[ objectives ]------------------------------------------------------------
    Pure pieces.  An objective is: make a state, run the model, score rows. */
 
-/* Noise level t in [eps, 1), eps = 1e-3, of row `row` of n: (1-eps) u + eps with u
-   uniform, or stratified (MDLM): u = (s + u')/n, the strata s dealt to the rows by a
-   random permutation.  The address's row is not used. */
-DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified);
+/* Noise level t = lo + (hi - lo) u of row `row` of n; u in [0, 1) is uniform, or
+   stratified (MDLM): u = (s + u')/n, the strata s dealt to the rows by a random
+   permutation.  The usual range is lo = 1e-3, hi = 1.  The address's row is not used. */
+DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
+                               double lo, double hi);
 /* Masks each of tokens[first .. T) independently with probability t; noisy (T) gets
    the result, weight (T) 1/t where masked and 0 elsewhere.  Returns the masks. */
 DLM_API int    dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
@@ -412,6 +521,9 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     float    clip;                         /* * = 1: largest global gradient norm  */
     int      no_clip;                      /* 1: never clip                        */
     float    ema;                          /* decay of averaged weights; 0: none   */
+    float    level_min, level_max;         /* noise levels of training are uniform in
+                                              this range (BD3-LM's clipped schedule);
+                                              * = 0.001, 1: all of them, the ELBO   */
     int      independent_levels;           /* 0: noise levels stratified over the batch */
     uint64_t seed;
 } dlm_train_options;
@@ -450,7 +562,7 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
    function of (seed, step) alone. */
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens, size_t n_tokens,
                                         int T, int B, dlm_report *report);
-/* The objective's loss on examples without learning; `draw` picks the noise. */
+/* The loss on examples without learning, over all noise levels; `draw` picks them. */
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
                                        uint32_t draw, dlm_report *report);
 
@@ -931,7 +1043,7 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
 
 /* ==[ kernels ]===============================================================
    Every inner loop that matters, written once, compiled once per instruction set.
-   ==[ instances ]== below defines the vocabulary
+   Section instances defines the vocabulary
        DLM__KERNEL_PASS   the name suffix, avx2 say
        DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
@@ -1132,7 +1244,7 @@ static DLM__TARGET float DLM__K(dlm__dot)(const float *x, const float *y, int n)
     return dlm__hsum(sum);
 }
 
-/* Formulas of the two norms stand with ==[ layers ]==. */
+/* The formulas stand in section layers. */
 static DLM__TARGET float DLM__K(dlm__rmsnorm)(float *y, const float *x, const float *g,
                                               int n, float eps)
 {
@@ -1760,7 +1872,8 @@ static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
                   &loop);
 }
 
-/* --[ the context ]-----------------------------------------------------------  */
+/* ==[ context ]===============================================================
+   Choosing the kernels, reading options, making and releasing the context. */
 
 static dlm_isa dlm__isa_from_name(const char *name)
 {
@@ -2667,11 +2780,9 @@ DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
     return loss;
 }
 
-/* ==[ model ]=================================================================
-   Configuration, the parameter table with all its uses, key patterns, and the passes
-   forward and backward through the whole stack. */
-
-/* --[ configuration ]---------------------------------------------------------  */
+/* ==[ config ]================================================================
+   Defaults and checks of a dlm_config.  After this section a config is complete and
+   its sizes do not overflow. */
 
 static dlm_error dlm__in_range(dlm_ctx *ctx, const char *name, int value, int lo, int hi)
 {
@@ -2741,7 +2852,7 @@ DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
     return DLM_OK;
 }
 
-/* --[ the parameter table ]---------------------------------------------------
+/* ==[ parameters ]============================================================
    The one list of weights.  Sizes, places, names, initialisation, decay, files and
    gradient checks all loop over it.  In memory: embedding, every layer in turn, final
    norm, head; wq wk wv and wgate wup are neighbours, so that one matmul serves them. */
@@ -3054,7 +3165,8 @@ DLM_API void dlm_model_free(dlm_model *m)
 
 DLM_API void dlm_model_changed(dlm_model *m) { m->version++; }
 
-/* --[ patterns ]--------------------------------------------------------------  */
+/* ==[ patterns ]==============================================================
+   Key ranges for every row of the usual patterns. */
 
 DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
                            int offset)
@@ -3085,7 +3197,7 @@ DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int 
     }
 }
 
-/* --[ work space ]------------------------------------------------------------
+/* ==[ work ]==================================================================
    What a pass needs besides weights.  With keep, every layer has activations of its
    own for backward; without, all layers share one set and keys and values go to a
    cache. */
@@ -3391,7 +3503,7 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
     return DLM_OK;
 }
 
-/* --[ forward ]---------------------------------------------------------------
+/* ==[ forward ]===============================================================
      x  = embedding
      each layer:  h = norm1(x)   q, k, v = heads(h W)   x2 = x + attention(q, k, v) Wo
                   g, u = norm2(x2) W                    x  = x2 + swiglu(g, u) Wdown
@@ -3584,7 +3696,7 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
     }
 }
 
-/* --[ backward ]--------------------------------------------------------------
+/* ==[ backward ]==============================================================
    The column of dlm__block_forward upside down.  dxq (Q, C) comes in, the gradient of
    what left the layer; dx (N, C) goes out, the gradient of what entered. */
 
@@ -3698,7 +3810,8 @@ DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
     return flops;
 }
 
-/* --[ sessions ]--------------------------------------------------------------  */
+/* ==[ sessions ]==============================================================
+   Inference: a work space that keeps nothing for backward, and packed weights. */
 
 struct dlm_session {
     dlm__work        w;
@@ -3811,9 +3924,9 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
    Noise levels, masks, and the states of the three built-in objectives.  (AR; MDLM:
    Sahoo et al. 2024, Nie et al. 2025; BLOCK: Arriola et al. 2025.) */
 
-DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified)
+DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
+                               double lo, double hi)
 {
-    const double eps = 1e-3;
     dlm_address a = *at;
     double u;
     a.row = (uint32_t)row;
@@ -3821,7 +3934,7 @@ DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int strati
     if (stratified && n > 1)
         u = ((double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n, (size_t)row)
              + u) / n;
-    return (1.0 - eps) * u + eps;
+    return lo + (hi - lo) * u;
 }
 
 DLM_API int dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
@@ -3889,6 +4002,7 @@ static void dlm__state_close(dlm__state *s, int rows)
 typedef struct dlm__noise {
     dlm_address at;                 /* seed and step                               */
     int stratified;
+    double lo, hi;                  /* range of noise levels                       */
     int first, all;                 /* noise levels before this example; in all    */
     uint32_t row;                   /* number of the example in its step           */
 } dlm__noise;
@@ -3897,7 +4011,7 @@ static double dlm__noise_of(const dlm__noise *n, int i)
 {
     dlm_address at = n->at;
     at.purpose = DLM_RANDOM_LEVEL;
-    return dlm_noise_level(&at, n->first + i, n->all, n->stratified);
+    return dlm_noise_level(&at, n->first + i, n->all, n->stratified, n->lo, n->hi);
 }
 
 /* Row i-1 predicts token i; the last token needs no row. */
@@ -4021,6 +4135,8 @@ static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
         { "adam_eps", o->adam_eps, 0.0f, 1.0f },
         { "weight_decay", o->weight_decay, 0.0f, 100.0f },
         { "clip", o->clip, 0.0f, 1e30f },       { "ema", o->ema, 0.0f, 0.9999999f },
+        { "level_min", o->level_min, 1e-4f, 1.0f },
+        { "level_max", o->level_max, o->level_min, 1.0f },
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (!(fields[i].value >= fields[i].lo && fields[i].value <= fields[i].hi))
@@ -4061,6 +4177,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     if (o->beta2 == 0.0f) o->beta2 = 0.99f;
     if (o->adam_eps == 0.0f) o->adam_eps = 1e-8f;
     if (o->clip == 0.0f) o->clip = 1.0f;
+    if (o->level_min == 0.0f) o->level_min = 1e-3f;
+    if (o->level_max == 0.0f) o->level_max = 1.0f;
     return dlm__train_ranges(ctx, o);
 }
 
@@ -4262,6 +4380,8 @@ static void dlm__noise_begin(const dlm_trainer *t, dlm__noise *noise, uint64_t s
     memset(noise, 0, sizeof *noise);
     noise->at = dlm__address(seed, 0, step, 0, 0);
     noise->stratified = !t->opt.independent_levels;
+    noise->lo = (double)t->opt.level_min;
+    noise->hi = (double)t->opt.level_max;
 }
 
 DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
@@ -4307,6 +4427,8 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
     memset(report, 0, sizeof *report);
     if (e != DLM_OK) return e;
     dlm__noise_begin(t, &noise, ~t->opt.seed, draw);        /* never the training noise */
+    noise.lo = 1e-3;                                        /* and always the ELBO     */
+    noise.hi = 1.0;
     e = dlm__run_examples(t, examples, n, &noise, 0, report);
     report->step = t->step;
     report->flops = t->pass_flops - flops;
