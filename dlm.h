@@ -33,7 +33,8 @@
            dlm_trainer_create(&trainer, ctx, model, NULL, NULL);
            for (int step = 0; step < 200; step++)
                dlm_trainer_step_text(trainer, ids, n, 48, 8, NULL);
-           for (int i = 0; i < 48; i++) canvas[i] = i < 8 ? ids[i] : model->config.mask_id;
+           for (int i = 0; i < 48; i++)
+               canvas[i] = i < 8 ? ids[i] : model->config.mask_id;
            dlm_sample(ctx, model, canvas, 48, NULL);       // fills in 8..47
            dlm_decode(tok, canvas, 48, out, sizeof out);
            puts(out);
@@ -203,7 +204,7 @@ DLM_API const char *dlm_last_error(const dlm_ctx *ctx);              /* detail, 
 DLM_API dlm_isa     dlm_active_isa(const dlm_ctx *ctx);
 DLM_API int         dlm_active_threads(const dlm_ctx *ctx);
 DLM_API int         dlm_isa_supported(dlm_isa isa);        /* on this CPU, 1 or 0  */
-DLM_API const char *dlm_isa_name(dlm_isa isa);             /* "avx2"; what DLM_ISA takes */
+DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_ISA takes */
 
 /* --[ random ]----------------------------------------------------------------
    Randomness is addressed, not consumed: bits are a pure function of where they are
@@ -453,7 +454,8 @@ typedef struct dlm_sampler dlm_sampler;
    and the commit of a finished block rides along with the next one's first step. */
 DLM_API size_t    dlm_sampler_bytes(const dlm_session *s);
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
-                                     const dlm_sample_options *opt, const dlm_memory *mem);
+                                     const dlm_sample_options *opt,
+                                     const dlm_memory *mem);
 DLM_API void      dlm_sampler_free(dlm_sampler *sm);
 /* canvas: n_seqs rows of session.slots tokens, written in place, caller-owned, must
    stay until the end; lengths (n_seqs) tokens used of each.  Resets everything. */
@@ -560,7 +562,8 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
                                    dlm_report *report);
 /* One update on B random windows of T tokens out of a long text; which ones is a
    function of (seed, step) alone. */
-DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens, size_t n_tokens,
+DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
+                                        size_t n_tokens,
                                         int T, int B, dlm_report *report);
 /* The loss on examples without learning, over all noise levels; `draw` picks them. */
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
@@ -1240,7 +1243,8 @@ static DLM__TARGET float DLM__K(dlm__dot)(const float *x, const float *y, int n)
 {
     dlm__vf sum = dlm__vset1(0.0f);
     for (int i = 0; i < n; i += DLM__VW)
-        sum = dlm__vfma(DLM__K(dlm__ld)(x + i, n - i), DLM__K(dlm__ld)(y + i, n - i), sum);
+        sum = dlm__vfma(DLM__K(dlm__ld)(x + i, n - i), DLM__K(dlm__ld)(y + i, n - i),
+                        sum);
     return dlm__hsum(sum);
 }
 
@@ -2520,13 +2524,15 @@ static void dlm__hide(float *s, int nr, int lane, int chunk, int from, int to)
     for (int j = from; j < to; j++) s[(j - chunk) * nr + lane] = -INFINITY;
 }
 
-/* s[slot - chunk][lane] = -INFINITY for slots in [from, to) that the lane must not see. */
+/* s[slot - chunk][lane] = -INFINITY for the slots in [from, to) that the lane must not
+   see. */
 static void dlm__lanes_mask(const dlm__lanes *l, float *s, int nr, int chunk, int from,
                             int to)
 {
     for (int i = 0; i < l->n; i++) {
         const dlm_keys *k = &l->keys[i];
-        if ((k->lo0 <= from && k->hi0 >= to) || (k->lo1 <= from && k->hi1 >= to)) continue;
+        if (k->lo0 <= from && k->hi0 >= to) continue;
+        if (k->lo1 <= from && k->hi1 >= to) continue;
         dlm__hide(s, nr, i, chunk, from, dlm__min(to, k->lo0));
         dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi0), dlm__min(to, k->lo1));
         dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi1), to);
@@ -2891,10 +2897,13 @@ typedef struct dlm__param {
 
 #define DLM__AT(field) offsetof(dlm__layer, field)
 static const dlm__param dlm__layer_params[] = {
-    { "input_layernorm.weight", DLM__AT(norm1), DLM__C, DLM__ONE, DLM__ONES, DLM__ALWAYS },
+    { "input_layernorm.weight", DLM__AT(norm1), DLM__C, DLM__ONE, DLM__ONES,
+      DLM__ALWAYS },
     { "self_attn.q_proj.weight", DLM__AT(wq), DLM__HD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "self_attn.k_proj.weight", DLM__AT(wk), DLM__KVD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "self_attn.v_proj.weight", DLM__AT(wv), DLM__KVD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
+    { "self_attn.k_proj.weight", DLM__AT(wk), DLM__KVD, DLM__C, DLM__NORMAL,
+      DLM__ALWAYS },
+    { "self_attn.v_proj.weight", DLM__AT(wv), DLM__KVD, DLM__C, DLM__NORMAL,
+      DLM__ALWAYS },
     { "self_attn.q_proj.bias", DLM__AT(bq), DLM__HD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
     { "self_attn.k_proj.bias", DLM__AT(bk), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
     { "self_attn.v_proj.bias", DLM__AT(bv), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
@@ -2908,7 +2917,8 @@ static const dlm__param dlm__layer_params[] = {
       DLM__ALWAYS },
     { "mlp.gate_proj.weight", DLM__AT(wgate), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
     { "mlp.up_proj.weight", DLM__AT(wup), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "mlp.down_proj.weight", DLM__AT(wdown), DLM__C, DLM__F, DLM__RESIDUAL, DLM__ALWAYS },
+    { "mlp.down_proj.weight", DLM__AT(wdown), DLM__C, DLM__F, DLM__RESIDUAL,
+      DLM__ALWAYS },
 };
 #undef DLM__AT
 static const dlm__param dlm__global_params[] = {        /* the first comes first,   */
@@ -3078,7 +3088,8 @@ static void dlm__init_weights(dlm_model *m, uint64_t seed)
         size_t ignored = 0;
         const int in_layers = i > 0 && i - 1 < c->layers * per_layer;
         const dlm__param *p = i == 0 ? dlm__global_params
-            : in_layers ? dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, &ignored)
+            : in_layers ? dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer,
+                                         &ignored)
             : dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer,
                              &ignored);
         dlm__init_tensor(m, i, p->init, seed);
@@ -3391,7 +3402,8 @@ static void dlm__pack_weights(dlm__work *w, const dlm_model *m)
         dlm_pack(w->ctx, w->packs[l].gu, p.wgate, 2 * F, C);
         dlm_pack(w->ctx, w->packs[l].down, p.wdown, C, F);
     }
-    dlm_pack(w->ctx, w->head_pack, dlm__globals_at(&w->c, m->weights).head, w->c.vocab, C);
+    dlm_pack(w->ctx, w->head_pack, dlm__globals_at(&w->c, m->weights).head, w->c.vocab,
+             C);
 }
 
 /* --[ checking a batch ]------------------------------------------------------  */
@@ -3402,7 +3414,8 @@ static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
         return dlm__fail(w->ctx, DLM_E_INPUT, "batch: %d sequences, room for %d",
                          b->n_seqs, w->seqs);
     if (b->start[0] != 0)
-        return dlm__fail(w->ctx, DLM_E_INPUT, "batch: start[0] is %d, not 0", b->start[0]);
+        return dlm__fail(w->ctx, DLM_E_INPUT, "batch: start[0] is %d, not 0",
+                         b->start[0]);
     for (int s = 0; s < b->n_seqs; s++) {
         if (b->start[s + 1] < b->start[s] || b->start[s + 1] > w->rows)
             return dlm__fail(w->ctx, DLM_E_INPUT,
@@ -3430,7 +3443,8 @@ static dlm_error dlm__check_row(const dlm__work *w, int i, int slots)
                          w->all.positions[i], w->c.max_seq - 1);
     if (k->lo0 < 0 || k->lo0 > k->hi0 || k->hi0 > slots || (k->lo0 == k->hi0 && !two)
         || (two && (k->lo1 < k->hi0 || k->hi1 > slots)))
-        return dlm__fail(w->ctx, DLM_E_INPUT, "keys of row %d: [%d,%d) and [%d,%d) are not"
+        return dlm__fail(w->ctx, DLM_E_INPUT,
+                         "keys of row %d: [%d,%d) and [%d,%d) are not"
                          " two ranges in order within 0..%d, one of them not empty", i,
                          k->lo0, k->hi0, k->lo1, k->hi1, slots);
     return DLM_OK;
@@ -3719,7 +3733,8 @@ static void dlm__mlp_backward(dlm__work *w, const dlm__layer *p, const dlm__laye
     dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
     dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, p->wdown, Q, C, F);
     dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, F);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, p->wgate, Q, 2 * F, C);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, p->wgate, Q, 2 * F,
+                         C);
     norm2.dy = w->dh;
     norm2.dx = w->dxq;              /* x2 reaches the output directly, too         */
     dlm__norm_backward(&norm2, g->norm2, Q);
@@ -3803,7 +3818,8 @@ DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
     const int N = b->start[b->n_seqs];
     const double per_query = 2.0 * C * (2.0 * HD + 3.0 * F);
     double seen_out = 0.0, flops;
-    for (int i = 0; i < b->n_out; i++) seen_out += dlm__keys_seen(b->keys + b->out_rows[i], 1);
+    for (int i = 0; i < b->n_out; i++)
+        seen_out += dlm__keys_seen(b->keys + b->out_rows[i], 1);
     flops = (double)c->layers * N * 4.0 * C * KVD;
     flops += (c->layers - 1) * (N * per_query + 4.0 * HD * dlm__keys_seen(b->keys, N));
     flops += b->n_out * (per_query + 2.0 * C * c->vocab) + 4.0 * HD * seen_out;
@@ -3932,7 +3948,8 @@ DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int strati
     a.row = (uint32_t)row;
     u = dlm_uniform(&a, 0);
     if (stratified && n > 1)
-        u = ((double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n, (size_t)row)
+        u = ((double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n,
+                                  (size_t)row)
              + u) / n;
     return lo + (hi - lo) * u;
 }
@@ -3968,7 +3985,8 @@ typedef struct dlm__state {
     float    *noisy_weight;         /* (max_seq)                                   */
 } dlm__state;
 
-static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs, int max_seq)
+static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs,
+                             int max_seq)
 {
     const size_t n = (size_t)rows;
     s->start = dlm__push_ints(a, (size_t)seqs + 1);
@@ -3984,7 +4002,8 @@ static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs, i
     s->noisy_weight = dlm__push_floats(a, (size_t)max_seq, 1);
 }
 
-static void dlm__state_out(dlm__state *s, int row, int target, double weight, double level)
+static void dlm__state_out(dlm__state *s, int row, int target, double weight,
+                           double level)
 {
     s->out_rows[s->n_out] = row;
     s->targets[s->n_out] = target;
@@ -4038,7 +4057,8 @@ static void dlm__state_mdlm(dlm__state *s, const dlm_config *c, const dlm_exampl
     dlm_address at = noise->at;
     at.purpose = DLM_RANDOM_MASK;
     at.row = noise->row;
-    dlm_mask_tokens(s->noisy, s->noisy_weight, e->tokens, T, e->prompt, t, c->mask_id, &at);
+    dlm_mask_tokens(s->noisy, s->noisy_weight, e->tokens, T, e->prompt, t, c->mask_id,
+                    &at);
     dlm_keys_fill(s->keys + base, T, DLM_PATTERN_FULL, 1, 0);
     for (int i = 0; i < T; i++) {
         s->tokens[base + i] = s->noisy[i];
@@ -4144,7 +4164,8 @@ static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
                              (double)fields[i].value, (double)fields[i].lo,
                              (double)fields[i].hi);
     if (o->schedule != DLM_SCHEDULE_CONSTANT && o->total <= o->warmup)
-        return dlm__fail(ctx, DLM_E_CONFIG, "total: %d steps, a schedule needs more than the"
+        return dlm__fail(ctx, DLM_E_CONFIG,
+                         "total: %d steps, a schedule needs more than the"
                          " warmup of %d", o->total, o->warmup);
     return DLM_OK;
 }
@@ -4320,7 +4341,8 @@ static void dlm__report_state(dlm_report *r, const dlm__state *s, double scale)
 static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e, int n)
 {
     dlm_ctx *ctx = t->w.ctx;
-    if (n < 1) return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
+    if (n < 1)
+        return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
     for (int i = 0; i < n; i++) {
         if (e[i].length < 1 || e[i].length > t->w.c.max_seq)
             return dlm__fail(ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
@@ -4329,7 +4351,8 @@ static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e,
             return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
                              e[i].prompt, e[i].length - 1);
         if (dlm__rows_of(t->kind, &e[i]) > t->w.rows)
-            return dlm__fail(ctx, DLM_E_INPUT, "example %d: needs %d rows, max_rows is %d",
+            return dlm__fail(ctx, DLM_E_INPUT,
+                             "example %d: needs %d rows, max_rows is %d",
                              i, dlm__rows_of(t->kind, &e[i]), t->w.rows);
         for (int j = 0; j < e[i].length; j++)
             if (e[i].tokens[j] < 0 || e[i].tokens[j] >= t->w.c.vocab)
@@ -4397,15 +4420,18 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
     return e == DLM_OK ? dlm_trainer_update(t, r) : e;
 }
 
-DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens, size_t n_tokens,
+DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
+                                        size_t n_tokens,
                                         int T, int B, dlm_report *report)
 {
     if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT, "window: T = %d is not in 1..%d (max_seq), "
+        return dlm__fail(t->w.ctx, DLM_E_INPUT,
+                         "window: T = %d is not in 1..%d (max_seq), "
                          "or the text has fewer tokens (%.0f)", T, t->w.c.max_seq,
                          (double)n_tokens);
     if (B < 1 || B > t->w.rows)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)", B,
+        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)",
+                         B,
                          t->w.rows);
     for (int i = 0; i < B; i++) {
         dlm_address at = dlm__address(t->opt.seed, DLM_RANDOM_DATA, (uint32_t)t->step,
@@ -4624,7 +4650,8 @@ static dlm_error dlm__sample_floats(dlm_ctx *ctx, const dlm_sample_options *o)
     return DLM_OK;
 }
 
-static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list, int n,
+static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list,
+                                    int n,
                                     int vocab)
 {
     if (n < 0 || (n > 0 && list == NULL))
@@ -4645,7 +4672,8 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     if (opt) *o = *opt;
     e = dlm__in_range(ctx, "steps", o->steps, 0, INT_MAX);
     if (e == DLM_OK) e = dlm__in_range(ctx, "block", o->block, 0, 1 << 20);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "order", (int)o->order, 0, DLM_ORDER_COUNT - 1);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "order", (int)o->order, 0,
+                                       DLM_ORDER_COUNT - 1);
     if (e == DLM_OK) e = dlm__in_range(ctx, "top_k", o->top_k, 0, INT_MAX);
     if (e == DLM_OK) e = dlm__sample_floats(ctx, o);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "suppress", o->suppress, o->n_suppress,
@@ -4734,14 +4762,17 @@ DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *len
     for (int s = 0; s < n_seqs; s++) {
         const int *row = canvas + (size_t)s * (size_t)w->slots;
         if (lengths[s] < 1 || lengths[s] > w->slots || lengths[s] > c->max_seq)
-            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: length %d is not in 1..%d", s,
+            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: length %d is not in 1..%d",
+                             s,
                              lengths[s], dlm__min(w->slots, c->max_seq));
         for (int i = 0; i < lengths[s]; i++)
             if (row[i] != c->mask_id && (row[i] < 0 || row[i] >= c->vocab))
-                return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: token %d at %d is not in "
+                return dlm__fail(w->ctx, DLM_E_INPUT,
+                                 "canvas %d: token %d at %d is not in "
                                  "0..%d", s, row[i], i, c->vocab - 1);
         if (c->pattern == DLM_PATTERN_CAUSAL && row[0] == c->mask_id)
-            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: a causal model needs a first "
+            return dlm__fail(w->ctx, DLM_E_INPUT,
+                             "canvas %d: a causal model needs a first "
                              "token to go on from", s);
     }
     sm->canvas = canvas;
@@ -4865,7 +4896,8 @@ static void dlm__find_candidates(dlm_sampler *sm, int seq)
     if (sm->opt.order == DLM_ORDER_RANDOM) dlm__keep_random(sm, l, seq, plan);
     if (sm->opt.order == DLM_ORDER_ANCESTRAL) dlm__keep_ancestral(sm, l, seq);
     if (sm->opt.order == DLM_ORDER_FIRST_HITTING) {
-        const double u = dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step, l->length,
+        const double u = dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
+                                              l->length,
                                               0);
         l->time *= (float)pow(u, 1.0 / l->n);
         dlm__keep_random(sm, l, seq, 1);
@@ -4973,7 +5005,8 @@ static void dlm__filter(const dlm_sample_options *o, float *w, int V)
 
 /* Draws v with probability w_v / sum w: by inverting the CDF with one uniform, or, the
    same law, as the smallest exponential variate of rate w_v (Gumbel-max). */
-static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float *w, int V)
+static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float *w,
+                     int V)
 {
     const int step = sm->lanes[c->seq].step;
     double total = 0.0, least = INFINITY, target;
@@ -5157,7 +5190,8 @@ static dlm_error dlm__sampler_forward(dlm_sampler *sm)
         c->position = position;
         if (c->token < 0)
             return dlm__fail(sm->s->w.ctx, DLM_E_INPUT, "sequence %d, position %d: every "
-                             "token is forbidden, or the logits are NaN", c->seq, position);
+                             "token is forbidden, or the logits are NaN", c->seq,
+                             position);
     }
     return DLM_OK;
 }
@@ -5244,7 +5278,8 @@ static void dlm__mask_exactly(dlm__state *s, uint64_t seed, int sample, int samp
     for (int i = 0; i < n; i++) s->noisy_weight[first + i] = (float)n / (float)l;
 }
 
-static void dlm__likelihood_rows(dlm__likelihood *k, int sample, int samples, uint64_t seed)
+static void dlm__likelihood_rows(dlm__likelihood *k, int sample, int samples,
+                                 uint64_t seed)
 {
     dlm__state *s = &k->state;
     const dlm_config *c = &k->s->w.c;
@@ -5298,7 +5333,8 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
     memset(&k, 0, sizeof k);
     k.s = s; k.tokens = tokens; k.T = T; k.P = P;
     if (T < 1 || T > s->w.c.max_seq || P < 0 || P > T)
-        return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T, P,
+        return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T,
+                         P,
                          s->w.c.max_seq);
     if (s->w.c.pattern == DLM_PATTERN_CAUSAL) samples = 1;
     if (samples < 1)
@@ -5383,7 +5419,8 @@ static uint32_t dlm__json_hex4(dlm__json *j)
     uint32_t v = 0;
     for (int i = 0; i < 4; i++) {
         const int c = j->p < j->end ? *j->p++ : 0;
-        const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
+        const int digit = c >= '0' && c <= '9' ? c - '0'
+            : c >= 'a' && c <= 'f' ? c - 'a' + 10
             : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
         if (digit < 0) j->bad = 1;
         v = v << 4 | (uint32_t)(digit & 15);
@@ -5525,8 +5562,8 @@ static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out
     const unsigned char *p = (const unsigned char *)text + *i;
     const size_t left = size - *i;
     const unsigned char first = p[0];
-    size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1 : first < 0xF0 ? 2
-        : first < 0xF8 ? 3 : 9;
+    const size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1
+        : first < 0xF0 ? 2 : first < 0xF8 ? 3 : 9;      /* 9: cannot begin one     */
     uint32_t c;
     if (more >= left) return 0;
     c = more == 0 ? first : (uint32_t)(first & (0x3F >> more));
@@ -5633,11 +5670,13 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
             i++;
         } else {
             if (!dlm__utf8_get(text, size, &i, &c))
-                return dlm__fail(t->ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
+                return dlm__fail(t->ctx, DLM_E_INPUT,
+                                 "text: malformed UTF-8 at byte %.0f",
                                  (double)at);
             id = dlm__find_char(t, c);
             if (id < 0)
-                return dlm__fail(t->ctx, DLM_E_INPUT, "text: '%.*s' (U+%04X) at byte %.0f "
+                return dlm__fail(t->ctx, DLM_E_INPUT,
+                                 "text: '%.*s' (U+%04X) at byte %.0f "
                                  "is not in the vocabulary", (int)(i - at), text + at,
                                  (unsigned)c, (double)at);
         }
@@ -5723,13 +5762,15 @@ static dlm_error dlm__st_shape(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
     while (dlm__json_next(j, ']', &count)) {
         const uint64_t d = dlm__json_count(j);
         if (j->bad) break;
-        if (t->n_dims == 4) return dlm__bad_header(ctx, t->name, "more than 4 dimensions");
+        if (t->n_dims == 4)
+            return dlm__bad_header(ctx, t->name, "more than 4 dimensions");
         if (d > INT64_MAX || (d != 0 && t->count > SIZE_MAX / 16 / d))
             return dlm__bad_header(ctx, t->name, "its shape overflows");
         t->dims[t->n_dims++] = (int64_t)d;
         t->count *= (size_t)d;
     }
-    return j->bad ? dlm__bad_header(ctx, t->name, "shape is not a list of sizes") : DLM_OK;
+    if (j->bad) return dlm__bad_header(ctx, t->name, "shape is not a list of sizes");
+    return DLM_OK;
 }
 
 /* One entry, j behind its key.  begin and end are relative to the data. */
@@ -5764,7 +5805,8 @@ static dlm_error dlm__st_entry(const dlm_safetensors *f, dlm__json *j, dlm_st_te
         return dlm__bad_header(f->ctx, t->name, "wants dtype, shape and data_offsets");
     if (begin > end || end > f->data_size)
         return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %s: bytes [%.0f, %.0f) of "
-                         "%.0f", t->name, (double)begin, (double)end, (double)f->data_size);
+                         "%.0f", t->name, (double)begin, (double)end,
+                         (double)f->data_size);
     if (end - begin != (uint64_t)t->count * dlm__dtypes[t->dtype].size)
         return dlm__bad_header(f->ctx, t->name, "its bytes do not fit its shape");
     t->data = f->data + begin;
@@ -5834,10 +5876,10 @@ static int dlm__by_name(const void *a, const void *b)
 
 static int dlm__by_place(const void *a, const void *b)
 {
-    const char *x = (const char *)((const dlm_st_tensor *)a)->data;
-    const char *y = (const char *)((const dlm_st_tensor *)b)->data;
-    const size_t m = ((const dlm_st_tensor *)a)->count, n = ((const dlm_st_tensor *)b)->count;
-    return x != y ? (x > y) - (x < y) : (m > n) - (m < n);
+    const dlm_st_tensor *s = (const dlm_st_tensor *)a, *t = (const dlm_st_tensor *)b;
+    const char *x = (const char *)s->data, *y = (const char *)t->data;
+    if (x != y) return (x > y) - (x < y);
+    return (s->count > t->count) - (s->count < t->count);
 }
 
 static dlm_error dlm__st_check_overlap(dlm_safetensors *f)
@@ -5905,7 +5947,8 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
                          (double)size);
     memcpy(&header, data, 8);
     if (header > size - 8 || header > 100000000)
-        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: header of %.0f bytes in a file of "
+        return dlm__fail(ctx, DLM_E_FORMAT,
+                         "safetensors: header of %.0f bytes in a file of "
                          "%.0f", (double)header, (double)size);
     f.data = (const char *)data + 8 + header;
     f.data_size = size - 8 - (size_t)header;
@@ -5996,7 +6039,8 @@ static const dlm__field dlm__config_fields[] = {
     DLM__INT(vocab), DLM__INT(dim), DLM__INT(layers), DLM__INT(heads), DLM__INT(max_seq),
     DLM__INT(mask_id), DLM__INT(pattern), DLM__INT(block), DLM__INT(shifted),
     DLM__INT(kv_heads), DLM__INT(head_dim), DLM__INT(ffn), DLM__INT(untied_head),
-    DLM__INT(no_qk_norm), DLM__INT(qkv_bias), DLM__FLOAT(rope_theta), DLM__FLOAT(norm_eps),
+    DLM__INT(no_qk_norm), DLM__INT(qkv_bias), DLM__FLOAT(rope_theta),
+    DLM__FLOAT(norm_eps),
 };
 #undef DLM__INT
 #undef DLM__FLOAT
@@ -6020,7 +6064,8 @@ static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safeten
             *(int *)(void *)at = (int)v;
         }
         if (end == text || *end)
-            return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"", field->name,
+            return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"",
+                             field->name,
                              text);
     }
     return dlm_config_resolve(ctx, c);
@@ -6086,7 +6131,8 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
         dlm_model_tensor(*out, i, &t);
         e = dlm__read_tensor(ctx, f, &t);
     }
-    if (e == DLM_OK && f->n != dlm_model_tensors(*out)) e = dlm__extra_tensor(ctx, f, *out);
+    if (e == DLM_OK && f->n != dlm_model_tensors(*out))
+        e = dlm__extra_tensor(ctx, f, *out);
     if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
     if (e != DLM_OK) {
         dlm_model_free(*out);
@@ -6247,7 +6293,11 @@ static void dlm__put_tensor(dlm__text *t, const char *name, int rows, int cols,
     *offset += bytes;
 }
 
-typedef struct dlm__piece { const char *name; const float *data; size_t count; } dlm__piece;
+typedef struct dlm__piece {
+    const char  *name;
+    const float *data;
+    size_t       count;
+} dlm__piece;
 
 /* What a file holds: a model's tensors, or whole arrays. */
 typedef struct dlm__content {
@@ -6266,7 +6316,8 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
         const char *at = (const char *)c + f->offset;
         char value[32];
         if (f->is_float)
-            snprintf(value, sizeof value, "%.9g", (double)*(const float *)(const void *)at);
+            snprintf(value, sizeof value, "%.9g",
+                     (double)*(const float *)(const void *)at);
         else
             snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
         dlm__put_pair(t, f->name, value);
@@ -6293,7 +6344,8 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
     for (int i = 0; c->t == NULL && i < dlm_model_tensors(c->m); i++) {
         dlm_tensor x;
         dlm_model_tensor(c->m, i, &x);
-        dlm__put_tensor(t, x.name, x.rows, x.cols, (size_t)x.rows * (size_t)x.cols, &offset);
+        dlm__put_tensor(t, x.name, x.rows, x.cols, (size_t)x.rows * (size_t)x.cols,
+                        &offset);
     }
     for (int i = 0; c->t && i < c->n_pieces; i++)
         dlm__put_tensor(t, c->pieces[i].name, 0, 1, c->pieces[i].count, &offset);
@@ -6428,7 +6480,8 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
                          "config");
     if (step == NULL || objective == NULL || strcmp(objective, t->kind->name) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, the trainer's "
+        return dlm__fail(ctx, DLM_E_MISMATCH,
+                         "training state: objective %s, the trainer's "
                          "is %s", objective ? objective : "missing", t->kind->name);
     steps = strtoll(step, &end, 10);
     if (steps < 0 || *end || end == step)
@@ -6502,7 +6555,8 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
     const size_t bytes = t->m->n_params * sizeof(float);
     float *before = (float *)dlm__alloc(t->w.ctx, bytes);
     dlm_error e;
-    if (before == NULL) return dlm__fail(t->w.ctx, DLM_E_NOMEM, "gradcheck: cannot allocate");
+    if (before == NULL)
+        return dlm__fail(t->w.ctx, DLM_E_NOMEM, "gradcheck: cannot allocate");
     memcpy(before, t->m->weights, bytes);
     memset(t->grads, 0, bytes);
     e = dlm__pass(t, b, score, user, 1);
