@@ -49,7 +49,7 @@
        config parameters patterns  what a model is: sizes, the weight table, key ranges
        work forward backward       activations, a batch, one pass up, one pass down
        sessions                    inference
-       objectives optimizer        states and losses; the trainer, clipping, AdamW
+       objectives lift optimizer   states and losses; LIFT; trainer, clipping, AdamW
        sampler likelihood          filling in a canvas; scoring a text
        json tokenizers             a reader; bytes and characters
        safetensors checkpoints     files
@@ -214,6 +214,7 @@ DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_IS
 typedef enum dlm_purpose {                 /* one stream of randomness each        */
     DLM_RANDOM_INIT = 1, DLM_RANDOM_DATA, DLM_RANDOM_LEVEL, DLM_RANDOM_MASK,
     DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD, DLM_RANDOM_CHECK,
+    DLM_RANDOM_LIFT,
     DLM_RANDOM_USER = 64                   /* and above: yours                     */
 } dlm_purpose;
 
@@ -493,6 +494,70 @@ DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
 /* log sum exp of logits (V) and, where not NULL, the largest entry's index. */
 DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax);
 
+/* --[ lift ]------------------------------------------------------------------
+   LIFT (arXiv 2605.22939): mask more than the noise level t asks for, keep the easy ones
+   of these when t is high and the hard ones when t is low, give the rest their gold
+   token back.  Its pieces, and those of the two baselines, are pure functions. */
+
+typedef enum dlm_select {    /* which masked tokens keep their mask                */
+    DLM_SELECT_RANDOM = 0,
+    DLM_SELECT_EASIEST,      /* largest log p(gold): top-k                         */
+    DLM_SELECT_HARDEST       /* smallest: bottom-k                                 */
+} dlm_select;
+
+typedef enum dlm_policy {    /* how t decides                                      */
+    DLM_POLICY_TIME = 0,     /* the largest of the weights t, 1-t, H t(1-t); ties go to
+                                random (the paper's)                               */
+    DLM_POLICY_SAMPLED,      /* drawn with these weights (ours)                    */
+    DLM_POLICY_RANDOM,       /* uniform, whatever t is                             */
+    DLM_POLICY_REVERSED      /* easy at low t, hard at high t: the control         */
+} dlm_policy;
+
+typedef enum dlm_method {    /* what a masked objective does beyond its masks      */
+    DLM_METHOD_VANILLA = 0,
+    DLM_METHOD_LIFT3, DLM_METHOD_LIFT2,        /* easiest, hardest (and random)    */
+    DLM_METHOD_TOP_K, DLM_METHOD_BOTTOM_K, DLM_METHOD_RANDOM_K,    /* at every t   */
+    DLM_METHOD_CART,         /* vanilla masks, weights from the visible context    */
+    DLM_METHOD_GIFT,         /* masks where a fully masked forward is uncertain    */
+    DLM_METHOD_COUNT
+} dlm_method;
+
+typedef struct dlm_lift_options {          /* 0 in a field marked * = the default  */
+    float      H;                          /* * = 3: how often LIFT3 is random     */
+    dlm_method method;
+    dlm_policy policy;
+    int        rho_code_form;              /* 1: rho >= 0.1, as the released code  */
+    int        one_pass;                   /* 1: the rejected stay masked, without loss:
+                                              no second forward                    */
+    int        complementary;              /* 1: a second view masks what the first does
+                                              not; both count half                 */
+    int        no_time_scaling;            /* 1: weight 1 instead of 1/t           */
+    float      cart_p;                     /* * = 0.1                              */
+    int        cart_time_scaling;          /* 1: divide by t, too (the LIFT code)  */
+    int        gift_masked_mean;           /* 1: mean over the masked tokens instead of
+                                              all response tokens (the GIFT code)  */
+} dlm_lift_options;
+
+/* The extra masked fraction: uniform in [0, 1-t] (figure of the paper). */
+DLM_API double     dlm_lift_rho(const dlm_address *at, double t, int code_form);
+/* How many of n masked tokens are kept: n t / (t + rho), half to even, 1 .. n. */
+DLM_API int        dlm_lift_count(int n, double t, double rho);
+/* Which ones.  components: 3 with random, or 2.  at: for the policies that draw. */
+DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
+                                 const dlm_address *at);
+/* Unmasks all but k of the masked ones; score (n) is log p(gold), where masked; at is
+   used by RANDOM only.  Returns how many stay masked.  Of equal scores the lower index
+   is kept first. */
+DLM_API int        dlm_lift_select(unsigned char *masked, const float *score, int n,
+                                   int k,
+                                   dlm_select mode, const dlm_address *at);
+/* CART: weight_i = sum over visible j of p/2 (1-p)^(|i-j|-1).  (T) each. */
+DLM_API void       dlm_cart_weights(float *weight, const unsigned char *masked, int T,
+                                    double p);
+/* GIFT: probability of masking a token of this entropy (nats), 1 - (1-t)^(sqrt(h)/m) with
+   m the mean of the square roots. */
+DLM_API double     dlm_gift_level(double t, double entropy, double mean_root);
+
 /* --[ training ]--------------------------------------------------------------
    A trainer owns gradients, moments, activations, schedule and step counter of one
    model.  One step is one update over all the examples given, in as many passes as
@@ -527,6 +592,7 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
                                               this range (BD3-LM's clipped schedule);
                                               * = 0.001, 1: all of them, the ELBO   */
     int      independent_levels;           /* 0: noise levels stratified over the batch */
+    dlm_lift_options lift;                 /* zeros: plain masks                   */
     uint64_t seed;
 } dlm_train_options;
 
@@ -548,6 +614,10 @@ typedef struct dlm_report {
     double  flops;                         /* forward and backward                 */
     double  bin_loss[DLM_BINS];            /* mean CE by noise level, bin floor(8t) */
     int64_t bin_count[DLM_BINS];           /* masked tokens in the bin             */
+    /* LIFT only: tokens masked before selection, and of the scored ones how many were
+       kept and rejected, with the mean probability of their gold tokens */
+    int64_t bin_superset[DLM_BINS], bin_kept[DLM_BINS], bin_rejected[DLM_BINS];
+    double  bin_gold_kept[DLM_BINS], bin_gold_rejected[DLM_BINS];
 } dlm_report;
 
 typedef struct dlm_trainer dlm_trainer;
@@ -919,7 +989,7 @@ DLM_API void dlm_random_bits(const dlm_address *at, uint32_t index, uint32_t out
     out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
 }
 
-static double dlm__unit(uint32_t hi, uint32_t lo)
+static double dlm__fraction(uint32_t hi, uint32_t lo)
 {
     uint64_t bits = (uint64_t)hi << 32 | lo;
     return (double)(bits >> 11) * (1.0 / 9007199254740992.0);       /* 2^-53 */
@@ -929,7 +999,7 @@ DLM_API double dlm_uniform(const dlm_address *at, uint32_t index)
 {
     uint32_t r[4];
     dlm_random_bits(at, index / 2, r);
-    return index % 2 ? dlm__unit(r[2], r[3]) : dlm__unit(r[0], r[1]);
+    return index % 2 ? dlm__fraction(r[2], r[3]) : dlm__fraction(r[0], r[1]);
 }
 
 static dlm_address dlm__address(uint64_t seed, uint32_t purpose, uint32_t step,
@@ -3193,19 +3263,26 @@ DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block
     }
 }
 
+/* n rows of a noisy block in slots slot .. whose clean copy is at position first: they
+   see the clean rows before it and themselves. */
+static void dlm__keys_noisy(dlm_keys *keys, int *positions, int first, int slot, int n)
+{
+    for (int i = 0; i < n; i++) {
+        keys[i].lo0 = 0;
+        keys[i].hi0 = first;
+        keys[i].lo1 = slot;
+        keys[i].hi1 = slot + n;
+        positions[i] = first + i;
+    }
+}
+
 DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block)
 {
     dlm_keys_fill(keys, P + R, DLM_PATTERN_BLOCK, block, P);
     for (int i = 0; i < P + R; i++) positions[i] = i;
-    for (int r = 0; r < R; r++) {
-        const int first = r / block * block;
-        dlm_keys *k = &keys[P + R + r];
-        k->lo0 = 0;
-        k->hi0 = P + first;
-        k->lo1 = P + R + first;
-        k->hi1 = P + R + dlm__min(R, first + block);
-        positions[P + R + r] = P + r;
-    }
+    for (int r = 0; r < R; r += block)
+        dlm__keys_noisy(keys + P + R + r, positions + P + R + r, P + r, P + R + r,
+                        dlm__min(block, R - r));
 }
 
 /* ==[ work ]==================================================================
@@ -3257,7 +3334,7 @@ typedef struct dlm__work {
     /* training only */
     float *dx, *dxq, *dh, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
     float *v_panels, *dkv_columns;
-    float *grads;                   /* (n_params), the trainer's                   */
+    dlm__acts *scout;               /* (L) all the first layer's: nothing is kept  */
 } dlm__work;
 
 static void dlm__rows_carve(dlm__arena *a, dlm__rows *r, int n, int seqs)
@@ -3346,6 +3423,11 @@ static void dlm__training_carve(dlm__arena *a, dlm__work *w)
     w->dhf = dlm__push_floats(a, (size_t)w->out, C);
     w->v_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
     w->dkv_columns = dlm__push_floats(a, (size_t)w->pad_total, 2 * KVD);
+    w->scout = (dlm__acts *)dlm__push(a, (size_t)w->c.layers, sizeof(dlm__acts));
+    for (int l = 0; a->base && l < w->c.layers; l++) {
+        w->scout[l] = w->acts[0];
+        if (l == w->c.layers - 1) w->scout[l].hq = w->acts[l].hq;
+    }
 }
 
 /* w's limits, ctx and c are set; everything else is placed here. */
@@ -3661,16 +3743,16 @@ static void dlm__block_forward(dlm__work *w, const dlm__layer *p, const dlm__pac
     dlm__norm_forward(&sum, Q);
 }
 
-static void dlm__layers_forward(dlm__work *w, const dlm_model *m)
+static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__acts *acts)
 {
     const dlm__globals g = dlm__globals_at(&w->c, m->weights);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, g.norm_out);
-    dlm__embedding_forward(w->acts[0].x, g.tok_emb, w->tokens, w->all.n, w->c.dim);
+    dlm__embedding_forward(acts[0].x, g.tok_emb, w->tokens, w->all.n, w->c.dim);
     for (int l = 0; l <= last; l++) {
         const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
-        dlm__block_forward(w, &p, &w->packs[l], &w->acts[l], l == last,
-                           l == last ? w->x_out : w->acts[l + 1].x);
+        dlm__block_forward(w, &p, &w->packs[l], &acts[l], l == last,
+                           l == last ? w->x_out : acts[l + 1].x);
     }
     dlm__norm_forward(&norm, w->sub.n);
 }
@@ -3915,7 +3997,7 @@ DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn s
     if (e != DLM_OK) return e;
     if (s->w.packed && s->version != s->m->version) dlm__pack_weights(&s->w, s->m);
     s->version = s->m->version;
-    dlm__layers_forward(&s->w, s->m);
+    dlm__layers_forward(&s->w, s->m, s->w.acts);
     if (score) dlm__head(&s->w, s->m, NULL, score, user);
     return DLM_OK;
 }
@@ -3970,161 +4052,342 @@ DLM_API int dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
     return masked;
 }
 
-/* One pass in the making: the rows of as many examples as fit. */
+/* --[ states ]----------------------------------------------------------------
+   A state is one pass in the making, in two stages.  First the response tokens of its
+   examples stand side by side as cells, each masked or not, with a weight; units are
+   runs of cells that share a noise level: a block, or a whole response.  Then the
+   cells are laid out as rows.  Between the stages, methods like LIFT change masks. */
+
+typedef struct dlm__unit {
+    int    ex;                      /* which example of the pass                   */
+    int    cell, n;                 /* its cells                                   */
+    double t, rho;                  /* noise level; LIFT's extra                   */
+    dlm_select mode;                /* LIFT: which are kept                        */
+    int    scored;                  /* takes part in the scoring pass              */
+} dlm__unit;
+
 typedef struct dlm__state {
-    int       n_seqs, n_rows, n_out;
-    int      *start;                /* (seqs+1)                                    */
-    int      *tokens, *positions;   /* (rows)                                      */
-    dlm_keys *keys;                 /* (rows)                                      */
-    int      *out_rows;             /* (out)                                       */
-    int      *targets;              /* (out) what should stand there               */
-    float    *weight;               /* (out) of its cross-entropy, 1/t say         */
-    float    *level;                /* (out) t, for the report                     */
-    double   *loss;                 /* (out) cross-entropy, filled by the scorer   */
-    int      *noisy;                /* (max_seq) one example's masked copy         */
-    float    *noisy_weight;         /* (max_seq)                                   */
+    const dlm_example *ex;          /* (n_ex) the examples of this pass            */
+    int        n_ex, n_units;
+    int       *ex_cell, *ex_unit;   /* (seqs+1) first cell and unit of each        */
+    dlm__unit *units;               /* (rows)                                      */
+    unsigned char *masked;          /* (rows) by cell                              */
+    float     *weight;              /* (rows) by cell: of its cross-entropy, 1/t say */
+    float     *score;               /* (rows) by cell: from the scoring pass       */
+    int        n_seqs, n_rows, n_out;               /* what is laid out so far     */
+    int       *start;               /* (seqs+1)                                    */
+    int       *tokens, *positions;  /* (rows)                                      */
+    dlm_keys  *keys;                /* (rows)                                      */
+    int       *out_rows, *targets;  /* (rows) rows looked at; what they predict    */
+    int       *out_cell;            /* (rows) the cell they predict                */
+    float     *out_weight;          /* (rows)                                      */
+    float     *out_level;           /* (rows) t, for the report                    */
+    double    *loss;                /* (rows) cross-entropy, filled by the scorer  */
 } dlm__state;
 
-static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs,
-                             int max_seq)
+static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs)
 {
     const size_t n = (size_t)rows;
+    s->ex_cell = dlm__push_ints(a, (size_t)seqs + 1);
+    s->ex_unit = dlm__push_ints(a, (size_t)seqs + 1);
+    s->units = (dlm__unit *)dlm__push(a, n, sizeof(dlm__unit));
+    s->masked = (unsigned char *)dlm__push(a, n, 1);
+    s->weight = dlm__push_floats(a, n, 1);
+    s->score = dlm__push_floats(a, n, 1);
     s->start = dlm__push_ints(a, (size_t)seqs + 1);
     s->tokens = dlm__push_ints(a, n);
     s->positions = dlm__push_ints(a, n);
     s->keys = (dlm_keys *)dlm__push(a, n, sizeof(dlm_keys));
     s->out_rows = dlm__push_ints(a, n);
     s->targets = dlm__push_ints(a, n);
-    s->weight = dlm__push_floats(a, n, 1);
-    s->level = dlm__push_floats(a, n, 1);
+    s->out_cell = dlm__push_ints(a, n);
+    s->out_weight = dlm__push_floats(a, n, 1);
+    s->out_level = dlm__push_floats(a, n, 1);
     s->loss = (double *)dlm__push(a, n, sizeof(double));
-    s->noisy = dlm__push_ints(a, (size_t)max_seq);
-    s->noisy_weight = dlm__push_floats(a, (size_t)max_seq, 1);
 }
 
-static void dlm__state_out(dlm__state *s, int row, int target, double weight,
-                           double level)
+static void dlm__state_begin(dlm__state *s, const dlm_example *ex)
 {
-    s->out_rows[s->n_out] = row;
-    s->targets[s->n_out] = target;
-    s->weight[s->n_out] = (float)weight;
-    s->level[s->n_out++] = (float)level;
+    s->ex = ex;
+    s->n_ex = s->n_units = 0;
+    s->ex_cell[0] = s->ex_unit[0] = 0;
 }
 
-static void dlm__state_close(dlm__state *s, int rows)
+/* Takes the next example in: its cells, and its units of at most `unit` cells. */
+static void dlm__state_take(dlm__state *s, int unit)
+{
+    const dlm_example *e = &s->ex[s->n_ex];
+    const int R = e->length - e->prompt, first = s->ex_cell[s->n_ex];
+    for (int r = 0; r < R; r += unit) {
+        dlm__unit *u = &s->units[s->n_units++];
+        memset(u, 0, sizeof *u);
+        u->ex = s->n_ex;
+        u->cell = first + r;
+        u->n = dlm__min(unit, R - r);
+    }
+    s->n_ex++;
+    s->ex_cell[s->n_ex] = first + R;
+    s->ex_unit[s->n_ex] = s->n_units;
+}
+
+static void dlm__layout_begin(dlm__state *s)
+{
+    s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
+}
+
+static void dlm__layout_close(dlm__state *s, int rows)
 {
     s->n_rows += rows;
     s->start[++s->n_seqs] = s->n_rows;
 }
 
-/* Where the noise of an example comes from. */
-typedef struct dlm__noise {
-    dlm_address at;                 /* seed and step                               */
-    int stratified;
-    double lo, hi;                  /* range of noise levels                       */
-    int first, all;                 /* noise levels before this example; in all    */
-    uint32_t row;                   /* number of the example in its step           */
-} dlm__noise;
-
-static double dlm__noise_of(const dlm__noise *n, int i)
+/* Row `row` predicts the cell of unit u. */
+static void dlm__layout_out(dlm__state *s, const dlm__unit *u, int cell, int row)
 {
-    dlm_address at = n->at;
-    at.purpose = DLM_RANDOM_LEVEL;
-    return dlm_noise_level(&at, n->first + i, n->all, n->stratified, n->lo, n->hi);
+    const dlm_example *e = &s->ex[u->ex];
+    const int i = s->n_out++;
+    s->out_rows[i] = row;
+    s->targets[i] = e->tokens[e->prompt + cell - s->ex_cell[u->ex]];
+    s->out_cell[i] = cell;
+    s->out_weight[i] = s->weight[cell];
+    s->out_level[i] = (float)u->t;
 }
 
-/* Row i-1 predicts token i; the last token needs no row. */
-static void dlm__state_ar(dlm__state *s, const dlm_config *c, const dlm_example *e,
-                          const dlm__noise *noise)
+static int dlm__cell_token(const dlm__state *s, const dlm_config *c, int ex, int cell)
 {
+    const dlm_example *e = &s->ex[ex];
+    return s->masked[cell] ? c->mask_id : e->tokens[e->prompt + cell - s->ex_cell[ex]];
+}
+
+/* Row i-1 predicts token i; the last token needs no row.  All cells are targets. */
+static void dlm__layout_ar(dlm__state *s, const dlm_config *c, int ex, int scored_only)
+{
+    const dlm_example *e = &s->ex[ex];
+    const dlm__unit *u = &s->units[s->ex_unit[ex]];
     const int base = s->n_rows, rows = e->length - 1;
-    (void)c; (void)noise;
+    (void)c; (void)scored_only;
     dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
     for (int i = 0; i < rows; i++) {
         s->tokens[base + i] = e->tokens[i];
         s->positions[base + i] = i;
-        if (i + 1 >= e->prompt) dlm__state_out(s, base + i, e->tokens[i + 1], 1.0, 1.0);
+        if (i + 1 >= e->prompt)
+            dlm__layout_out(s, u, u->cell + i + 1 - e->prompt, base + i);
     }
-    dlm__state_close(s, rows);
+    dlm__layout_close(s, rows);
 }
 
-/* One noise level for the whole sequence; a shifted model cannot predict token 0. */
-static void dlm__state_mdlm(dlm__state *s, const dlm_config *c, const dlm_example *e,
-                            const dlm__noise *noise)
+/* Everybody sees everybody.  A shifted model cannot predict token 0. */
+static void dlm__layout_full(dlm__state *s, const dlm_config *c, int ex, int scored_only)
 {
-    const int base = s->n_rows, T = e->length;
-    const double t = dlm__noise_of(noise, 0);
-    dlm_address at = noise->at;
-    at.purpose = DLM_RANDOM_MASK;
-    at.row = noise->row;
-    dlm_mask_tokens(s->noisy, s->noisy_weight, e->tokens, T, e->prompt, t, c->mask_id,
-                    &at);
+    const dlm_example *e = &s->ex[ex];
+    const dlm__unit *u = &s->units[s->ex_unit[ex]];
+    const int base = s->n_rows, T = e->length, P = e->prompt;
+    if (scored_only && !u->scored) return;
     dlm_keys_fill(s->keys + base, T, DLM_PATTERN_FULL, 1, 0);
     for (int i = 0; i < T; i++) {
-        s->tokens[base + i] = s->noisy[i];
+        const int cell = u->cell + i - P;
+        s->tokens[base + i] = i < P ? e->tokens[i] : dlm__cell_token(s, c, ex, cell);
         s->positions[base + i] = i;
-        if (s->noisy_weight[i] > 0.0f && i >= c->shifted)
-            dlm__state_out(s, base + i - c->shifted, e->tokens[i], 1.0 / t, t);
+        if (i >= P && s->masked[cell] && i >= c->shifted)
+            dlm__layout_out(s, u, cell, base + i - c->shifted);
     }
-    dlm__state_close(s, T);
+    dlm__layout_close(s, T);
 }
 
-/* The doubled row [prompt | clean | noisy], one noise level per block.  Shifted, the
-   first token of a block is predicted by the clean row before it. */
-static void dlm__state_block(dlm__state *s, const dlm_config *c, const dlm_example *e,
-                             const dlm__noise *noise)
+/* The doubled row [prompt | clean | noisy], of the noisy part only the blocks that are
+   wanted.  Shifted, the first token of a block is predicted by the clean row before
+   it; clean rows come first because out rows must increase. */
+static void dlm__layout_block(dlm__state *s, const dlm_config *c, int ex, int scored_only)
 {
-    const int base = s->n_rows, P = e->prompt, R = e->length - P, b = c->block;
-    const int noisy_row = base + P + R;
-    dlm_keys_doubled(s->keys + base, s->positions + base, P, R, b);
-    memcpy(s->tokens + base, e->tokens, (size_t)(P + R) * sizeof *s->tokens);
-    for (int first = 0; first < R; first += b) {
-        const int n = dlm__min(b, R - first);
-        dlm_address at = noise->at;
-        at.purpose = DLM_RANDOM_MASK;
-        at.row = noise->row;
-        for (int i = 0; i < n; i++) {
-            at.position = (uint32_t)(first + i);
-            s->noisy[first + i] = dlm_uniform(&at, 0) < dlm__noise_of(noise, first / b);
-        }
+    const dlm_example *e = &s->ex[ex];
+    const int base = s->n_rows, P = e->prompt, T = e->length, cell0 = s->ex_cell[ex];
+    int row = base + T, before = s->n_out;
+    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_BLOCK, c->block, P);
+    for (int i = 0; i < T; i++) {
+        s->tokens[base + i] = e->tokens[i];
+        s->positions[base + i] = i;
     }
-    for (int r = 0; r < R; r++)
-        s->tokens[noisy_row + r] = s->noisy[r] ? c->mask_id : e->tokens[P + r];
-    for (int clean = c->shifted; clean >= 0; clean--)   /* out rows must increase  */
-        for (int r = 0; r < R; r++) {
-            const int by_clean = c->shifted && r % b == 0;
-            const double t = dlm__noise_of(noise, r / b);
-            if (!s->noisy[r] || by_clean != clean || (by_clean && P + r == 0)) continue;
-            dlm__state_out(s, by_clean ? base + P + r - 1 : noisy_row + r - c->shifted,
-                           e->tokens[P + r], 1.0 / t, t);
+    for (int k = s->ex_unit[ex]; c->shifted && k < s->ex_unit[ex + 1]; k++) {
+        const dlm__unit *u = &s->units[k];
+        if ((!scored_only || u->scored) && s->masked[u->cell] && P + u->cell > cell0)
+            dlm__layout_out(s, u, u->cell, base + P + u->cell - cell0 - 1);
+    }
+    for (int k = s->ex_unit[ex]; k < s->ex_unit[ex + 1]; k++) {
+        const dlm__unit *u = &s->units[k];
+        if (scored_only && !u->scored) continue;
+        dlm__keys_noisy(s->keys + row, s->positions + row, P + u->cell - cell0,
+                        row - base,
+                        u->n);
+        for (int i = 0; i < u->n; i++) {
+            s->tokens[row + i] = dlm__cell_token(s, c, ex, u->cell + i);
+            if (s->masked[u->cell + i] && i >= c->shifted)
+                dlm__layout_out(s, u, u->cell + i, row + i - c->shifted);
         }
-    dlm__state_close(s, P + 2 * R);
+        row += u->n;
+    }
+    if (scored_only && s->n_out == before) return;          /* nothing to look at  */
+    dlm__layout_close(s, row - base);
 }
 
-/* The table of objectives: rows and noise levels of one example, and its state. */
+/* The table of objectives. */
 typedef struct dlm__objective_kind {
     const char *name;
-    void (*make)(dlm__state *s, const dlm_config *c, const dlm_example *e,
-                 const dlm__noise *noise);
-    int doubled, per_block;
+    void (*layout)(dlm__state *s, const dlm_config *c, int ex, int scored_only);
+    int doubled, masks;             /* noisy copies beside clean ones; noise at all */
 } dlm__objective_kind;
 
 static const dlm__objective_kind dlm__objectives[] = {
     { "auto", NULL, 0, 0 },
-    { "block", dlm__state_block, 1, 1 },
-    { "mdlm", dlm__state_mdlm, 0, 0 },
-    { "ar", dlm__state_ar, 0, 0 },
+    { "block", dlm__layout_block, 1, 1 },
+    { "mdlm", dlm__layout_full, 0, 1 },
+    { "ar", dlm__layout_ar, 0, 0 },
 };
 
-static int dlm__rows_of(const dlm__objective_kind *k, const dlm_example *e)
+static int dlm__rows_of(const dlm__objective_kind *k, const dlm_example *e, int views)
 {
-    return e->length + (k->doubled ? e->length - e->prompt : 0);
+    return views * (e->length + (k->doubled ? e->length - e->prompt : 0));
 }
 
-static int dlm__levels_of(const dlm__objective_kind *k, const dlm_config *c,
-                          const dlm_example *e)
+static int dlm__unit_length(const dlm__objective_kind *k, const dlm_config *c)
 {
-    return k->per_block ? dlm__ceil_div(e->length - e->prompt, c->block) : 1;
+    return k->doubled ? c->block : INT_MAX / 2;
+}
+
+static dlm_objective dlm__objective_of(const dlm_config *c)
+{
+    static const dlm_objective by_pattern[] = {
+        DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
+    };
+    return by_pattern[c->pattern];
+}
+
+/* Where the noise of a step comes from. */
+typedef struct dlm__noise {
+    dlm_address at;                 /* seed and step                               */
+    int    stratified;
+    double lo, hi;                  /* range of noise levels                       */
+    int    first, all;              /* levels given out so far; in all of the step */
+    int    row;                     /* number of the pass's first example in it    */
+} dlm__noise;
+
+/* A noise level for every unit of the state. */
+static void dlm__noise_levels(dlm__state *s, dlm__noise *n)
+{
+    dlm_address at = n->at;
+    at.purpose = DLM_RANDOM_LEVEL;
+    for (int k = 0; k < s->n_units; k++)
+        s->units[k].t = dlm_noise_level(&at, n->first + k, n->all, n->stratified, n->lo,
+                                        n->hi);
+    n->first += s->n_units;
+}
+
+/* Masks every cell of unit u with probability p, weight w; at.row is the example. */
+static void dlm__mask_unit(dlm__state *s, const dlm__unit *u, double p, double w,
+                           const dlm__noise *n)
+{
+    dlm_address at = n->at;
+    at.purpose = DLM_RANDOM_MASK;
+    at.row = (uint32_t)(n->row + u->ex);
+    for (int i = u->cell; i < u->cell + u->n; i++) {
+        at.position = (uint32_t)(i - s->ex_cell[u->ex]);
+        s->masked[i] = dlm_uniform(&at, 0) < p;
+        s->weight[i] = (float)w;
+    }
+}
+
+/* ==[ lift ]==================================================================
+   LIFT, learnability-informed fine-tuning (arXiv 2605.22939; methods A), and what it is
+   compared with.  More tokens are masked than the noise level t says, t + rho; of these
+   the easiest, the hardest or random ones are kept, so that t of them carry loss, and
+   the rest get their gold token back.  Easy at high t, hard at low t. */
+
+DLM_API double dlm_lift_rho(const dlm_address *at, double t, int code_form)
+{
+    const double u = 1.0 - fmax(0.0, (t - 1e-3) / (1.0 - 1e-3));   /* 1 - t_raw      */
+    const double least = !code_form || u <= 0.1 ? 0.0 : 0.1;
+    return least + (u - least) * dlm_uniform(at, 0);
+}
+
+DLM_API int dlm_lift_count(int n, double t, double rho)
+{
+    const double fraction = fmin(1.0, fmax(1e-3, t / fmax(t + rho, 1e-3)));
+    return n < 1 ? 0 : dlm__min(n, dlm__max(1, (int)rint((double)((float)n
+                                                         * (float)fraction))));
+}
+
+DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
+                                 const dlm_address *at)
+{
+    const float easy = (float)t, hard = (float)(1.0 - t);
+    const float any = components == 3 ? (float)(H * t * (1.0 - t)) : 0.0f;
+    dlm_select mode = easy >= hard ? DLM_SELECT_EASIEST : DLM_SELECT_HARDEST;
+    double u;
+    if (components == 3 && any >= easy && any >= hard) mode = DLM_SELECT_RANDOM;
+    if (policy == DLM_POLICY_REVERSED && mode != DLM_SELECT_RANDOM)
+        mode = mode == DLM_SELECT_EASIEST ? DLM_SELECT_HARDEST : DLM_SELECT_EASIEST;
+    if (policy == DLM_POLICY_TIME || policy == DLM_POLICY_REVERSED) return mode;
+    u = dlm_uniform(at, 1);
+    if (policy == DLM_POLICY_RANDOM) {
+        u *= components;
+        return u < 1.0 ? DLM_SELECT_EASIEST : u < 2.0 ? DLM_SELECT_HARDEST
+            : DLM_SELECT_RANDOM;
+    }
+    u *= (double)easy + (double)hard + (double)any;
+    return u < (double)easy ? DLM_SELECT_EASIEST
+        : u < (double)easy + (double)hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
+}
+
+/* Is score a before score b among what is kept?  Equal ones by position. */
+static int dlm__kept_before(dlm_select mode, double a, double b)
+{
+    return mode == DLM_SELECT_HARDEST ? a < b : a > b;
+}
+
+DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, int k,
+                            dlm_select mode, const dlm_address *at)
+{
+    int kept = 0;
+    dlm_address a = *at;
+    for (int i = 0; i < n; i++)                 /* 1: masked, 2: kept              */
+        masked[i] = masked[i] != 0;
+    for (; kept < k; kept++) {
+        int best = -1;
+        double best_score = 0.0;
+        for (int i = 0; i < n; i++) {
+            double x = mode == DLM_SELECT_RANDOM ? 0.0 : (double)score[i];
+            if (masked[i] != 1) continue;
+            if (mode == DLM_SELECT_RANDOM) {
+                a.position = (uint32_t)i;
+                x = dlm_uniform(&a, 0);
+            }
+            if (best < 0 || dlm__kept_before(mode, x, best_score)) {
+                best = i;
+                best_score = x;
+            }
+        }
+        if (best < 0) break;
+        masked[best] = 2;
+    }
+    for (int i = 0; i < n; i++) masked[i] = masked[i] == 2;
+    return kept;
+}
+
+DLM_API void dlm_cart_weights(float *weight, const unsigned char *masked, int T, double p)
+{
+    /* c_i = sum over visible j of p (1-p)^(|i-j|-1) / 2, as two running sums. */
+    for (int back = 0; back < 2; back++) {
+        double sum = 0.0;
+        for (int step = 0; step < T; step++) {
+            const int i = back ? T - 1 - step : step;
+            weight[i] = (float)((back ? (double)weight[i] : 0.0) + sum);
+            sum = (1.0 - p) * sum + (masked[i] ? 0.0 : 0.5 * p);
+        }
+    }
+}
+
+DLM_API double dlm_gift_level(double t, double entropy, double mean_root)
+{
+    return 1.0 - pow(1.0 - t, sqrt(fmax(0.0, entropy)) / fmax(mean_root, 1e-12));
 }
 
 /* ==[ optimizer ]=============================================================
@@ -4140,6 +4403,8 @@ struct dlm_trainer {
     double           *partial;      /* (n_params / 4096) sums of squares           */
     dlm__state        state;
     dlm_example      *windows;      /* (seqs) for dlm_trainer_step_text            */
+    unsigned char    *row_masked;   /* (max_seq) of one example, prompt and all    */
+    float            *row_weight;   /* (max_seq)                                   */
     int64_t           step;
     double            pass_flops;   /* since the last update                       */
     void             *block;
@@ -4157,6 +4422,8 @@ static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
         { "clip", o->clip, 0.0f, 1e30f },       { "ema", o->ema, 0.0f, 0.9999999f },
         { "level_min", o->level_min, 1e-4f, 1.0f },
         { "level_max", o->level_max, o->level_min, 1.0f },
+        { "lift.H", o->lift.H, 0.0f, 1e6f },
+        { "lift.cart_p", o->lift.cart_p, 0.0f, 1.0f },
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (!(fields[i].value >= fields[i].lo && fields[i].value <= fields[i].hi))
@@ -4173,9 +4440,6 @@ static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
 static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
                                     const dlm_train_options *opt, dlm_train_options *o)
 {
-    static const dlm_objective by_pattern[] = {
-        DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
-    };
     dlm_error e;
     memset(o, 0, sizeof *o);
     if (opt) *o = *opt;
@@ -4185,11 +4449,18 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     if (e == DLM_OK) e = dlm__in_range(ctx, "warmup", o->warmup, 0, INT_MAX);
     if (e == DLM_OK) e = dlm__in_range(ctx, "total", o->total, 0, INT_MAX);
     if (e == DLM_OK) e = dlm__in_range(ctx, "max_rows", o->max_rows, 0, 1 << 26);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.method", (int)o->lift.method, 0,
+                                       DLM_METHOD_COUNT - 1);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.policy", (int)o->lift.policy, 0,
+                                       DLM_POLICY_REVERSED);
     if (e != DLM_OK) return e;
-    if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = by_pattern[m->config.pattern];
+    if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
     if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
         return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
                          " together, in a model of their own");
+    if (o->lift.method != DLM_METHOD_VANILLA && !dlm__objectives[o->objective].masks)
+        return dlm__fail(ctx, DLM_E_CONFIG, "lift.method: %s has no masks to choose from",
+                         dlm__objectives[o->objective].name);
     if (o->max_rows == 0)
         o->max_rows = (int)fmin(1 << 26, 16.0 * m->config.max_seq
                                 * (1 + dlm__objectives[o->objective].doubled));
@@ -4200,6 +4471,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     if (o->clip == 0.0f) o->clip = 1.0f;
     if (o->level_min == 0.0f) o->level_min = 1e-3f;
     if (o->level_max == 0.0f) o->level_max = 1.0f;
+    if (o->lift.H == 0.0f) o->lift.H = 3.0f;
+    if (o->lift.cart_p == 0.0f) o->lift.cart_p = 0.1f;
     return dlm__train_ranges(ctx, o);
 }
 
@@ -4207,13 +4480,15 @@ static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
 {
     const size_t n = t->m->n_params;
     dlm__work *w = &t->w;
-    w->grads = t->grads = dlm__push_floats(a, n, 1);
+    t->grads = dlm__push_floats(a, n, 1);
     t->adam_m = dlm__push_floats(a, n, 1);
     t->adam_v = dlm__push_floats(a, n, 1);
     t->ema = t->opt.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
     t->partial = (double *)dlm__push(a, n / DLM__GRAD_RUN + 1, sizeof(double));
     t->windows = (dlm_example *)dlm__push(a, (size_t)w->rows, sizeof(dlm_example));
-    dlm__state_carve(a, &t->state, w->rows, w->seqs, t->m->config.max_seq);
+    t->row_masked = (unsigned char *)dlm__push(a, (size_t)t->m->config.max_seq, 1);
+    t->row_weight = dlm__push_floats(a, (size_t)t->m->config.max_seq, 1);
+    dlm__state_carve(a, &t->state, w->rows, w->seqs);
     dlm__work_carve(a, w);
 }
 
@@ -4284,13 +4559,14 @@ DLM_API int64_t dlm_trainer_steps(const dlm_trainer *t) { return t->step; }
 
 /* --[ passes ]----------------------------------------------------------------  */
 
+/* learn: keep activations, add to the gradients.  Otherwise only score. */
 static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                            void *user, int learn)
 {
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK) return e;
     if (b->n_out == 0) return DLM_OK;
-    dlm__layers_forward(&t->w, t->m);
+    dlm__layers_forward(&t->w, t->m, learn ? t->w.acts : t->w.scout);
     dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
     if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
     t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
@@ -4314,7 +4590,25 @@ static void dlm__ce_score(void *user, int i, float *logits)
 {
     const dlm__ce *c = (const dlm__ce *)user;
     c->s->loss[i] = dlm_cross_entropy(c->ctx, logits, c->V, c->s->targets[i],
-                                      (double)c->s->weight[i] * c->scale);
+                                      (double)c->s->out_weight[i] * c->scale);
+}
+
+/* log p(gold) to the cell. */
+static void dlm__gold_score(void *user, int i, float *logits)
+{
+    const dlm__ce *c = (const dlm__ce *)user;
+    c->s->score[c->s->out_cell[i]] = (float)((double)logits[c->s->targets[i]]
+        - dlm_log_sum_exp(c->ctx, logits, c->V, NULL));
+}
+
+/* Entropy in nats to the cell. */
+static void dlm__entropy_score(void *user, int i, float *logits)
+{
+    const dlm__ce *c = (const dlm__ce *)user;
+    const float max = c->ctx->k->max(logits, c->V);
+    double sum, sum_x;
+    sum = c->ctx->k->sum_exp(logits, c->V, max, &sum_x);
+    c->s->score[c->s->out_cell[i]] = (float)fmax(0.0, log(sum) - sum_x / sum);
 }
 
 static dlm_batch dlm__state_batch(const dlm__state *s)
@@ -4327,20 +4621,265 @@ static dlm_batch dlm__state_batch(const dlm__state *s)
     return b;
 }
 
+static void dlm__layout_all(dlm_trainer *t, int scored_only)
+{
+    for (int i = 0; i < t->state.n_ex; i++)
+        t->kind->layout(&t->state, &t->w.c, i, scored_only);
+}
+
+/* A forward without gradient over the scored units; `score` fills their cells. */
+static dlm_error dlm__scoring_pass(dlm_trainer *t, dlm_score_fn score, dlm__ce *ce)
+{
+    dlm_batch b;
+    dlm__layout_begin(&t->state);
+    dlm__layout_all(t, 1);
+    b = dlm__state_batch(&t->state);
+    return dlm__pass(t, &b, score, ce, 0);
+}
+
+/* --[ methods ]---------------------------------------------------------------
+   What happens between drawing noise levels and the pass that learns. */
+
+static int dlm__bin(double t) { return dlm__min(DLM_BINS - 1, (int)(t * DLM_BINS)); }
+
+static double dlm__time_weight(const dlm_trainer *t, double level)
+{
+    return t->opt.lift.no_time_scaling ? 1.0 : 1.0 / level;
+}
+
+static dlm_error dlm__prepare_vanilla(dlm_trainer *t, const dlm__noise *noise,
+                                      dlm__ce *ce,
+                                      dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    (void)ce; (void)r;
+    for (int k = 0; k < s->n_units; k++)
+        dlm__mask_unit(s, &s->units[k], s->units[k].t,
+                       dlm__time_weight(t, s->units[k].t), noise);
+    return DLM_OK;
+}
+
+static dlm_address dlm__lift_address(const dlm__state *s, const dlm__unit *u,
+                                     const dlm__noise *n)
+{
+    dlm_address at = n->at;
+    at.purpose = DLM_RANDOM_LIFT;
+    at.row = (uint32_t)(n->row + u->ex);
+    at.position = (uint32_t)(u->cell - s->ex_cell[u->ex]);
+    return at;
+}
+
+static void dlm__lift_count_gold(const dlm__state *s, const dlm__unit *u,
+                                 dlm_report *r, int before)
+{
+    const int bin = dlm__bin(u->t);
+    for (int i = u->cell; i < u->cell + u->n; i++) {
+        const double p = exp((double)s->score[i]);
+        if (!s->masked[i]) continue;
+        if (before) {                           /* all of the superset             */
+            r->bin_superset[bin]++;
+            if (u->scored) r->bin_gold_rejected[bin] += p;
+            if (u->scored) r->bin_rejected[bin]++;
+        } else if (u->scored) {                 /* the kept ones move over         */
+            r->bin_gold_rejected[bin] -= p;
+            r->bin_rejected[bin]--;
+            r->bin_gold_kept[bin] += p;
+            r->bin_kept[bin]++;
+        }
+    }
+}
+
+/* Refills unit u: what is not kept is no longer masked. */
+static void dlm__lift_refill(dlm__state *s, const dlm__unit *u, const dlm__noise *noise,
+                             dlm_report *r)
+{
+    dlm_address at = dlm__lift_address(s, u, noise);
+    int n = 0;
+    at.step ^= 0x80000000U;                     /* not the bits that chose rho     */
+    for (int i = u->cell; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
+    dlm__lift_count_gold(s, u, r, 1);
+    dlm_lift_select(s->masked + u->cell, s->score + u->cell, u->n,
+                    dlm_lift_count(n, u->t, u->rho), u->mode, &at);
+    dlm__lift_count_gold(s, u, r, 0);
+}
+
+static void dlm__lift_draw(dlm_trainer *t, dlm__unit *u, const dlm__noise *noise)
+{
+    const dlm_lift_options *o = &t->opt.lift;
+    const dlm_address at = dlm__lift_address(&t->state, u, noise);
+    u->rho = dlm_lift_rho(&at, u->t, o->rho_code_form);
+    u->mode = o->method == DLM_METHOD_TOP_K ? DLM_SELECT_EASIEST
+        : o->method == DLM_METHOD_BOTTOM_K ? DLM_SELECT_HARDEST
+        : o->method == DLM_METHOD_RANDOM_K ? DLM_SELECT_RANDOM
+        : dlm_lift_mode(u->t, o->method == DLM_METHOD_LIFT3 ? 3 : 2, (double)o->H,
+                        o->policy, &at);
+    u->scored = u->mode != DLM_SELECT_RANDOM;
+    dlm__mask_unit(&t->state, u, fmin(1.0, u->t + u->rho), dlm__time_weight(t, u->t),
+                   noise);
+}
+
+/* One-pass leaves the scored units for dlm__learn_in_one_pass. */
+static dlm_error dlm__prepare_lift(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
+                                   dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    dlm_error e = DLM_OK;
+    for (int k = 0; k < s->n_units; k++) dlm__lift_draw(t, &s->units[k], noise);
+    if (!t->opt.lift.one_pass) e = dlm__scoring_pass(t, dlm__gold_score, ce);
+    for (int k = 0; k < s->n_units && e == DLM_OK; k++)
+        if (!t->opt.lift.one_pass || !s->units[k].scored)
+            dlm__lift_refill(s, &s->units[k], noise, r);
+    return e;
+}
+
+static dlm_error dlm__prepare_cart(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
+                                   dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    dlm__prepare_vanilla(t, noise, ce, r);
+    for (int i = 0; i < s->n_ex; i++) {
+        const int P = s->ex[i].prompt, cell0 = s->ex_cell[i], R = s->ex[i].length - P;
+        memset(t->row_masked, 0, (size_t)P);
+        memcpy(t->row_masked + P, s->masked + cell0, (size_t)R);
+        dlm_cart_weights(t->row_weight, t->row_masked, P + R, (double)t->opt.lift.cart_p);
+        for (int r0 = 0; r0 < R; r0++) {
+            const float c = t->row_weight[P + r0];
+            s->weight[cell0 + r0] = t->opt.lift.cart_time_scaling
+                ? c * s->weight[cell0 + r0] : c;
+        }
+    }
+    return DLM_OK;
+}
+
+/* Masks each cell with a probability of its own; 1 when at least one was hit. */
+static int dlm__gift_mask(dlm__state *s, const dlm__unit *u, double mean,
+                          const dlm__noise *noise)
+{
+    dlm_address at = noise->at;
+    int hits = 0;
+    at.purpose = DLM_RANDOM_MASK;
+    at.row = (uint32_t)(noise->row + u->ex);
+    for (int i = u->cell; i < u->cell + u->n; i++) {
+        const double level = dlm_gift_level(u->t, (double)s->score[i], mean);
+        at.position = (uint32_t)(i - s->ex_cell[u->ex]);
+        s->masked[i] = dlm_uniform(&at, 0) < level;
+        s->weight[i] = level > 0.0 ? (float)(1.0 / level) : 0.0f;
+        hits += s->masked[i];
+    }
+    return hits;
+}
+
+static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
+                                   dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    const int cells = s->ex_cell[s->n_ex];
+    double mean = 0.0;
+    int hits = 0;
+    dlm_error e;
+    for (int k = 0; k < s->n_units; k++) {
+        dlm__mask_unit(s, &s->units[k], 2.0, 1.0, noise);
+        s->units[k].scored = 1;
+    }
+    for (int i = 0; i < cells; i++) s->score[i] = 0.0f;
+    e = dlm__scoring_pass(t, dlm__entropy_score, ce);
+    if (e != DLM_OK) return e;
+    for (int i = 0; i < cells; i++) mean += sqrt((double)s->score[i]) / cells;
+    for (int k = 0; k < s->n_units; k++)
+        hits += dlm__gift_mask(s, &s->units[k], mean, noise);
+    if (hits == 0) return dlm__prepare_vanilla(t, noise, ce, r);
+    for (int i = 0; t->opt.lift.gift_masked_mean && i < cells; i++)
+        s->weight[i] *= (float)cells / (float)hits;
+    return DLM_OK;
+}
+
+typedef dlm_error (*dlm__prepare_fn)(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
+                                     dlm_report *r);
+static const dlm__prepare_fn dlm__methods[DLM_METHOD_COUNT] = {
+    dlm__prepare_vanilla, dlm__prepare_lift, dlm__prepare_lift, dlm__prepare_lift,
+    dlm__prepare_lift, dlm__prepare_lift, dlm__prepare_cart, dlm__prepare_gift
+};
+
+/* The second view: what was masked is seen and what was seen is masked, 1/(1-t). */
+static void dlm__complement(dlm_trainer *t)
+{
+    dlm__state *s = &t->state;
+    for (int i = 0; i < s->n_out; i++) s->out_weight[i] *= 0.5f;
+    for (int k = 0; k < s->n_units; k++) {
+        const dlm__unit *u = &s->units[k];
+        for (int i = u->cell; i < u->cell + u->n; i++) {
+            s->masked[i] = !s->masked[i];
+            s->weight[i] = (float)(0.5 * dlm__time_weight(t, fmax(1.0 - u->t, 1e-3)));
+        }
+    }
+}
+
+/* The approximation of LIFT: scores come from the pass that learns.  The head runs
+   twice, first to score, then with the rejected rows weighing nothing. */
+static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, const dlm_batch *b,
+                                        const dlm__noise *noise, dlm__ce *ce,
+                                        dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    dlm_error e = dlm__take_batch(&t->w, b);
+    if (e != DLM_OK || b->n_out == 0) return e;
+    dlm__layers_forward(&t->w, t->m, t->w.acts);
+    dlm__head(&t->w, t->m, NULL, dlm__gold_score, ce);
+    for (int k = 0; k < s->n_units; k++)
+        if (s->units[k].scored) dlm__lift_refill(s, &s->units[k], noise, r);
+    for (int i = 0; i < s->n_out; i++)
+        if (!s->masked[s->out_cell[i]]) s->out_weight[i] = 0.0f;
+    dlm__head(&t->w, t->m, t->grads, dlm__ce_score, ce);
+    dlm__layers_backward(&t->w, t->m, t->grads);
+    t->pass_flops += 3.0 * dlm_forward_flops(&t->w.c, b);
+    return DLM_OK;
+}
+
 static void dlm__report_state(dlm_report *r, const dlm__state *s, double scale)
 {
     for (int i = 0; i < s->n_out; i++) {
-        const int bin = dlm__min(DLM_BINS - 1, (int)(s->level[i] * DLM_BINS));
-        r->loss += s->loss[i] * (double)s->weight[i] * scale;
+        const int bin = dlm__bin((double)s->out_level[i]);
+        if (s->out_weight[i] == 0.0f) continue;
+        r->loss += s->loss[i] * (double)s->out_weight[i] * scale;
         r->bin_loss[bin] += s->loss[i];
         r->bin_count[bin]++;
         r->scored++;
     }
 }
 
+/* The examples of the state, once through the model. */
+static dlm_error dlm__run_state(dlm_trainer *t, dlm__noise *noise, dlm__ce *ce, int learn,
+                                dlm_report *r)
+{
+    dlm__state *s = &t->state;
+    const dlm_lift_options *o = &t->opt.lift;
+    const int one_pass = learn && o->one_pass
+        && dlm__methods[o->method] == dlm__prepare_lift;
+    dlm_batch b;
+    dlm_error e = DLM_OK;
+    dlm__noise_levels(s, noise);
+    if (t->kind->masks)
+        e = (learn ? dlm__methods[o->method] : dlm__prepare_vanilla)(t, noise, ce, r);
+    else
+        for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->weight[i] = 1.0f;
+    if (e != DLM_OK) return e;
+    dlm__layout_begin(s);
+    dlm__layout_all(t, 0);
+    if (learn && o->complementary) {
+        dlm__complement(t);
+        dlm__layout_all(t, 0);
+    }
+    b = dlm__state_batch(s);
+    e = one_pass ? dlm__learn_in_one_pass(t, &b, noise, ce, r)
+                 : dlm__pass(t, &b, dlm__ce_score, ce, learn);
+    if (e == DLM_OK) dlm__report_state(r, s, ce->scale);
+    return e;
+}
+
 static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e, int n)
 {
     dlm_ctx *ctx = t->w.ctx;
+    const int views = 1 + t->opt.lift.complementary;
     if (n < 1)
         return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
     for (int i = 0; i < n; i++) {
@@ -4350,10 +4889,10 @@ static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e,
         if (e[i].prompt < 0 || e[i].prompt >= e[i].length)
             return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
                              e[i].prompt, e[i].length - 1);
-        if (dlm__rows_of(t->kind, &e[i]) > t->w.rows)
+        if (dlm__rows_of(t->kind, &e[i], views) > t->w.rows)
             return dlm__fail(ctx, DLM_E_INPUT,
                              "example %d: needs %d rows, max_rows is %d",
-                             i, dlm__rows_of(t->kind, &e[i]), t->w.rows);
+                             i, dlm__rows_of(t->kind, &e[i], views), t->w.rows);
         for (int j = 0; j < e[i].length; j++)
             if (e[i].tokens[j] < 0 || e[i].tokens[j] >= t->w.c.vocab)
                 return dlm__fail(ctx, DLM_E_INPUT, "example %d: token %d at %d is not in "
@@ -4367,34 +4906,35 @@ static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e,
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
                                    dlm__noise *noise, int learn, dlm_report *r)
 {
+    const int unit = dlm__unit_length(t->kind, &t->w.c);
+    const int views = 1 + t->opt.lift.complementary;
     dlm__state *s = &t->state;
     dlm__ce ce;
-    int i = 0;
+    dlm_error error = DLM_OK;
     for (int k = 0; k < n; k++) {
-        const int ar = t->kind->make == dlm__state_ar;
-        r->tokens += e[k].length - dlm__max(e[k].prompt, ar);
-        noise->all += dlm__levels_of(t->kind, &t->w.c, &e[k]);
+        r->tokens += e[k].length - dlm__max(e[k].prompt, !t->kind->masks);
+        noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
     }
     ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
     ce.scale = 1.0 / (double)(r->tokens > 0 ? r->tokens : 1);
-    while (i < n) {
-        dlm_batch b;
-        dlm_error error;
-        s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
-        for (; i < n && s->n_seqs < t->w.seqs; i++) {
-            if (s->n_rows + dlm__rows_of(t->kind, &e[i]) > t->w.rows) break;
-            noise->row = (uint32_t)i;
-            t->kind->make(s, &t->w.c, &e[i], noise);
-            noise->first += dlm__levels_of(t->kind, &t->w.c, &e[i]);
+    for (int i = 0; i < n && error == DLM_OK; i += s->n_ex) {
+        int rows = 0;
+        noise->row = i;
+        dlm__state_begin(s, e + i);
+        while (i + s->n_ex < n && (s->n_ex + 1) * views <= t->w.seqs) {
+            rows += dlm__rows_of(t->kind, &e[i + s->n_ex], views);
+            if (rows > t->w.rows) break;
+            dlm__state_take(s, unit);
         }
-        b = dlm__state_batch(s);
-        error = dlm__pass(t, &b, dlm__ce_score, &ce, learn);
-        if (error != DLM_OK) return error;
-        dlm__report_state(r, s, ce.scale);
+        error = dlm__run_state(t, noise, &ce, learn, r);
     }
-    for (int bin = 0; bin < DLM_BINS; bin++)
-        if (r->bin_count[bin]) r->bin_loss[bin] /= (double)r->bin_count[bin];
-    return DLM_OK;
+    for (int bin = 0; bin < DLM_BINS; bin++) {
+        r->bin_loss[bin] /= (double)(r->bin_count[bin] ? r->bin_count[bin] : 1);
+        r->bin_gold_kept[bin] /= (double)(r->bin_kept[bin] ? r->bin_kept[bin] : 1);
+        r->bin_gold_rejected[bin] /= (double)(r->bin_rejected[bin] ? r->bin_rejected[bin]
+                                                                   : 1);
+    }
+    return error;
 }
 
 static void dlm__noise_begin(const dlm_trainer *t, dlm__noise *noise, uint64_t seed,
@@ -5250,8 +5790,7 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
 
 typedef struct dlm__likelihood {
     dlm_session *s;
-    const int   *tokens;
-    int          T, P;
+    const dlm__objective_kind *kind;
     dlm__state   state;
     double       sum;
 } dlm__likelihood;
@@ -5263,62 +5802,40 @@ static void dlm__likelihood_score(void *user, int i, float *logits)
                                          k->state.targets[i], 0.0);
 }
 
-/* Masks l of the n response tokens from `first`, in s->noisy. */
-static void dlm__mask_exactly(dlm__state *s, uint64_t seed, int sample, int samples,
-                              int first, int n)
+/* Masks l of the cells of unit u, weight n/l. */
+static void dlm__mask_exactly(dlm__state *s, const dlm__unit *u, uint64_t seed,
+                              int sample,
+                              int samples)
 {
-    const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD,
-                                        (uint32_t)(sample / samples), (uint32_t)first, 0);
-    const int k = (int)(dlm_uniform(&at, 0) * n);
-    const int l = (int)((k + (int64_t)sample * n / samples) % n) + 1;
-    for (int i = 0; i < n; i++) s->noisy[first + i] = 0;
+    const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD, 0, (uint32_t)u->cell,
+                                        0);
+    const int k = (int)(dlm_uniform(&at, 0) * u->n);
+    const int l = (int)((k + (int64_t)sample * u->n / samples) % u->n) + 1;
+    for (int i = 0; i < u->n; i++) {
+        s->masked[u->cell + i] = 0;
+        s->weight[u->cell + i] = (float)u->n / (float)l;
+    }
     for (int i = 0; i < l; i++)
-        s->noisy[first + (int)dlm_shuffled(seed ^ (uint64_t)first << 32, (uint32_t)sample,
-                                           (size_t)n, (size_t)i)] = 1;
-    for (int i = 0; i < n; i++) s->noisy_weight[first + i] = (float)n / (float)l;
-}
-
-static void dlm__likelihood_rows(dlm__likelihood *k, int sample, int samples,
-                                 uint64_t seed)
-{
-    dlm__state *s = &k->state;
-    const dlm_config *c = &k->s->w.c;
-    const int P = k->P, R = k->T - P, full = c->pattern == DLM_PATTERN_FULL;
-    const int b = full ? R : c->block, noisy_row = full ? P : P + R;
-    for (int first = 0; first < R; first += b)
-        dlm__mask_exactly(s, seed, sample, samples, first, dlm__min(b, R - first));
-    memcpy(s->tokens, k->tokens, (size_t)k->T * sizeof *s->tokens);
-    for (int r = 0; r < R; r++)
-        s->tokens[noisy_row + r] = s->noisy[r] ? c->mask_id : k->tokens[P + r];
-    if (full) dlm_keys_fill(s->keys, k->T, DLM_PATTERN_FULL, 1, 0);
-    else dlm_keys_doubled(s->keys, s->positions, P, R, b);
-    for (int i = 0; full && i < k->T; i++) s->positions[i] = i;
-    for (int clean = c->shifted && !full; clean >= 0; clean--)
-        for (int r = 0; r < R; r++) {
-            const int by_clean = c->shifted && !full && r % b == 0;
-            const int row = by_clean ? P + r - 1 : noisy_row + r - c->shifted;
-            if (!s->noisy[r] || by_clean != clean || row < 0) continue;
-            dlm__state_out(s, row, k->tokens[P + r], (double)s->noisy_weight[r], 0.0);
-        }
-    dlm__state_close(s, noisy_row + R);
+        s->masked[u->cell + (int)dlm_shuffled(seed ^ (uint64_t)u->cell << 32,
+                                              (uint32_t)sample, (size_t)u->n,
+                                              (size_t)i)] = 1;
 }
 
 static dlm_error dlm__likelihood_sample(dlm__likelihood *k, int sample, int samples,
                                         uint64_t seed)
 {
     dlm__state *s = &k->state;
-    const dlm_example whole = { k->tokens, k->T, k->P };
+    const dlm_config *c = &k->s->w.c;
     dlm_batch b;
     dlm_error e;
-    s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
-    if (k->s->w.c.pattern == DLM_PATTERN_CAUSAL)
-        dlm__state_ar(s, &k->s->w.c, &whole, NULL);
-    else
-        dlm__likelihood_rows(k, sample, samples, seed);
+    for (int i = 0; i < s->n_units; i++)
+        dlm__mask_exactly(s, &s->units[i], seed, sample, samples);
+    dlm__layout_begin(s);
+    k->kind->layout(s, c, 0, 0);
     b = dlm__state_batch(s);
     e = dlm_forward(k->s, &b, dlm__likelihood_score, k);
     for (int i = 0; e == DLM_OK && i < s->n_out; i++)
-        k->sum -= s->loss[i] * (double)s->weight[i];
+        k->sum -= s->loss[i] * (k->kind->masks ? (double)s->out_weight[i] : 1.0);
     return e;
 }
 
@@ -5326,25 +5843,28 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
                                      int samples, uint64_t seed, double *nats)
 {
     dlm_ctx *ctx = s->w.ctx;
+    const dlm_example whole = { tokens, T, P };
     dlm__arena arena = { NULL, 0 };
     dlm__likelihood k;
     void *block;
     dlm_error e;
-    memset(&k, 0, sizeof k);
-    k.s = s; k.tokens = tokens; k.T = T; k.P = P;
     if (T < 1 || T > s->w.c.max_seq || P < 0 || P > T)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T,
-                         P,
-                         s->w.c.max_seq);
+                         P, s->w.c.max_seq);
     if (s->w.c.pattern == DLM_PATTERN_CAUSAL) samples = 1;
     if (samples < 1)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: %d samples", samples);
     *nats = 0.0;
     if (P == T) return DLM_OK;
-    dlm__state_carve(&arena, &k.state, 2 * T, 1, T);
+    memset(&k, 0, sizeof k);
+    k.s = s;
+    k.kind = &dlm__objectives[dlm__objective_of(&s->w.c)];
+    dlm__state_carve(&arena, &k.state, 2 * T, 1);
     e = dlm__place(ctx, "likelihood", dlm__arena_bytes(&arena), NULL, &arena, &block);
     if (e != DLM_OK) return e;
-    dlm__state_carve(&arena, &k.state, 2 * T, 1, T);
+    dlm__state_carve(&arena, &k.state, 2 * T, 1);
+    dlm__state_begin(&k.state, &whole);
+    dlm__state_take(&k.state, dlm__unit_length(k.kind, &s->w.c));
     for (int i = 0; i < samples && e == DLM_OK; i++)
         e = dlm__likelihood_sample(&k, i, samples, seed);
     dlm__release(ctx, block);
