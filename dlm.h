@@ -268,7 +268,9 @@ typedef enum dlm_pattern {   /* which keys may a row see (0: the default)       
 typedef struct dlm_config {                /* 0 in a field marked * = the default  */
     int   vocab, dim, layers, heads;       /* V, C, L, H: required                 */
     int   max_seq;                         /* largest T:  required                 */
-    int   mask_id;                         /* * = vocab - 1; unused when causal    */
+    int   mask_id;                         /* * = vocab - 1: stands for "not known", is
+                                              never emitted; = vocab (no token) is
+                                              allowed when causal                  */
     int   pattern;                         /* a dlm_pattern; * = BLOCK             */
     int   block;                           /* * = 8: tokens in a block (pattern BLOCK) */
     int   shifted;                         /* row i-1 predicts token i; 0: row i.
@@ -333,7 +335,9 @@ typedef struct dlm_batch {
     const int *tokens;                     /* (N)                                  */
     const int *positions;                  /* (N) rotary positions; NULL: the slot */
     const int *slots;                      /* (N) where the row's key and value go, in its
-                                              own sequence; NULL: its place there  */
+                                              own sequence, all different; NULL: its
+                                              place there.  A slot that is seen before it
+                                              is written holds what was there before */
     const int *lanes;                      /* (S) which cache of the session; NULL: s */
     const dlm_keys *keys;                  /* (N)                                  */
     const int *out_rows;                   /* (n_out) rows that are looked at, strictly
@@ -389,7 +393,8 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
 /* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA; methods C.2):
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
-   causal.  tokens (T), response = tokens[P..T).  Needs rows >= 2T for BLOCK. */
+   causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
+   Needs slots and rows >= 2T - P for BLOCK. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -435,7 +440,8 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
     const float *logit_bias;               /* (V) added to the logits; NULL: none  */
     const int   *suppress;                 /* (n_suppress) tokens never emitted    */
     int      n_suppress;
-    const int   *stop;                     /* (n_stop) tokens that end a sequence  */
+    const int   *stop;                     /* (n_stop) tokens that end a sequence when
+                                              they are emitted                     */
     int      n_stop;
     /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
        -INFINITY.  May run on any thread.  NULL: everything is allowed. */
@@ -467,7 +473,8 @@ DLM_API int       dlm_sampler_done(const dlm_sampler *sm);
 /* Tokens of a sequence up to and including its stop token (or its whole length).
    What had been filled in after a stop token is masked again. */
 DLM_API int       dlm_sampler_length(const dlm_sampler *sm, int seq);
-/* Every token filled in since begin, in order; replaying them redraws the run. */
+/* Every token filled in since begin, in order; replaying them redraws the run (also
+   what a stop token then cut off). */
 DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events);
 /* Forward passes and rows since begin: the honest cost of parallel decoding. */
 DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
@@ -1018,9 +1025,10 @@ static double dlm__normal(const dlm_address *at, uint32_t index)
     return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
 }
 
-/* A Feistel network over the smallest even number of bits that covers n is a
-   permutation of a power of four; walking it until the value is below n makes it a
-   permutation of 0..n-1 (Black and Rogaway, CT-RSA 2002). */
+/* A Feistel network (eight rounds: tiny domains need them) over the smallest even
+   number of bits that covers n is a permutation of a power of four; walking it until
+   the value is below n makes it a permutation of 0..n-1 (Black and Rogaway, CT-RSA
+   2002). */
 DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i)
 {
     unsigned half = 1;
@@ -1030,7 +1038,7 @@ DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i)
     mask = ((size_t)1 << half) - 1;
     do {
         size_t left = x >> half, right = x & mask;
-        for (uint32_t round = 0; round < 4; round++) {
+        for (uint32_t round = 0; round < 8; round++) {
             uint32_t r[4];
             dlm_address at = dlm__address(seed, DLM_RANDOM_DATA, epoch, round,
                                           (uint32_t)right);
@@ -2849,9 +2857,10 @@ DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *ar
 DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
                                  double weight)
 {
-    const double lse = dlm_log_sum_exp(ctx, logits, V, NULL);
-    const double loss = lse - (double)logits[target];
-    ctx->k->exp_scaled(logits, logits, V, (float)lse, (float)weight);
+    const float max = ctx->k->max(logits, V);
+    const double sum = ctx->k->sum_exp(logits, V, max, NULL);
+    const double loss = (double)max + log(sum) - (double)logits[target];
+    ctx->k->exp_scaled(logits, logits, V, max, (float)(weight / sum));
     logits[target] -= (float)weight;
     return loss;
 }
@@ -4912,7 +4921,7 @@ static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
     dlm__ce ce;
     dlm_error error = DLM_OK;
     for (int k = 0; k < n; k++) {
-        r->tokens += e[k].length - dlm__max(e[k].prompt, !t->kind->masks);
+        r->tokens += e[k].length - dlm__max(e[k].prompt, t->w.c.shifted);
         noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
     }
     ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
@@ -5130,7 +5139,7 @@ struct dlm_sampler {
     int               *canvas;      /* the caller's, (n_seqs, slots)               */
     unsigned char     *fixed;       /* (n_seqs, slots) visible from the beginning  */
     dlm__lane         *lanes;       /* (seqs)                                      */
-    dlm__candidate    *cands;       /* (out)                                       */
+    dlm__candidate    *cands;       /* (n_seqs, slots)                             */
     int               *out_cand;    /* (out) first candidate of an out row         */
     int                n_cands;
     int               *start, *lane_of, *tokens, *slots;    /* the batch           */
@@ -5156,7 +5165,7 @@ static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *
     const size_t cells = seqs * (size_t)w->slots;
     sm->fixed = (unsigned char *)dlm__push(a, cells, 1);
     sm->lanes = (dlm__lane *)dlm__push(a, seqs, sizeof(dlm__lane));
-    sm->cands = (dlm__candidate *)dlm__push(a, rows, sizeof(dlm__candidate));
+    sm->cands = (dlm__candidate *)dlm__push(a, cells, sizeof(dlm__candidate));
     sm->out_cand = dlm__push_ints(a, rows);
     sm->start = dlm__push_ints(a, seqs + 1);
     sm->lane_of = dlm__push_ints(a, seqs);
@@ -5912,6 +5921,29 @@ static int dlm__json_word(dlm__json *j, const char *word)
     return 1;
 }
 
+/* Decodes one character of text [*i, size); 0 and *i unmoved when malformed: wrong
+   continuation, overlong, surrogate or beyond U+10FFFF. */
+static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
+    const unsigned char *p = (const unsigned char *)text + *i;
+    const size_t left = size - *i;
+    const unsigned char first = p[0];
+    const size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1
+        : first < 0xF0 ? 2 : first < 0xF8 ? 3 : 9;      /* 9: cannot begin one     */
+    uint32_t c;
+    if (more >= left) return 0;
+    c = more == 0 ? first : (uint32_t)(first & (0x3F >> more));
+    for (size_t k = 1; k <= more; k++) {
+        if ((p[k] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[k] & 0x3F);
+    }
+    if (c < least[more] || (c >= 0xD800 && c <= 0xDFFF) || c > 0x10FFFF) return 0;
+    *i += more + 1;
+    *out = c;
+    return 1;
+}
+
 /* Code point to UTF-8; returns the bytes written, at most 4. */
 static size_t dlm__utf8_put(char *out, uint32_t c)
 {
@@ -5977,15 +6009,15 @@ static size_t dlm__json_string(dlm__json *j, char *out, size_t size)
     dlm__json_want(j, '"');
     while (!j->bad) {
         char bytes[4];
-        size_t m = 1;
-        if (j->p >= j->end || (unsigned char)*j->p < 0x20) { j->bad = 1; break; }
-        if (*j->p == '"') { j->p++; break; }
-        bytes[0] = *j->p++;
-        if (bytes[0] == '\\') {
-            const uint32_t c = dlm__json_escape(j);
-            if (c == 0) j->bad = 1;
-            m = dlm__utf8_put(bytes, c);
-        }
+        size_t m = 0;
+        uint32_t c = 0;
+        if (j->p < j->end && *j->p == '"') { j->p++; break; }
+        if (j->p >= j->end || !dlm__utf8_get(j->p, (size_t)(j->end - j->p), &m, &c)
+            || c < 0x20) { j->bad = 1; break; }
+        j->p += m;
+        if (c == '\\') c = dlm__json_escape(j);
+        if (c == 0) j->bad = 1;
+        m = dlm__utf8_put(bytes, c);
         if (out && n + m >= size) { j->bad = 1; break; }
         if (out) memcpy(out + n, bytes, m);
         n += m;
@@ -6074,38 +6106,16 @@ struct dlm_tokenizer {
     uint32_t           *chars;      /* (n) code points, ascending; CHARS only      */
 };
 
-/* Decodes one character of text [*i, size); 0 and *i unmoved when malformed: wrong
-   continuation, overlong, surrogate or beyond U+10FFFF. */
-static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out)
-{
-    static const uint32_t least[] = { 0, 0x80, 0x800, 0x10000 };
-    const unsigned char *p = (const unsigned char *)text + *i;
-    const size_t left = size - *i;
-    const unsigned char first = p[0];
-    const size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1
-        : first < 0xF0 ? 2 : first < 0xF8 ? 3 : 9;      /* 9: cannot begin one     */
-    uint32_t c;
-    if (more >= left) return 0;
-    c = more == 0 ? first : (uint32_t)(first & (0x3F >> more));
-    for (size_t k = 1; k <= more; k++) {
-        if ((p[k] & 0xC0) != 0x80) return 0;
-        c = c << 6 | (p[k] & 0x3F);
-    }
-    if (c < least[more] || (c >= 0xD800 && c <= 0xDFFF) || c > 0x10FFFF) return 0;
-    *i += more + 1;
-    *out = c;
-    return 1;
-}
-
 /* Sets, or counts, the bit of every character; bits covers all code points. */
 static dlm_error dlm__collect_chars(dlm_ctx *ctx, unsigned char *bits, const char *text,
                                     size_t size)
 {
     for (size_t i = 0; i < size;) {
         uint32_t c;
-        if (!dlm__utf8_get(text, size, &i, &c))
-            return dlm__fail(ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
-                             (double)i);
+        if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
+            return dlm__fail(ctx, DLM_E_INPUT,
+                             "text: malformed UTF-8, or a zero, at byte "
+                             "%.0f", (double)i);
         bits[c >> 3] = (unsigned char)(bits[c >> 3] | 1 << (c & 7));
     }
     return DLM_OK;
@@ -6283,7 +6293,8 @@ static dlm_error dlm__st_shape(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
         const uint64_t d = dlm__json_count(j);
         if (j->bad) break;
         if (t->n_dims == 4)
-            return dlm__bad_header(ctx, t->name, "more than 4 dimensions");
+            return dlm__fail(ctx, DLM_E_UNSUPPORTED, "safetensors: %s: more than 4 "
+                             "dimensions", t->name);
         if (d > INT64_MAX || (d != 0 && t->count > SIZE_MAX / 16 / d))
             return dlm__bad_header(ctx, t->name, "its shape overflows");
         t->dims[t->n_dims++] = (int64_t)d;
@@ -6365,7 +6376,7 @@ static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j, size_t text_
 static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t size)
 {
     dlm__json j;
-    int count = 0, n = 0;
+    int count = 0, n = 0, meta = 0;
     dlm_error e = DLM_OK;
     j.p = header; j.end = header + size; j.bad = 0;
     dlm__json_want(&j, '{');
@@ -6374,7 +6385,8 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
         memset(t, 0, sizeof *t);
         if (!dlm__json_key(&j, t->name, sizeof t->name, &count)) break;
         if (strcmp(t->name, "__metadata__") == 0) {
-            e = dlm__st_metadata(f, &j, size + 1);
+            e = meta++ ? dlm__bad_header(f->ctx, t->name, "there twice")
+                       : dlm__st_metadata(f, &j, size + 1);
         } else {
             e = dlm__st_entry(f, &j, t);
             n++;
@@ -6566,24 +6578,39 @@ static const dlm__field dlm__config_fields[] = {
 #undef DLM__FLOAT
 enum { DLM__N_FIELDS = sizeof dlm__config_fields / sizeof *dlm__config_fields };
 
+/* The decimal point of the current locale: files always have '.'. */
+static char dlm__decimal_point(void)
+{
+    char text[8];
+    snprintf(text, sizeof text, "%.1f", 0.5);
+    return text[1];
+}
+
+static void dlm__swap_char(char *text, char from, char to)
+{
+    for (; *text; text++) if (*text == from) *text = to;
+}
+
 static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safetensors *f)
 {
     memset(c, 0, sizeof *c);
     for (int i = 0; i < DLM__N_FIELDS; i++) {
         const dlm__field *field = &dlm__config_fields[i];
         const char *text = dlm_safetensors_metadata(f, field->name);
-        char *at = (char *)c + field->offset, *end;
+        char *at = (char *)c + field->offset, *end, copy[32];
         if (text == NULL)
             return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: no metadata \"%s\": not a "
                              "file of dlm_save", field->name);
+        snprintf(copy, sizeof copy, "%s", text);
         if (field->is_float) {
-            *(float *)(void *)at = strtof(text, &end);
+            dlm__swap_char(copy, '.', dlm__decimal_point());
+            *(float *)(void *)at = strtof(copy, &end);
         } else {
-            const long v = strtol(text, &end, 10);
-            if (v < -1 || v > INT_MAX) end = (char *)(uintptr_t)text;
+            const long v = strtol(copy, &end, 10);
+            if (v < -1 || v > INT_MAX) end = copy;
             *(int *)(void *)at = (int)v;
         }
-        if (end == text || *end)
+        if (end == copy || *end)
             return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"",
                              field->name,
                              text);
@@ -6637,6 +6664,14 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
     return dlm__fail(ctx, DLM_E_UNSUPPORTED, "checkpoint: tokenizer \"%.40s\"", kind);
 }
 
+static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
+                                  const dlm_tokenizer *tok)
+{
+    if (tok == NULL || dlm_tokenizer_vocab(tok) <= m->config.vocab) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_MISMATCH, "tokenizer: %d ids, the model knows %d",
+                     dlm_tokenizer_vocab(tok), m->config.vocab);
+}
+
 static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                                 const dlm_safetensors *f)
 {
@@ -6654,9 +6689,12 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
     if (e == DLM_OK && f->n != dlm_model_tensors(*out))
         e = dlm__extra_tensor(ctx, f, *out);
     if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
+    if (e == DLM_OK && tok) e = dlm__check_vocab(ctx, *out, *tok);
     if (e != DLM_OK) {
         dlm_model_free(*out);
         *out = NULL;
+        if (tok) dlm_tokenizer_free(*tok);
+        if (tok) *tok = NULL;
     }
     return e;
 }
@@ -6745,6 +6783,15 @@ static int dlm__sync(FILE *f) { return fflush(f) == 0; }
 
 #endif /* POSIX */
 
+/* Puts the path in front of an error's text. */
+static dlm_error dlm__name_path(dlm_ctx *ctx, dlm_error e, const char *path)
+{
+    char text[sizeof ctx->error];
+    if (e == DLM_OK) return e;
+    memcpy(text, ctx->error, sizeof text);
+    return dlm__fail(ctx, e, "%.120s: %.130s", path, text);
+}
+
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path)
 {
@@ -6757,7 +6804,7 @@ DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
     e = dlm_safetensors_parse(out, ctx, data, size);
     if (e != DLM_OK) {
         dlm__unmap_file(ctx, data, size);
-        return e;
+        return dlm__name_path(ctx, e, path);
     }
     (*out)->map = data;
     (*out)->map_size = size;
@@ -6835,11 +6882,13 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
         const dlm__field *f = &dlm__config_fields[i];
         const char *at = (const char *)c + f->offset;
         char value[32];
-        if (f->is_float)
+        if (f->is_float) {
             snprintf(value, sizeof value, "%.9g",
                      (double)*(const float *)(const void *)at);
-        else
+            dlm__swap_char(value, dlm__decimal_point(), '.');
+        } else {
             snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
+        }
         dlm__put_pair(t, f->name, value);
     }
 }
@@ -6946,6 +6995,8 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok)
 {
     dlm__content c;
+    dlm_error e = dlm__check_vocab(ctx, m, tok);
+    if (e != DLM_OK) return e;
     memset(&c, 0, sizeof c);
     c.m = m;
     c.tok = tok;
@@ -6961,7 +7012,8 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     *out = NULL;
     if (tok) *tok = NULL;
     e = dlm_safetensors_open(&f, ctx, path);
-    if (e == DLM_OK) e = dlm__load_from(out, tok, ctx, f);
+    if (e == DLM_OK)
+        e = dlm__name_path(ctx, dlm__load_from(out, tok, ctx, f), path);
     dlm_safetensors_close(f);
     return e;
 }
@@ -7027,7 +7079,7 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
 {
     dlm_safetensors *f;
     dlm_error e = dlm_safetensors_open(&f, t->w.ctx, path);
-    if (e == DLM_OK) e = dlm__trainer_from(t, f);
+    if (e == DLM_OK) e = dlm__name_path(t->w.ctx, dlm__trainer_from(t, f), path);
     dlm_safetensors_close(f);
     return e;
 }
