@@ -1,0 +1,91 @@
+# make           build everything into build/     make test    run the tests
+# make demo      train and watch, one minute      make bench   measure this machine
+# make check     all that a change must pass      make clean   remove build/
+# Nothing here makes dlm.h faster: kernels are chosen at run time (DLM_ISA=avx2 etc.).
+
+CC      ?= cc
+CXX     ?= c++
+CROSS   ?= aarch64-linux-gnu-gcc
+QEMU    ?= qemu-aarch64
+WARN     = -Wall -Wextra -pedantic -Wshadow -Wconversion
+CFLAGS  ?= -O2 -std=c99 $(WARN) -Wstrict-prototypes
+LDLIBS   = -lm -pthread
+BUILD    = $(CC) $(CFLAGS) -I.
+STRICT   = -std=c99 $(WARN) -Wstrict-prototypes -Werror -I.
+STRICTXX = $(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -I. -x c++
+EXAMPLES = $(wildcard examples/*.c)
+BENCHES  = $(wildcard bench/*.c)
+MEASURES = $(BENCHES:bench/%.c=build/%)
+SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
+HELPERS  = bench/bench.h bench/lines.awk bench/hygiene.sh Makefile README.md
+
+all: build/dlm_test examples benches
+examples: $(EXAMPLES:examples/%.c=build/%)
+benches: $(MEASURES)
+
+build/dlm_test: dlm_test.c dlm.h
+	@mkdir -p build
+	$(BUILD) $< -o $@ $(LDLIBS)
+build/%: examples/%.c dlm.h
+	@mkdir -p build
+	$(BUILD) $< -o $@ $(LDLIBS)
+build/%: bench/%.c bench/bench.h dlm.h
+	@mkdir -p build
+	$(BUILD) -DDLM_BENCH_FLAGS='"$(CFLAGS)"' $< -o $@ $(LDLIBS)
+
+test: build/dlm_test
+	@build/dlm_test
+demo: build/demo
+	@build/demo
+bench: benches
+	@for b in $(MEASURES); do $$b --quick || exit 1; done
+
+check: lines hygiene cxx strict readme
+	@$(MAKE) --output-sync -j2 san cross     # the two long ones, side by side
+	@echo "check: every stage passed"
+
+lines:
+	@echo "== lines: budgets, longest functions, width, what lies at the top"
+	@awk -f bench/lines.awk dlm.h $(SOURCES) $(HELPERS)
+	@! ls | grep -vxE 'dlm\.h|dlm_test\.c|examples|bench|Makefile|README\.md|build'
+hygiene:
+	@echo "== hygiene: every promised way of including dlm.h"
+	@CC="$(CC)" sh bench/hygiene.sh build/hygiene
+cxx:
+	@echo "== cxx: header, tests and a small program as C++11"
+	@mkdir -p build
+	$(STRICTXX) -Wshadow -Wconversion -DDLM_IMPLEMENTATION -fsyntax-only dlm.h
+	$(STRICTXX) -Wno-missing-field-initializers dlm_test.c -o build/dlm_test_cxx $(LDLIBS)
+	@printf '%s\n' '#define DLM_IMPLEMENTATION' '#include "dlm.h"' 'int main() {' \
+	   'dlm_options o = {}; dlm_ctx *ctx = nullptr; o.threads = 2;' \
+	   'dlm_error e = dlm_init(&ctx, &o); dlm_shutdown(ctx); return e; }' > build/guest.cpp
+	$(STRICTXX) build/guest.cpp -o build/guest_cxx $(LDLIBS)
+	build/guest_cxx
+strict:
+	@for cc in gcc clang; do echo "== strict: $$cc, warnings are errors"; \
+	   command -v $$cc > /dev/null || { echo "$$cc is not here, skipped"; continue; }; \
+	   for f in $(SOURCES); do $$cc $(STRICT) -O2 -fsyntax-only $$f || exit 1; done; \
+	   $$cc $(STRICT) -O2 dlm_test.c -o build/dlm_test_$$cc $(LDLIBS) || exit 1; done
+readme:
+	@echo "== readme: its programs compile"
+	@mkdir -p build/readme && rm -f build/readme/*
+	@awk '/^```c$$/ { on = 1; text = ""; next } /^```/ { if (on && text ~ /int main/) { \
+	   f = "build/readme/" ++n ".c"; printf "%s", text > f; close(f) } on = 0; next } \
+	   on { text = text $$0 "\n" } END { print n + 0 " programs"; exit n == 0 }' README.md
+	@for f in build/readme/*.c; do $(BUILD) -Werror $$f -o $${f%.c} $(LDLIBS) || exit 1; done
+san:
+	@echo "== san: the tests under address and undefined-behaviour sanitizers"
+	@mkdir -p build
+	$(CC) -std=c99 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -I. \
+	   dlm_test.c -o build/dlm_test_san $(LDLIBS)
+	build/dlm_test_san
+cross:
+	@echo "== cross: the tests on aarch64, emulated"
+	@if command -v $(CROSS) > /dev/null && command -v $(QEMU) > /dev/null; then \
+	   mkdir -p build && $(CROSS) -std=c99 -O2 -I. -static dlm_test.c \
+	   -o build/dlm_test_aarch64 $(LDLIBS) && $(QEMU) build/dlm_test_aarch64; \
+	 else echo "$(CROSS) or $(QEMU) is not here, skipped"; fi
+clean:
+	rm -rf build
+
+.PHONY: all test demo bench check lines hygiene cxx strict readme san cross clean
