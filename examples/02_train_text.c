@@ -1,0 +1,149 @@
+/* 02_train_text.c - train a block-diffusion model on a text file; stop, resume.
+
+   Build:  cc -O2 -I.. 02_train_text.c -o train_text -lm -pthread
+   Run:    ./train_text [text file or -] [checkpoint] [steps]
+   See:    a line every second; before and after, the loss on the held-out last tenth.
+           Without a file a text is made up.  Ctrl-C saves; the same command goes on. */
+#define _POSIX_C_SOURCE 200112L              /* clock_gettime under -std=c99         */
+#define DLM_IMPLEMENTATION
+#include "dlm.h"
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { THREADS = 2, T = 128, B = 8, WINDOWS = 64, MAX_TEXT = 1 << 25 };
+static char text[MAX_TEXT];
+static int ids[MAX_TEXT];
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int number) { (void)number; interrupted = 1; }
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* 300 KB of sentences of a small grammar, always the same ones. */
+static size_t make_text(void)
+{
+    static const char *const words[4][6] = {
+        {"the sailor ", "a young fox ", "my sister ", "the baker ", "a friend ", "he "},
+        {"carries ", "finds ", "watches ", "hides ", "remembers ", "paints "},
+        {"the silver key ", "a wooden boat ", "some honey ", "a letter ", "it ", "me "},
+        {"in the forest. ", "by the river. ", "at home. ", "here. ", "again. ", "now. "}};
+    dlm_address at = {1, DLM_RANDOM_USER, 0, 0, 0};
+    size_t n = 0;
+    for (; n < 300000; at.step++)
+        n += (size_t)sprintf(text + n, "%s",
+                             words[at.step % 4][(int)(6.0 * dlm_uniform(&at, 0))]);
+    return n;
+}
+
+/* Nats per character for a model that knows how frequent each one is, no more. */
+static double unigram_entropy(size_t n, int vocab)
+{
+    double sum = 0.0;
+    for (int v = 0; v < vocab; v++) {
+        double count = 0.0;
+        for (size_t i = 0; i < n; i++) count += ids[i] == v;
+        if (count > 0.0) sum -= count / (double)n * log(count / (double)n);
+    }
+    return sum;
+}
+
+/* Loss without learning, on windows spread over ids[first .. n). */
+static dlm_error evaluate(dlm_trainer *t, size_t first, size_t n)
+{
+    dlm_example windows[WINDOWS] = {{0}};
+    dlm_report r;
+    for (size_t i = 0; i < WINDOWS; i++) {
+        windows[i].tokens = ids + first + i * (n - first - T) / WINDOWS;
+        windows[i].length = T;
+    }
+    dlm_error e = dlm_trainer_evaluate(t, windows, WINDOWS, 0, &r);
+    if (!e) printf("step %5d: held-out loss %.3f\n", (int)dlm_trainer_steps(t), r.loss);
+    return e;
+}
+
+static dlm_error train(dlm_trainer *t, size_t n, int steps)
+{
+    double t0 = seconds(), shown = t0, tokens = 0.0;
+    int64_t first = dlm_trainer_steps(t);
+    while (dlm_trainer_steps(t) < steps && !interrupted) {
+        dlm_report r;
+        dlm_error e = dlm_trainer_step_text(t, ids, n, T, B, &r);
+        double now = seconds();
+        if (e) return e;
+        tokens += (double)r.tokens;
+        if (now - shown < 1.0) continue;
+        double per_step = (now - t0) / (double)(r.step - first);
+        printf("step %5d: loss %.3f nats/char, %.0f tokens/s, %.0f s left\n", (int)r.step,
+               r.loss, tokens / (now - t0), (double)(steps - r.step) * per_step);
+        shown = now;
+    }
+    return DLM_OK;
+}
+
+int main(int argc, char **argv)
+{
+    const char *path = argc > 2 ? argv[2] : "model.safetensors";
+    int steps = argc > 3 ? atoi(argv[3]) : 1000, resumed;
+    FILE *input = argc > 1 ? fopen(argv[1], "rb") : NULL, *old;
+    size_t size = input ? fread(text, 1, MAX_TEXT, input) : 0, n = 0, n_train;
+    char state[1024];
+    dlm_ctx *ctx = NULL;
+    dlm_tokenizer *tok = NULL;
+    dlm_model *model = NULL;
+    dlm_trainer *trainer = NULL;
+    dlm_options options = {0};
+    dlm_config cfg = {0};
+    dlm_train_options how = {0};
+
+    if (input) fclose(input);
+    if (argc < 2 || !strcmp(argv[1], "-")) size = make_text();
+    if (size < 80 * T || size == MAX_TEXT || steps < 1) {
+        fprintf(stderr, "need 10 KB .. 32 MB of text and a number of steps\n");
+        return 1;
+    }
+    options.threads = THREADS;               /* changes the time, never the result   */
+    dlm_error e = dlm_init(&ctx, &options);
+    snprintf(state, sizeof state, "%s.train", path);
+    old = fopen(state, "rb");                /* a run that was stopped?              */
+    resumed = old != NULL;
+    if (old) fclose(old);
+    if (!e && resumed) e = dlm_load(&model, &tok, ctx, path);
+    else if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
+    if (!e && !resumed) {
+        cfg.vocab = dlm_tokenizer_vocab(tok), cfg.max_seq = T;
+        cfg.dim = 128, cfg.layers = 5, cfg.heads = 4, cfg.block = 16;
+        e = dlm_model_create(&model, ctx, &cfg, 1, NULL);
+    }
+    if (!e) e = dlm_encode(tok, text, size, ids, MAX_TEXT, &n);
+    n_train = n - n / 10;
+
+    how.max_rows = 2 * B * T, how.lr = 3e-3f, how.warmup = steps / 20, how.total = steps;
+    how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 1e-4f, how.weight_decay = 0.01f;
+    if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
+    if (!e && resumed) e = dlm_trainer_load(trainer, state);
+    if (!e) printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
+                   (int)model->n_params, (int)n, unigram_entropy(n, model->config.vocab));
+
+    signal(SIGINT, on_interrupt);            /* from here on, Ctrl-C saves first     */
+    if (!e) e = evaluate(trainer, n_train, n);
+    if (!e) e = train(trainer, n_train, steps);
+    if (!e) e = evaluate(trainer, n_train, n);
+    if (!e) e = dlm_save(ctx, path, model, tok);
+    if (!e) e = dlm_trainer_save(trainer, state);
+    if (!e) printf("saved; the same command %s\n", interrupted ? "goes on" : "evaluates");
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    dlm_trainer_free(trainer);
+    dlm_model_free(model);
+    dlm_tokenizer_free(tok);
+    dlm_shutdown(ctx);
+    return e != DLM_OK;
+}
