@@ -1,0 +1,6285 @@
+/* dlm_test.c - the tests of dlm.h.
+
+     cc -O2 -std=c99 dlm_test.c -lm -pthread -o dlm_test
+     ./dlm_test [substring] [seed]
+
+   Runs every test whose name contains the substring.  Prints what failed and where,
+   and on the last line "N passed, N failed, N skipped"; the exit status is 0 if and only
+   if nothing failed.  Expected values are worked out here, in double and from the
+   formulas, never with the code under test.  Sections follow the order of the header. */
+
+#define DLM_IMPLEMENTATION
+#include "dlm.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* ==[ harness ]===============================================================
+   A check that fails says so once per line of source and test, with the number of times
+   and the largest error; the test goes on.  SKIP leaves the test. */
+
+typedef struct test_failure {
+    const char *file, *label;
+    int         line, count;
+    double      error;                     /* the largest seen on this line        */
+    char        detail[200];               /* of that one                          */
+} test_failure;
+
+static test_failure test_failed[16];       /* of the running test                  */
+static int          test_failed_lines, test_was_skipped;
+static uint64_t     test_seed = 1, test_state;
+static const dlm_ctx *test_ctx;            /* whose last error CHECK_OK shows      */
+static char         test_label_text[160];  /* what is being tried: a size, an ISA  */
+
+static void test_fail(const char *file, int line, const char *label, double error,
+                      const char *detail)
+{
+    test_failure *f = test_failed;
+    while (f < test_failed + test_failed_lines && f->line != line) f++;
+    if (f == test_failed + 16) return;
+    if (f == test_failed + test_failed_lines) {
+        memset(f, 0, sizeof *f);
+        test_failed_lines++;
+    }
+    if (f->count++ == 0 || error > f->error || error != error) {
+        f->file = file; f->line = line; f->label = label; f->error = error;
+        snprintf(f->detail, sizeof f->detail, "%.90s%s%.100s", detail,
+                 test_label_text[0] ? " | " : "", test_label_text);
+    }
+}
+
+static void test_close_to(const char *file, int line, const char *label, double got,
+                          double want, double tol)
+{
+    double error = fabs(got - want);
+    if (error <= tol || got == want) return;
+    char detail[100];
+    snprintf(detail, sizeof detail, "got %.9g, want %.9g +- %.2g", got, want, tol);
+    test_fail(file, line, label, error, detail);
+}
+
+static void test_error(const char *file, int line, const char *label, dlm_error got,
+                       dlm_error want, const dlm_ctx *ctx, const char *text)
+{
+    const char *said = ctx && got != DLM_OK ? dlm_last_error(ctx) : "";
+    if (got == want && (!text || strstr(said, text))) return;
+    char detail[200];
+    snprintf(detail, sizeof detail, "%s: \"%.80s\", want %s with \"%.40s\"",
+             dlm_error_string(got), said, dlm_error_string(want), text ? text : "");
+    test_fail(file, line, label, 0, detail);
+}
+
+#define TEST(name)  static void name(void)
+#define SKIP(why)   do { \
+        printf("skip  %s\n", why); test_was_skipped = 1; return; } while (0)
+#define CHECK(cond) do { if (!(cond)) \
+        test_fail(__FILE__, __LINE__, #cond, 0, "is false"); } while (0)
+#define CHECK_CLOSE(got, want, tol) \
+        test_close_to(__FILE__, __LINE__, #got, (double)(got), (double)(want), tol)
+#define CHECK_OK(call) \
+        test_error(__FILE__, __LINE__, #call, call, DLM_OK, test_ctx, NULL)
+#define CHECK_ERROR(call, code, ctx, text) \
+        test_error(__FILE__, __LINE__, #call, call, code, ctx, text)
+/* Names what the following checks are about; "" ends that.  printf arguments. */
+#define LABEL(...)  snprintf(test_label_text, sizeof test_label_text, __VA_ARGS__)
+#define FOR_EACH_ISA(isa) for (int isa = DLM_ISA_SCALAR; isa < DLM_ISA_COUNT; isa++) \
+        if (!dlm_isa_supported((dlm_isa)isa)) { } else
+
+/* A context for one test; CHECK_OK prints its last error until test_close. */
+static dlm_ctx *test_open(int isa, int threads)
+{
+    dlm_ctx *ctx = NULL;
+    dlm_options o = {0};
+    o.isa = (dlm_isa)isa;
+    o.threads = threads;
+    CHECK_OK(dlm_init(&ctx, &o));
+    test_ctx = ctx;
+    return ctx;
+}
+
+static void test_close(dlm_ctx *ctx)
+{
+    test_ctx = NULL;
+    dlm_shutdown(ctx);
+}
+
+/* The tests' own randomness (splitmix64), restarted for every test. */
+static uint64_t test_bits(void)
+{
+    uint64_t z = (test_state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+static double test_uniform(void)           /* [0, 1) */
+{
+    return (double)(test_bits() >> 11) / 9007199254740992.0;
+}
+static int   test_below(int n) { return (int)(test_bits() % (uint64_t)n); }
+static float test_float(void)  { return (float)(2 * test_uniform() - 1); }   /* [-1, 1) */
+static void   test_fill(float *x, size_t n, float scale)
+{
+    for (size_t i = 0; i < n; i++) x[i] = scale * test_float();
+}
+
+/* An allocator that counts, and fails at call number fail_at (1-based; 0: never).  What
+   it returns is 16-byte aligned and never more, so that nothing may rely on 64. */
+typedef struct test_heap {
+    int    calls, live, fail_at;
+    size_t last;                           /* bytes of the latest request          */
+} test_heap;
+
+static void *test_heap_alloc(void *user, size_t size)
+{
+    test_heap *heap = (test_heap *)user;
+    heap->last = size;
+    if (++heap->calls == heap->fail_at) return NULL;
+    char *raw = (char *)malloc(size + 96);
+    if (!raw) return NULL;
+    char *p = raw + 80 - ((uintptr_t)raw & 63);
+    memcpy(p - sizeof raw, &raw, sizeof raw);
+    heap->live++;
+    return p;
+}
+
+static void test_heap_release(void *user, void *ptr)
+{
+    if (!ptr) return;
+    char *raw;
+    memcpy(&raw, (char *)ptr - sizeof raw, sizeof raw);
+    ((test_heap *)user)->live--;
+    free(raw);
+}
+
+static void *test_malloc(size_t size)      /* for the tests' own data              */
+{
+    void *p = malloc(size ? size : 1);
+    if (!p) { printf("out of memory in a test\n"); exit(1); }
+    return p;
+}
+static float *test_floats(size_t n) { return (float *)test_malloc(n * sizeof(float)); }
+static int   *test_ints(size_t n)   { return (int *)test_malloc(n * sizeof(int)); }
+
+/* ==[ context ]============================================================== */
+
+TEST(context_defaults_to_one_thread_and_a_supported_isa)
+{
+    dlm_ctx *ctx = NULL;
+    CHECK_OK(dlm_init(&ctx, NULL));
+    if (!ctx) return;
+    CHECK(dlm_active_threads(ctx) == 1);
+    CHECK(dlm_active_isa(ctx) != DLM_ISA_AUTO);
+    CHECK(dlm_isa_supported(dlm_active_isa(ctx)));
+    CHECK(dlm_isa_supported(DLM_ISA_SCALAR));
+    CHECK(strcmp(dlm_last_error(ctx), "") == 0);
+    dlm_shutdown(ctx);
+    dlm_shutdown(NULL);
+}
+
+TEST(context_uses_the_isa_and_threads_it_was_asked_for)
+{
+    FOR_EACH_ISA(isa) {
+        LABEL("isa %s", dlm_isa_name((dlm_isa)isa));
+        dlm_ctx *ctx = test_open(isa, 2);
+        CHECK((int)dlm_active_isa(ctx) == isa);
+        CHECK(dlm_active_threads(ctx) == 2 || dlm_active_threads(ctx) == 1);
+        test_close(ctx);
+    }
+}
+
+TEST(context_lives_in_memory_of_exactly_the_predicted_size)
+{
+    test_heap heap = {0};
+    dlm_options o = {0};
+    o.threads = 2;
+    o.scratch = 65536;
+    o.allocator.alloc = test_heap_alloc;
+    o.allocator.release = test_heap_release;
+    o.allocator.user = &heap;
+    size_t bytes = dlm_ctx_bytes(&o);
+    dlm_ctx *ctx = NULL;
+    CHECK_OK(dlm_init(&ctx, &o));
+    CHECK(heap.calls == 1 && heap.last == bytes);
+    dlm_shutdown(ctx);
+    CHECK(heap.live == 0);
+    char *block = (char *)test_malloc(bytes + 2);
+    for (int lacking = 0; lacking < 2; lacking++) {
+        o.memory.base = block + 1;
+        o.memory.size = bytes - (size_t)lacking;
+        memset(block, 0x5A, bytes + 2);
+        CHECK_ERROR(dlm_init(&ctx, &o), lacking ? DLM_E_NOMEM : DLM_OK, NULL, NULL);
+        CHECK((ctx == NULL) == lacking);
+        dlm_shutdown(ctx);
+        CHECK(block[0] == 0x5A && block[bytes + 1] == 0x5A);
+    }
+    CHECK(heap.calls == 1);
+    free(block);
+}
+
+TEST(context_refuses_options_that_make_no_sense)
+{
+    for (int i = 0; i < 5; i++) {
+        dlm_options o = {0};
+        dlm_ctx *ctx = (dlm_ctx *)&o;
+        if (i == 0) o.threads = -1;
+        if (i == 1) o.scratch = 1000;
+        if (i == 2) o.allocator.alloc = test_heap_alloc;
+        if (i == 3) o.allocator.release = test_heap_release;
+        if (i == 4) o.isa = (dlm_isa)77;
+        LABEL("case %d", i);
+        dlm_error want = i == 4 ? DLM_E_UNSUPPORTED : DLM_E_CONFIG;
+        CHECK_ERROR(dlm_init(&ctx, &o), want, NULL, NULL);
+        CHECK(ctx == NULL);
+        CHECK(dlm_ctx_bytes(&o) == 0);
+    }
+}
+
+TEST(context_refuses_an_isa_this_cpu_lacks)
+{
+    int found = 0;
+    for (int isa = DLM_ISA_SCALAR; isa < DLM_ISA_COUNT; isa++) {
+        if (dlm_isa_supported((dlm_isa)isa)) continue;
+        found = 1;
+        dlm_options o = {0};
+        o.isa = (dlm_isa)isa;
+        dlm_ctx *ctx = NULL;
+        LABEL("isa %s", dlm_isa_name((dlm_isa)isa));
+        CHECK_ERROR(dlm_init(&ctx, &o), DLM_E_UNSUPPORTED, NULL, NULL);
+        CHECK(ctx == NULL);
+    }
+    if (!found) SKIP("this CPU has every instruction set");
+}
+
+TEST(error_strings_and_isa_names_exist_and_differ)
+{
+    for (int e = DLM_OK; e <= DLM_E_UNSUPPORTED; e++) {
+        const char *text = dlm_error_string((dlm_error)e);
+        CHECK(text && text[0]);
+        for (int f = DLM_OK; f < e; f++)
+            CHECK(strcmp(text, dlm_error_string((dlm_error)f)) != 0);
+    }
+    CHECK(dlm_error_string((dlm_error)99) != NULL);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_SCALAR), "scalar") == 0);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_AVX2), "avx2") == 0);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_AVX512), "avx512") == 0);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_NEON), "neon") == 0);
+}
+
+/* ==[ random ]===============================================================
+   Philox4x32-10 written from the paper; the header's addresses must reach it. */
+
+static void ref_philox(uint32_t c[4], uint32_t k0, uint32_t k1)
+{
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)c[0] * 0xD2511F53u, p1 = (uint64_t)c[2] * 0xCD9E8D57u;
+        uint32_t next[4];
+        next[0] = (uint32_t)(p1 >> 32) ^ c[1] ^ k0;
+        next[1] = (uint32_t)p1;
+        next[2] = (uint32_t)(p0 >> 32) ^ c[3] ^ k1;
+        next[3] = (uint32_t)p0;
+        memcpy(c, next, sizeof next);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+TEST(random_bits_match_the_known_answer_of_philox)
+{
+    static const uint32_t want[4] = {
+        0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u };
+    uint32_t out[4], c[4] = {0};
+    ref_philox(c, 0, 0);
+    CHECK(memcmp(c, want, sizeof want) == 0);
+    uint32_t ones[4] = { ~0u, ~0u, ~0u, ~0u };
+    ref_philox(ones, ~0u, ~0u);
+    CHECK(ones[0] == 0x408f276du && ones[1] == 0x41c83b0eu && ones[2] == 0xa20bc7c6u &&
+          ones[3] == 0x6d5451fdu);
+    dlm_address at = {0};
+    dlm_random_bits(&at, 0, out);
+    CHECK(memcmp(out, want, sizeof want) == 0);
+}
+
+TEST(random_bits_depend_on_every_part_of_the_address)
+{
+    uint32_t out[8][4];
+    for (int i = 0; i < 8; i++) {
+        dlm_address at = { 5, DLM_RANDOM_USER, 6, 7, 8 };
+        if (i == 1) at.seed ^= 1;
+        if (i == 2) at.seed ^= (uint64_t)1 << 63;
+        if (i == 3) at.purpose++;
+        if (i == 4) at.step++;
+        if (i == 5) at.row++;
+        if (i == 6) at.position++;
+        dlm_random_bits(&at, i == 7, out[i]);
+        for (int j = 0; j < i; j++) CHECK(memcmp(out[i], out[j], sizeof out[i]) != 0);
+    }
+}
+
+/* Pearson's statistic of counts over n cells that should be equally full; its mean is
+   n - 1 and its variance 2(n - 1). */
+static double test_chi_square(const int *count, int n, double total)
+{
+    double sum = 0, expected = total / n;
+    for (int i = 0; i < n; i++) {
+        double d = count[i] - expected;
+        sum += d * d / expected;
+    }
+    return sum;
+}
+
+TEST(uniform_is_uniform_along_every_part_of_the_address)
+{
+    enum { N = 65536, CELLS = 64 };
+    for (int part = 0; part < 5; part++) {
+        int count[CELLS] = {0}, pairs[CELLS] = {0};
+        double sum = 0, squares = 0, before = 0;
+        for (int i = 0; i < N; i++) {
+            dlm_address at = { test_seed, DLM_RANDOM_USER, 0, 0, 0 };
+            uint32_t *field[4] = { &at.purpose, &at.step, &at.row, &at.position };
+            if (part < 4) *field[part] += (uint32_t)i;
+            double u = dlm_uniform(&at, part < 4 ? 0 : (uint32_t)i);
+            CHECK(u >= 0 && u < 1);
+            if (!(u >= 0 && u < 1)) return;
+            count[(int)(u * CELLS)]++;
+            if (i & 1) pairs[(int)(before * 8) * 8 + (int)(u * 8)]++;
+            sum += u;
+            squares += u * u;
+            before = u;
+        }
+        LABEL("part %d of the address", part);
+        CHECK_CLOSE(sum / N, 0.5, 5 * sqrt(1.0 / 12 / N));
+        CHECK_CLOSE(squares / N, 1.0 / 3, 5 * sqrt(4.0 / 45 / N));
+        CHECK_CLOSE(test_chi_square(count, CELLS, N), 63, 6 * sqrt(126));
+        CHECK_CLOSE(test_chi_square(pairs, CELLS, N / 2), 63, 6 * sqrt(126));
+    }
+}
+
+TEST(uniform_has_53_bits)
+{
+    uint64_t any = 0, all = ~(uint64_t)0;
+    dlm_address at = { test_seed, DLM_RANDOM_USER, 0, 0, 0 };
+    for (uint32_t i = 0; i < 200; i++) {
+        double scaled = dlm_uniform(&at, i) * 9007199254740992.0;
+        CHECK(scaled == floor(scaled));
+        any |= (uint64_t)scaled;
+        all &= (uint64_t)scaled;
+    }
+    CHECK(any == ((uint64_t)1 << 53) - 1);
+    CHECK(all == 0);
+}
+
+TEST(shuffled_visits_every_index_once)
+{
+    for (size_t n = 1; n <= 200; n++) {
+        for (uint32_t epoch = 0; epoch < 3; epoch++) {
+            char seen[200] = {0};
+            size_t visited = 0;
+            for (size_t i = 0; i < n; i++) {
+                size_t j = dlm_shuffled(test_seed, epoch, n, i);
+                if (j < n && !seen[j]) visited++;
+                if (j < n) seen[j] = 1;
+            }
+            LABEL("n %d, epoch %d", (int)n, (int)epoch);
+            CHECK(visited == n);
+        }
+    }
+}
+
+TEST(shuffled_differs_between_epochs_and_seeds)
+{
+    for (size_t n = 16; n <= 200; n += 23) {
+        size_t same_epoch = 0, same_seed = 0, fixed = 0;
+        for (size_t i = 0; i < n; i++) {
+            size_t j = dlm_shuffled(test_seed, 0, n, i);
+            same_epoch += j == dlm_shuffled(test_seed, 1, n, i);
+            same_seed += j == dlm_shuffled(test_seed + 1, 0, n, i);
+            fixed += j == i;
+        }
+        LABEL("n %d", (int)n);
+        CHECK(same_epoch < n / 2);
+        CHECK(same_seed < n / 2);
+        CHECK(fixed < n / 2);
+    }
+}
+
+TEST(shuffled_puts_every_index_anywhere)
+{
+    enum { N = 6, TRIES = 6000 };
+    for (size_t i = 0; i < N; i++) {
+        int count[N] = {0};
+        for (uint32_t epoch = 0; epoch < TRIES; epoch++)
+            count[dlm_shuffled(test_seed, epoch, N, i) % N]++;
+        LABEL("place %d", (int)i);
+        CHECK_CLOSE(test_chi_square(count, N, TRIES), 0, 40);    /* 5 degrees: p 1e-7 */
+    }
+    size_t huge = (size_t)1 << 40;
+    for (size_t i = 0; i < 100; i++)
+        CHECK(dlm_shuffled(test_seed, 0, huge, huge - 1 - i) < huge);
+}
+
+/* ==[ math ]=================================================================
+   One product in four spellings: nn, nt, tn and packed get the same numbers laid out
+   for them and must agree to the last bit. */
+
+enum { MATMUL_NN, MATMUL_NT, MATMUL_TN, MATMUL_PACKED, MATMUL_KINDS };
+static const char *const matmul_names[MATMUL_KINDS] = { "nn", "nt", "tn", "packed" };
+
+typedef struct matmul_data {
+    int    M, N, K;
+    float *a, *b;                          /* (M,K), (N,K)                         */
+    float *at, *bt;                        /* (K,M), (K,N)                         */
+    float *out[MATMUL_KINDS];              /* (M,N) and 8 more                     */
+    float *packed, *packed_block;          /* 64-byte aligned; what to free        */
+} matmul_data;
+
+static void matmul_make(matmul_data *d, int M, int N, int K)
+{
+    size_t m = (size_t)M, n = (size_t)N, k = (size_t)K;
+    memset(d, 0, sizeof *d);
+    d->M = M; d->N = N; d->K = K;
+    d->a = test_floats(m * k);
+    d->at = test_floats(m * k);
+    d->b = test_floats(n * k);
+    d->bt = test_floats(n * k);
+    test_fill(d->a, m * k, 1);
+    test_fill(d->b, n * k, 1);
+    for (size_t i = 0; i < m * k; i++) d->at[i % k * m + i / k] = d->a[i];
+    for (size_t i = 0; i < n * k; i++) d->bt[i % k * n + i / k] = d->b[i];
+    for (int kind = 0; kind < MATMUL_KINDS; kind++)
+        d->out[kind] = test_floats(m * n + 8);
+}
+
+static void matmul_free(matmul_data *d)
+{
+    free(d->a); free(d->at); free(d->b); free(d->bt); free(d->packed_block);
+    for (int kind = 0; kind < MATMUL_KINDS; kind++) free(d->out[kind]);
+}
+
+static float *test_align64(float *p)
+{
+    return p + (64 - ((uintptr_t)p & 63)) % 64 / sizeof(float);
+}
+
+/* All four products; out starts as NaN with a guard behind it. */
+static void matmul_run(dlm_ctx *ctx, matmul_data *d)
+{
+    size_t n = (size_t)d->M * (size_t)d->N;
+    for (int kind = 0; kind < MATMUL_KINDS; kind++) {
+        for (size_t i = 0; i < n; i++) d->out[kind][i] = (float)NAN;
+        for (size_t i = n; i < n + 8; i++) d->out[kind][i] = 12345.0f;
+    }
+    free(d->packed_block);
+    size_t floats = dlm_pack_floats(ctx, d->N, d->K);
+    d->packed_block = test_floats(floats + 16);
+    d->packed = test_align64(d->packed_block);
+    dlm_pack(ctx, d->packed, d->b, d->N, d->K);
+    dlm_matmul_nn(ctx, d->out[MATMUL_NN], d->a, d->bt, d->M, d->N, d->K);
+    dlm_matmul_nt(ctx, d->out[MATMUL_NT], d->a, d->b, d->M, d->N, d->K);
+    dlm_matmul_tn(ctx, d->out[MATMUL_TN], d->at, d->bt, d->M, d->N, d->K);
+    dlm_matmul_packed(ctx, d->out[MATMUL_PACKED], d->a, d->packed, d->M, d->N, d->K);
+    for (int kind = 0; kind < MATMUL_KINDS; kind++)
+        for (size_t i = n; i < n + 8; i++)
+            CHECK(d->out[kind][i] == 12345.0f);
+}
+
+/* Against double; the tolerance is the rounding bound of a chain of K additions. */
+static void matmul_compare(const matmul_data *d, int kind)
+{
+    for (int i = 0; i < d->M; i++) {
+        for (int j = 0; j < d->N; j++) {
+            const float *a_i = d->a + (size_t)i * (size_t)d->K;
+            const float *b_j = d->b + (size_t)j * (size_t)d->K;
+            double sum = 0, size = 0;
+            for (int k = 0; k < d->K; k++) {
+                sum += (double)a_i[k] * b_j[k];
+                size += fabs((double)a_i[k] * b_j[k]);
+            }
+            float got = d->out[kind][(size_t)i * (size_t)d->N + (size_t)j];
+            CHECK_CLOSE(got, sum, (d->K + 1) * 5.97e-8 * size);
+        }
+    }
+}
+
+static int matmul_size(void)
+{
+    static const int sizes[] = {
+        0, 1, 2, 3, 5, 7, 8, 11, 12, 13, 16, 17, 31, 32, 33, 47, 64, 65 };
+    return sizes[test_below((int)(sizeof sizes / sizeof *sizes))];
+}
+
+TEST(matmul_equals_double_reference_on_every_isa)
+{
+    static const int fixed[][3] = {
+        { 172, 64, 257 }, { 130, 301, 515 }, { 1, 700, 129 }, { 300, 1, 1030 },
+        { 5, 3, 4099 }, { 0, 5, 3 }, { 5, 0, 3 }, { 5, 3, 0 }, { 1, 1, 1 }, { 0, 0, 0 } };
+    enum { FIXED = sizeof fixed / sizeof *fixed, SAMPLED = 300 };
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < FIXED + SAMPLED; i++) {
+            int M = i < FIXED ? fixed[i][0] : matmul_size();
+            int N = i < FIXED ? fixed[i][1] : matmul_size();
+            int K = i < FIXED ? fixed[i][2] : matmul_size();
+            matmul_data d;
+            matmul_make(&d, M, N, K);
+            LABEL("M %d N %d K %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
+            matmul_run(ctx, &d);
+            size_t bytes = (size_t)M * (size_t)N * sizeof(float);
+            CHECK(memcmp(d.out[MATMUL_NT], d.out[MATMUL_PACKED], bytes) == 0);
+            CHECK(memcmp(d.out[MATMUL_NT], d.out[MATMUL_NN], bytes) == 0);
+            CHECK(memcmp(d.out[MATMUL_NT], d.out[MATMUL_TN], bytes) == 0);
+            for (int kind = 0; kind < MATMUL_KINDS; kind++) {
+                LABEL("%s M %d N %d K %d, %s", matmul_names[kind], M, N, K,
+                      dlm_isa_name((dlm_isa)isa));
+                matmul_compare(&d, kind);
+            }
+            matmul_free(&d);
+        }
+        test_close(ctx);
+    }
+}
+
+TEST(matmul_is_one_chain_of_fused_multiply_adds)
+{
+    FOR_EACH_ISA(isa) {
+        if (isa == DLM_ISA_SCALAR || isa == DLM_ISA_SSE2) continue;   /* no FMA there */
+        dlm_ctx *ctx = test_open(isa, 1);
+        matmul_data d;
+        matmul_make(&d, 19, 37, 1031);
+        matmul_run(ctx, &d);
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        for (int i = 0; i < d.M * d.N; i++) {
+            float sum = 0;
+            for (int k = 0; k < d.K; k++)
+                sum = fmaf(d.a[i / d.N * d.K + k], d.b[i % d.N * d.K + k], sum);
+            CHECK_CLOSE(d.out[MATMUL_NT][i], sum, 0);
+        }
+        matmul_free(&d);
+        test_close(ctx);
+    }
+}
+
+/* Rows first .. first+rows of a and of b on their own: the same bits as in the whole. */
+static void matmul_compare_part(dlm_ctx *ctx, const matmul_data *whole, int first_m,
+                                int M, int first_n, int N)
+{
+    matmul_data d;
+    int K = whole->K;
+    matmul_make(&d, M, N, K);
+    memcpy(d.a, whole->a + first_m * K, (size_t)(M * K) * sizeof(float));
+    memcpy(d.b, whole->b + first_n * K, (size_t)(N * K) * sizeof(float));
+    for (int i = 0; i < M * K; i++) d.at[i % K * M + i / K] = d.a[i];
+    for (int i = 0; i < N * K; i++) d.bt[i % K * N + i / K] = d.b[i];
+    matmul_run(ctx, &d);
+    for (int kind = 0; kind < MATMUL_KINDS; kind++) {
+        LABEL("%s, rows %d+%d, columns %d+%d of %d x %d x %d, %s, %d threads",
+              matmul_names[kind], first_m, M, first_n, N, whole->M, whole->N, K,
+              dlm_isa_name(dlm_active_isa(ctx)), dlm_active_threads(ctx));
+        for (int i = 0; i < M; i++)
+            CHECK(memcmp(d.out[kind] + i * N,
+                         whole->out[kind] + (first_m + i) * whole->N + first_n,
+                         (size_t)N * sizeof(float)) == 0);
+    }
+    matmul_free(&d);
+}
+
+TEST(matmul_rows_do_not_depend_on_sizes_or_threads)
+{
+    static const int shapes[][3] = { { 65, 47, 33 }, { 140, 300, 530 }, { 33, 65, 1 } };
+    FOR_EACH_ISA(isa) {
+        for (int s = 0; s < 3; s++) {
+            matmul_data whole;
+            matmul_make(&whole, shapes[s][0], shapes[s][1], shapes[s][2]);
+            dlm_ctx *one = test_open(isa, 1);
+            matmul_run(one, &whole);
+            test_close(one);
+            for (int threads = 1; threads <= 4; threads *= 2) {
+                dlm_ctx *ctx = test_open(isa, threads);
+                matmul_compare_part(ctx, &whole, 0, whole.M, 0, whole.N);
+                for (int i = 0; i < 10; i++) {
+                    int m = test_below(whole.M), n = test_below(whole.N);
+                    matmul_compare_part(ctx, &whole, m, 1 + test_below(whole.M - m),
+                                        n, 1 + test_below(whole.N - n));
+                }
+                test_close(ctx);
+            }
+            matmul_free(&whole);
+        }
+    }
+}
+
+TEST(matmul_does_not_depend_on_scratch)
+{
+    FOR_EACH_ISA(isa) {
+        matmul_data d[2];
+        for (int i = 0; i < 2; i++) {
+            dlm_options o = {0};
+            o.isa = (dlm_isa)isa;
+            o.scratch = (size_t)65536 << 8 * i;
+            dlm_ctx *ctx = NULL;
+            CHECK_OK(dlm_init(&ctx, &o));
+            test_state = test_seed;
+            matmul_make(&d[i], 70, 333, 700);
+            matmul_run(ctx, &d[i]);
+            dlm_shutdown(ctx);
+        }
+        for (int kind = 0; kind < MATMUL_KINDS; kind++) {
+            LABEL("%s, %s", matmul_names[kind], dlm_isa_name((dlm_isa)isa));
+            CHECK(memcmp(d[0].out[kind], d[1].out[kind], 70 * 333 * sizeof(float)) == 0);
+        }
+        matmul_free(&d[0]);
+        matmul_free(&d[1]);
+    }
+}
+
+/* ==[ toys ]==================================================================
+   Tiny models with lively weights, ragged canvases to fill in, and a record of a run:
+   what the tests of sessions, samplers, trainers and files work on. */
+
+enum { TOY_VOCAB = 13, TOY_MASK = 12, TOY_SEQS = 6, TOY_SLOTS = 24,
+       TOY_ALL = TOY_SEQS * TOY_SLOTS, TOY_KINDS = 5 };
+
+/* The patterns with their two alignments.  0, 1: FULL; 2, 3: BLOCK; 4: CAUSAL. */
+static const char *const toy_kind_names[TOY_KINDS] = {
+    "full", "full shifted", "block", "block shifted", "causal"
+};
+
+static dlm_config toy_config(int kind)
+{
+    dlm_config c = {0};
+    c.vocab = TOY_VOCAB;
+    c.dim = 16;
+    c.layers = 2;
+    c.heads = 2;
+    c.kv_heads = 1;
+    c.ffn = 32;
+    c.max_seq = TOY_SLOTS;
+    c.block = 4;
+    c.pattern = kind < 2 ? DLM_PATTERN_FULL : kind < 4 ? DLM_PATTERN_BLOCK
+                                                       : DLM_PATTERN_CAUSAL;
+    c.shifted = kind == 1 || kind == 3;
+    return c;
+}
+
+/* Matrices are blown up: fresh weights give nearly uniform predictions, in which a
+   wrong key or row would not show. */
+static dlm_model *toy_model_of(dlm_ctx *ctx, const dlm_config *c, uint64_t seed)
+{
+    dlm_model *m = NULL;
+    CHECK_OK(dlm_model_create(&m, ctx, c, seed, NULL));
+    for (int i = 0; m && i < dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        float gain = t.decayed || t.layer < 0 ? 20.0f : 1.0f;
+        if (t.cols == 1 && t.layer < 0) gain = 1.0f;         /* the last norm */
+        for (int k = 0; k < t.rows * t.cols; k++) t.data[k] *= gain;
+    }
+    if (m) dlm_model_changed(m);
+    return m;
+}
+
+static dlm_model *toy_model(dlm_ctx *ctx, int kind, uint64_t seed)
+{
+    dlm_config c = toy_config(kind);
+    return toy_model_of(ctx, &c, seed);
+}
+
+/* All weights 0: every logit is exactly 0, so that logit_bias is the logits. */
+static dlm_model *toy_blank(dlm_ctx *ctx, int vocab)
+{
+    dlm_model *m = NULL;
+    dlm_config c = toy_config(0);
+    c.vocab = vocab;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    if (m) memset(m->weights, 0, m->n_params * sizeof(float));
+    if (m) dlm_model_changed(m);
+    return m;
+}
+
+static dlm_session *toy_session(dlm_ctx *ctx, const dlm_model *m, int cached)
+{
+    dlm_session *s = NULL;
+    dlm_limits lim = {0};
+    lim.seqs = TOY_SEQS;
+    lim.cached = cached;
+    CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+    return s;
+}
+
+typedef struct toy_run {
+    int       canvas[TOY_ALL], lengths[TOY_SEQS], n_seqs;
+    dlm_event events[TOY_ALL];
+    int       n_events, forwards, length[TOY_SEQS];
+    double    flops;
+    dlm_error error;
+} toy_run;
+
+static void toy_sequence(toy_run *r, int seq, int length, int prompt, uint64_t salt)
+{
+    dlm_address at = { salt, DLM_RANDOM_USER, 0, (uint32_t)seq, 0 };
+    r->lengths[seq] = length;
+    for (int i = 0; i < TOY_SLOTS; i++) {
+        int token = (int)(dlm_uniform(&at, (uint32_t)i) * TOY_MASK);
+        r->canvas[seq * TOY_SLOTS + i] = i >= length ? -7 : i < prompt ? token : TOY_MASK;
+    }
+}
+
+/* Ragged: long, no prompt with visible islands, nothing to do, one token, one mask at
+   the end, prompt of whole blocks with islands.  A causal model needs a prompt. */
+static void toy_canvas(toy_run *r, int causal)
+{
+    memset(r, 0, sizeof *r);
+    r->n_seqs = TOY_SEQS;
+    toy_sequence(r, 0, 24, 5, 1);
+    toy_sequence(r, 1, 13, causal, 1);
+    toy_sequence(r, 2, 9, 9, 1);
+    toy_sequence(r, 3, 1, causal, 1);
+    toy_sequence(r, 4, 7, 6, 1);
+    toy_sequence(r, 5, 18, 4, 1);
+    r->canvas[1 * TOY_SLOTS + 3] = 2;
+    r->canvas[1 * TOY_SLOTS + 8] = 11;
+    r->canvas[5 * TOY_SLOTS + 9] = 0;
+    r->canvas[5 * TOY_SLOTS + 10] = 5;
+    r->canvas[5 * TOY_SLOTS + 17] = 7;
+}
+
+/* Runs a session's sampler to the end, or gives up: a run that hangs fails the test. */
+static void toy_drive(toy_run *r, dlm_session *s, const dlm_sample_options *o)
+{
+    dlm_sampler *sm = NULL;
+    r->error = dlm_sampler_create(&sm, s, o, NULL);
+    if (r->error) return;
+    r->error = dlm_sampler_begin(sm, r->canvas, r->lengths, r->n_seqs);
+    for (int i = 0; !r->error && !dlm_sampler_done(sm) && i < 1000; i++)
+        r->error = dlm_sampler_step(sm);
+    if (!r->error) {
+        const dlm_event *trace = dlm_sampler_trace(sm, &r->n_events);
+        CHECK(dlm_sampler_done(sm));
+        CHECK(r->n_events <= TOY_ALL);
+        if (r->n_events > TOY_ALL) r->n_events = TOY_ALL;
+        for (int i = 0; i < r->n_events; i++) r->events[i] = trace[i];
+        for (int q = 0; q < r->n_seqs; q++) r->length[q] = dlm_sampler_length(sm, q);
+        dlm_sampler_cost(sm, &r->forwards, &r->flops);
+    }
+    dlm_sampler_free(sm);
+}
+
+static void toy_generate(toy_run *r, dlm_ctx *ctx, const dlm_model *m, int cached,
+                         const dlm_sample_options *o)
+{
+    dlm_session *s = toy_session(ctx, m, cached);
+    if (s) toy_drive(r, s, o);
+    dlm_session_free(s);
+    CHECK_OK(r->error);
+}
+
+static int toy_same_tokens(const toy_run *a, const toy_run *b)
+{
+    return memcmp(a->canvas, b->canvas, sizeof a->canvas) == 0;
+}
+
+static int toy_same_events(const toy_run *a, const toy_run *b)
+{
+    return a->n_events == b->n_events
+        && memcmp(a->events, b->events, (size_t)a->n_events * sizeof a->events[0]) == 0;
+}
+
+/* Upper limit of chi-square with `dof` degrees that chance exceeds once in a million
+   (Wilson and Hilferty's cube root approximation, z = 4.75). */
+static double toy_chi_limit(int dof)
+{
+    double a = 2.0 / (9.0 * dof), c = 1 - a + 4.75 * sqrt(a);
+    return dof * c * c * c;
+}
+
+/* Chi-square of counts (n) against probabilities p; the test fails when a count stands
+   where p is 0. */
+static void toy_check_counts(const int *counts, const double *p, int n)
+{
+    double total = 0, chi = 0;
+    int dof = -1;
+    for (int i = 0; i < n; i++) total += counts[i];
+    for (int i = 0; i < n; i++) {
+        if (p[i] <= 0) { CHECK(counts[i] == 0); continue; }
+        double want = total * p[i], d = counts[i] - want;
+        chi += d * d / want;
+        dof++;
+    }
+    CHECK(total > 0);
+    if (dof > 0) CHECK_CLOSE(chi, 0, toy_chi_limit(dof));
+}
+
+/* ==[ reference ]=============================================================
+   The transformer in double, written from its formulas for reading: every row, every
+   key, no blocking.  Parameters are found by their Hugging Face names in a double copy
+   of the weights, which finite differences may change entry by entry. */
+
+enum { REF_LAYERS = 4 };
+
+typedef struct ref_layer {
+    const double *norm1, *q, *k, *v, *o, *bq, *bk, *bv, *qn, *kn;
+    const double *norm2, *gate, *up, *down;
+} ref_layer;
+
+typedef struct reference {
+    dlm_config    c;
+    double       *w;                       /* (n_params), laid out as the model's  */
+    const double *embed, *norm, *head;
+    ref_layer     layer[REF_LAYERS];
+} reference;
+
+/* The parameter called name, which must be there with this shape. */
+static const double *ref_find(const reference *r, const dlm_model *m, int layer,
+                              const char *name, int rows, int cols)
+{
+    char full[80];
+    if (layer < 0) snprintf(full, sizeof full, "%s", name);
+    else           snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        if (strcmp(t.name, full) != 0) continue;
+        LABEL("%s", full);
+        CHECK(t.rows == rows && t.cols == cols && t.layer == layer);
+        LABEL("%s", "");
+        return r->w + (t.data - m->weights);
+    }
+    printf("the model has no tensor %s\n", full);
+    exit(1);
+}
+
+static void ref_find_layer(reference *r, const dlm_model *m, int i)
+{
+    const dlm_config *c = &r->c;
+    ref_layer *l = &r->layer[i];
+    int C = c->dim, F = c->ffn, Q = c->heads * c->head_dim, K = c->kv_heads * c->head_dim;
+    l->norm1 = ref_find(r, m, i, "input_layernorm.weight", C, 1);
+    l->q = ref_find(r, m, i, "self_attn.q_proj.weight", Q, C);
+    l->k = ref_find(r, m, i, "self_attn.k_proj.weight", K, C);
+    l->v = ref_find(r, m, i, "self_attn.v_proj.weight", K, C);
+    l->o = ref_find(r, m, i, "self_attn.o_proj.weight", C, Q);
+    if (c->qkv_bias) {
+        l->bq = ref_find(r, m, i, "self_attn.q_proj.bias", Q, 1);
+        l->bk = ref_find(r, m, i, "self_attn.k_proj.bias", K, 1);
+        l->bv = ref_find(r, m, i, "self_attn.v_proj.bias", K, 1);
+    }
+    if (!c->no_qk_norm) {
+        l->qn = ref_find(r, m, i, "self_attn.q_norm.weight", c->head_dim, 1);
+        l->kn = ref_find(r, m, i, "self_attn.k_norm.weight", c->head_dim, 1);
+    }
+    l->norm2 = ref_find(r, m, i, "post_attention_layernorm.weight", C, 1);
+    l->gate = ref_find(r, m, i, "mlp.gate_proj.weight", F, C);
+    l->up = ref_find(r, m, i, "mlp.up_proj.weight", F, C);
+    l->down = ref_find(r, m, i, "mlp.down_proj.weight", C, F);
+}
+
+static double *ref_doubles(size_t n) { return (double *)test_malloc(n * sizeof(double)); }
+
+static void ref_open(reference *r, const dlm_model *m)
+{
+    memset(r, 0, sizeof *r);
+    r->c = m->config;
+    r->w = ref_doubles(m->n_params);
+    for (size_t i = 0; i < m->n_params; i++) r->w[i] = m->weights[i];
+    int V = r->c.vocab, C = r->c.dim;
+    r->embed = ref_find(r, m, -1, "model.embed_tokens.weight", V, C);
+    r->norm = ref_find(r, m, -1, "model.norm.weight", C, 1);
+    r->head = r->embed;
+    if (r->c.untied_head) r->head = ref_find(r, m, -1, "lm_head.weight", V, C);
+    for (int i = 0; i < r->c.layers; i++) ref_find_layer(r, m, i);
+}
+
+static void ref_close(reference *r) { free(r->w); }
+
+/* y (rows,N) = x (rows,K) w^T + bias, w (N,K). */
+static double *ref_linear(const double *x, const double *w, const double *bias, int rows,
+                          int N, int K)
+{
+    double *y = ref_doubles((size_t)rows * (size_t)N);
+    for (int i = 0; i < rows; i++) {
+        for (int n = 0; n < N; n++) {
+            double sum = bias ? bias[n] : 0;
+            for (int k = 0; k < K; k++) sum += x[i * K + k] * w[n * K + k];
+            y[i * N + n] = sum;
+        }
+    }
+    return y;
+}
+
+static void ref_normalise(double *y, const double *x, const double *g, int C, double eps)
+{
+    double mean = 0;
+    for (int i = 0; i < C; i++) mean += x[i] * x[i] / C;
+    for (int i = 0; i < C; i++) y[i] = x[i] / sqrt(mean + eps) * g[i];
+}
+
+static double *ref_norm_rows(const double *x, const double *g, int rows, int C,
+                             double eps)
+{
+    double *y = ref_doubles((size_t)rows * (size_t)C);
+    for (int i = 0; i < rows; i++) ref_normalise(y + i * C, x + i * C, g, C, eps);
+    return y;
+}
+
+/* Rotates the pairs (i, i + D/2) of one head by position * theta^(-2i/D). */
+static void ref_rotate(double *x, int D, int position, double theta)
+{
+    for (int i = 0; i < D / 2; i++) {
+        double angle = position * pow(theta, -2.0 * i / D);
+        double a = x[i], b = x[i + D / 2];
+        x[i] = a * cos(angle) - b * sin(angle);
+        x[i + D / 2] = b * cos(angle) + a * sin(angle);
+    }
+}
+
+static int ref_slot(const dlm_batch *b, int s, int row)
+{
+    return b->slots ? b->slots[row] : row - b->start[s];
+}
+
+static int ref_sees(const dlm_keys *k, int slot)
+{
+    return (slot >= k->lo0 && slot < k->hi0) || (slot >= k->lo1 && slot < k->hi1);
+}
+
+/* QK-norm, then rotation, of every head of x (N, heads * D). */
+static void ref_prepare(const reference *r, const dlm_batch *b, double *x, int heads,
+                        const double *g)
+{
+    int D = r->c.head_dim;
+    for (int s = 0; s < b->n_seqs; s++) {
+        for (int i = b->start[s]; i < b->start[s + 1]; i++) {
+            int position = b->positions ? b->positions[i] : ref_slot(b, s, i);
+            for (int h = 0; h < heads; h++) {
+                double *x_ih = x + (i * heads + h) * D;
+                if (g) ref_normalise(x_ih, x_ih, g, D, r->c.norm_eps);
+                ref_rotate(x_ih, D, position, r->c.rope_theta);
+            }
+        }
+    }
+}
+
+/* One row and head: out (D) = softmax(q . k / sqrt(D)) v over the rows of sequence s
+   that stand in slots the row may see. */
+static void ref_attend(const reference *r, const dlm_batch *b, int s, int row,
+                       const double *q, const double *k, const double *v, double *out)
+{
+    int D = r->c.head_dim, stride = r->c.kv_heads * D;
+    double total = 0, largest = -INFINITY;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int j = b->start[s]; j < b->start[s + 1]; j++) {
+            if (!ref_sees(&b->keys[row], ref_slot(b, s, j))) continue;
+            double score = 0;
+            for (int d = 0; d < D; d++) score += q[d] * k[j * stride + d] / sqrt(D);
+            if (pass == 0) {
+                if (score > largest) largest = score;
+                continue;
+            }
+            double p = exp(score - largest);
+            total += p;
+            for (int d = 0; d < D; d++) out[d] += p * v[j * stride + d];
+        }
+    }
+    for (int d = 0; d < D; d++) out[d] /= total;
+}
+
+/* x (N,C) += attention of layer l on the normalised rows. */
+static void ref_attention(const reference *r, const ref_layer *l, const dlm_batch *b,
+                          double *x)
+{
+    const dlm_config *c = &r->c;
+    int N = b->start[b->n_seqs], C = c->dim, D = c->head_dim, H = c->heads;
+    int KV = c->kv_heads;
+    double *y = ref_norm_rows(x, l->norm1, N, C, c->norm_eps);
+    double *q = ref_linear(y, l->q, l->bq, N, H * D, C);
+    double *k = ref_linear(y, l->k, l->bk, N, KV * D, C);
+    double *v = ref_linear(y, l->v, l->bv, N, KV * D, C);
+    ref_prepare(r, b, q, H, l->qn);
+    ref_prepare(r, b, k, KV, l->kn);
+    double *out = (double *)calloc((size_t)(N * H * D) + 1, sizeof(double));
+    if (!out) exit(1);
+    for (int s = 0; s < b->n_seqs; s++)
+        for (int i = b->start[s]; i < b->start[s + 1]; i++)
+            for (int h = 0; h < H; h++) {
+                int kv = h / (H / KV);
+                ref_attend(r, b, s, i, q + (i * H + h) * D, k + kv * D, v + kv * D,
+                           out + (i * H + h) * D);
+            }
+    double *o = ref_linear(out, l->o, NULL, N, C, H * D);
+    for (int i = 0; i < N * C; i++) x[i] += o[i];
+    free(y); free(q); free(k); free(v); free(out); free(o);
+}
+
+/* x (N,C) += down(silu(gate) * up). */
+static void ref_mlp(const reference *r, const ref_layer *l, int N, double *x)
+{
+    int C = r->c.dim, F = r->c.ffn;
+    double *y = ref_norm_rows(x, l->norm2, N, C, r->c.norm_eps);
+    double *gate = ref_linear(y, l->gate, NULL, N, F, C);
+    double *up = ref_linear(y, l->up, NULL, N, F, C);
+    for (int i = 0; i < N * F; i++) gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
+    double *down = ref_linear(gate, l->down, NULL, N, C, F);
+    for (int i = 0; i < N * C; i++) x[i] += down[i];
+    free(y); free(gate); free(up); free(down);
+}
+
+/* Logits (n_out, V) of the out rows; free them. */
+static double *ref_logits(const reference *r, const dlm_batch *b)
+{
+    int N = b->start[b->n_seqs], C = r->c.dim;
+    double *x = ref_doubles((size_t)(N * C));
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < C; j++) x[i * C + j] = r->embed[b->tokens[i] * C + j];
+    for (int i = 0; i < r->c.layers; i++) {
+        ref_attention(r, &r->layer[i], b, x);
+        ref_mlp(r, &r->layer[i], N, x);
+    }
+    double *looked_at = ref_doubles((size_t)(b->n_out * C));
+    for (int i = 0; i < b->n_out; i++)
+        ref_normalise(looked_at + i * C, x + b->out_rows[i] * C, r->norm, C,
+                      r->c.norm_eps);
+    double *logits = ref_linear(looked_at, r->head, NULL, b->n_out, r->c.vocab, C);
+    free(x); free(looked_at);
+    return logits;
+}
+
+static double ref_log_sum_exp(const double *x, int n)
+{
+    double largest = x[0], sum = 0;
+    for (int i = 1; i < n; i++) if (x[i] > largest) largest = x[i];
+    for (int i = 0; i < n; i++) sum += exp(x[i] - largest);
+    return largest + log(sum);
+}
+
+/* -log softmax(logits)[target]. */
+static double ref_cross_entropy(const double *logits, int V, int target)
+{
+    return ref_log_sum_exp(logits, V) - logits[target];
+}
+
+/* ==[ model ]================================================================ */
+
+/* Weights of useful size everywhere, norms and biases included, so that no part of the
+   network can hide: matrices keep the variance, norms lie around 1. */
+static void test_randomise(dlm_model *m)
+{
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        size_t n = (size_t)t.rows * (size_t)t.cols;
+        int norm = strstr(t.name, "norm.") != NULL;
+        float scale = t.cols > 1 ? sqrtf(3.0f / (float)t.cols) : 0.5f;
+        for (size_t j = 0; j < n; j++)
+            t.data[j] = (norm ? 1.0f : 0.0f) + scale * test_float();
+    }
+    dlm_model_changed(m);
+}
+
+static dlm_config test_config(int vocab, int dim, int layers, int heads, int max_seq)
+{
+    dlm_config c = {0};
+    c.vocab = vocab; c.dim = dim; c.layers = layers; c.heads = heads;
+    c.max_seq = max_seq;
+    return c;
+}
+
+/* A randomised model; every failure is fatal to the test program's sense. */
+static dlm_model *test_model(dlm_ctx *ctx, const dlm_config *c)
+{
+    dlm_model *m = NULL;
+    CHECK_OK(dlm_model_create(&m, ctx, c, test_seed, NULL));
+    if (!m) { printf("no model: %s\n", dlm_last_error(ctx)); exit(1); }
+    test_randomise(m);
+    return m;
+}
+
+static dlm_session *test_session(dlm_ctx *ctx, const dlm_model *m, int seqs, int slots,
+                                 int rows, int cached)
+{
+    dlm_limits lim = {0};
+    lim.seqs = seqs; lim.slots = slots; lim.rows = rows; lim.cached = cached;
+    dlm_session *s = NULL;
+    CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+    if (!s) { printf("no session: %s\n", dlm_last_error(ctx)); exit(1); }
+    return s;
+}
+
+TEST(model_tensors_tile_the_weights_in_order)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 8; i++) {
+        dlm_config c = test_config(11, 16, 2, 4, 32);
+        c.untied_head = i & 1; c.no_qk_norm = i >> 1 & 1; c.qkv_bias = i >> 2 & 1;
+        c.kv_heads = 2;
+        dlm_model *m = test_model(ctx, &c);
+        reference r;
+        ref_open(&r, m);                   /* checks every name and shape          */
+        size_t used = 0;
+        int n = dlm_model_tensors(m), layers = 9 + 2 * !c.no_qk_norm + 3 * c.qkv_bias;
+        CHECK(n == 2 + c.untied_head + 2 * layers);
+        for (int j = 0; j < n; j++) {
+            dlm_tensor t;
+            dlm_model_tensor(m, j, &t);
+            LABEL("%s", t.name);
+            CHECK(t.data == m->weights + used);
+            CHECK(t.decayed == (t.cols > 1));
+            used += (size_t)t.rows * (size_t)t.cols;
+        }
+        LABEL("%s", "");
+        CHECK(used == m->n_params);
+        ref_close(&r);
+        dlm_model_free(m);
+    }
+    dlm_model_free(NULL);
+    test_close(ctx);
+}
+
+TEST(model_starts_with_the_documented_distribution)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = test_config(300, 96, 2, 4, 32);
+    c.qkv_bias = c.untied_head = 1;
+    dlm_model *m = NULL, *same = NULL, *other = NULL;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 7, NULL));
+    CHECK_OK(dlm_model_create(&same, ctx, &c, 7, NULL));
+    CHECK_OK(dlm_model_create(&other, ctx, &c, 8, NULL));
+    CHECK(memcmp(m->weights, same->weights, m->n_params * sizeof(float)) == 0);
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        size_t n = (size_t)t.rows * (size_t)t.cols, equal = 0;
+        double sum = 0, squares = 0;
+        for (size_t j = 0; j < n; j++) {
+            sum += t.data[j];
+            squares += (double)t.data[j] * t.data[j];
+            equal += t.data[j] == other->weights[t.data - m->weights + (ptrdiff_t)j];
+        }
+        LABEL("%s", t.name);
+        if (t.cols == 1) {
+            CHECK_CLOSE(sum / (double)n, strstr(t.name, "norm") ? 1 : 0, 0);
+            continue;
+        }
+        int residual = strstr(t.name, "o_proj") || strstr(t.name, "down_proj");
+        double want = residual ? 0.02 / sqrt(2.0 * 2) : 0.02, count = (double)n;
+        CHECK_CLOSE(sum / count, 0, 5 * want / sqrt(count));
+        CHECK_CLOSE(sqrt(squares / count) / want, 1, 5 / sqrt(2 * count));
+        CHECK(equal < n / 1000 + 2);
+    }
+    dlm_model_free(m); dlm_model_free(same); dlm_model_free(other);
+    test_close(ctx);
+}
+
+/* ==[ configs and options ]=================================================== */
+
+static void config_try(dlm_ctx *ctx, const dlm_config *c, const char *text)
+{
+    dlm_config copy = *c;
+    dlm_model *m = NULL, *w = NULL;
+    static const float nothing[1] = { 0 };
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_config_resolve(ctx, &copy), DLM_E_CONFIG, ctx, text);
+    CHECK_ERROR(dlm_model_create(&m, ctx, c, 1, NULL), DLM_E_CONFIG, ctx, text);
+    CHECK(m == NULL);
+    CHECK_ERROR(dlm_model_wrap(&w, ctx, c, nothing, 1), DLM_E_CONFIG, ctx, text);
+    CHECK(w == NULL);
+    CHECK(dlm_model_bytes(c) == 0);
+}
+
+static const int config_huge = 2147483647;
+
+#define TRY(assignment, text) do { c = base; assignment; config_try(ctx, &c, text); } \
+        while (0)
+TEST(config_refuses_absurd_sizes_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config base = toy_config(2), c;
+    TRY(c.vocab = 0, "vocab");
+    TRY(c.vocab = -1, "vocab");
+    TRY(c.vocab = config_huge, "vocab");
+    TRY(c.dim = 0, "dim");
+    TRY(c.dim = -16, "dim");
+    TRY(c.dim = config_huge, "dim");
+    TRY(c.layers = 0, "layers");
+    TRY(c.layers = -1, "layers");
+    TRY(c.layers = config_huge, "layers");
+    TRY(c.heads = 0, "heads");
+    TRY(c.heads = -2, "heads");
+    TRY(c.heads = config_huge, "heads");
+    TRY(c.max_seq = 0, "max_seq");
+    TRY(c.max_seq = -1, "max_seq");
+    TRY(c.kv_heads = -1, "kv_heads");
+    TRY(c.head_dim = -2, "head_dim");
+    TRY(c.head_dim = 258, "head_dim");
+    TRY(c.head_dim = config_huge - 1, "head_dim");
+    TRY(c.ffn = -1, "ffn");
+    TRY(c.ffn = config_huge, "ffn");
+    TRY(c.block = -1, "block");
+    test_close(ctx);
+}
+
+TEST(config_refuses_contradictions_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config base = toy_config(2), c;
+    TRY(c.kv_heads = 4, "kv_heads");                 /* more than heads           */
+    TRY((c.heads = 6, c.kv_heads = 4, c.head_dim = 4), "kv_heads");
+    TRY(c.head_dim = 7, "head_dim");
+    TRY((c.heads = 3, c.kv_heads = 0), "head");      /* 16 / 3 is not whole       */
+    TRY((c.heads = 16, c.kv_heads = 0), "head_dim"); /* 1: odd                    */
+    TRY(c.mask_id = -1, "mask_id");
+    TRY(c.mask_id = TOY_VOCAB, "mask_id");
+    TRY(c.pattern = 3, "pattern");
+    TRY(c.pattern = -1, "pattern");
+    TRY(c.rope_theta = -1, "rope_theta");
+    TRY(c.rope_theta = NAN, "rope_theta");
+    TRY(c.rope_theta = INFINITY, "rope_theta");
+    TRY(c.norm_eps = -1e-6f, "norm_eps");
+    TRY(c.norm_eps = NAN, "norm_eps");
+    test_close(ctx);
+}
+#undef TRY
+
+/* Sizes that are allowed one by one and overflow together. */
+TEST(config_refuses_more_parameters_than_can_be_counted)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4; k++) {
+        dlm_model *m = NULL;
+        dlm_config c = toy_config(0);
+        c.layers = k < 2 ? 1 << 20 : 2;
+        c.dim = k < 2 ? 1 << 20 : 1 << 16;
+        c.ffn = k & 1 ? 1 << 30 : 1 << 20;
+        c.vocab = 1 << 30;
+        c.heads = 1 << 12;
+        c.kv_heads = 0;
+        LABEL("case %d", k);
+        dlm_error e = dlm_config_resolve(ctx, &c);
+        CHECK(e == DLM_OK || e == DLM_E_CONFIG);
+        size_t bytes = dlm_model_bytes(&c);
+        CHECK(bytes == 0 || bytes > (size_t)1 << 40);    /* never wrapped around */
+        if (k > 1) continue;                             /* 2^60 floats: too many */
+        CHECK_ERROR(dlm_model_create(&m, ctx, &c, 1, NULL), DLM_E_CONFIG, ctx, NULL);
+        CHECK(m == NULL && bytes == 0);
+    }
+    test_close(ctx);
+}
+
+TEST(config_fills_in_the_documented_defaults)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = {0};
+    c.vocab = 100;
+    c.dim = 48;
+    c.layers = 1;
+    c.heads = 4;
+    c.max_seq = 10;
+    CHECK_OK(dlm_config_resolve(ctx, &c));
+    CHECK(c.mask_id == 99 && c.pattern == DLM_PATTERN_BLOCK && c.block == 8);
+    CHECK(c.kv_heads == 4 && c.head_dim == 12 && c.ffn == 128 && c.shifted == 0);
+    CHECK(c.rope_theta == 10000 && c.norm_eps == 1e-6f);
+    dlm_config again = c;
+    CHECK_OK(dlm_config_resolve(ctx, &again));
+    CHECK(memcmp(&c, &again, sizeof c) == 0);
+    c.pattern = DLM_PATTERN_CAUSAL;
+    CHECK_OK(dlm_config_resolve(ctx, &c));
+    CHECK(c.shifted == 1);
+    test_close(ctx);
+}
+
+TEST(session_limits_are_checked_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1);
+    for (int k = 0; m && k < 9; k++) {
+        static const char *const names[4] = { "seqs", "slots", "rows", "out" };
+        dlm_session *s = NULL;
+        dlm_limits lim = {0};
+        int v = k < 4 ? -1 : 2147483647, which = k % 4;
+        if (which == 0) lim.seqs = v;
+        if (which == 1) lim.slots = v;
+        if (which == 2) lim.rows = v;
+        if (which == 3) lim.out = v;
+        if (k == 8) lim.seqs = lim.slots = 1 << 20;          /* one by one allowed */
+        LABEL("%s %d", names[which], v);
+        CHECK_ERROR(dlm_session_create(&s, ctx, m, &lim, NULL), DLM_E_CONFIG, ctx,
+                    names[which]);
+        CHECK(s == NULL);
+        CHECK(dlm_session_bytes(ctx, m, &lim) == 0);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+static void train_try_options(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *o,
+                              const char *text)
+{
+    dlm_trainer *t = NULL;
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_trainer_create(&t, ctx, m, o, NULL), DLM_E_CONFIG, ctx, text);
+    CHECK(t == NULL);
+    CHECK(dlm_trainer_bytes(ctx, m, o) == 0);
+    dlm_trainer_free(t);
+}
+
+TEST(trainer_options_are_checked_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *causal = toy_model(ctx, 4, 1);
+    if (m && causal) {
+        dlm_train_options o, zero = {0};
+#define TRY(model, assignment, text) \
+        do { o = zero; assignment; train_try_options(ctx, model, &o, text); } while (0)
+        TRY(m, o.max_rows = -1, "max_rows");
+        TRY(m, memset(&o.objective, 1, sizeof o.objective), "objective");
+        TRY(m, memset(&o.objective, 255, sizeof o.objective), "objective");
+        TRY(causal, o.objective = DLM_OBJECTIVE_MDLM, "objective");
+        TRY(causal, o.objective = DLM_OBJECTIVE_BLOCK, "objective");
+        TRY(m, o.objective = DLM_OBJECTIVE_AR, "objective");
+        TRY(m, o.lr = -1, "lr");
+        TRY(m, o.lr = NAN, "lr");
+        TRY(m, o.lr = INFINITY, "lr");
+        TRY(m, o.warmup = -1, "warmup");
+        TRY(m, o.total = -1, "total");
+        TRY(m, o.schedule = DLM_SCHEDULE_COSINE, "total");
+        TRY(m, o.schedule = DLM_SCHEDULE_LINEAR, "total");
+        TRY(m, memset(&o.schedule, 1, sizeof o.schedule), "schedule");
+        TRY(m, o.lr_min = -1, "lr_min");
+        TRY(m, o.lr_min = NAN, "lr_min");
+        TRY(m, o.beta1 = 1, "beta1");
+        TRY(m, o.beta1 = -0.1f, "beta1");
+        TRY(m, o.beta1 = NAN, "beta1");
+        TRY(m, o.beta2 = 1, "beta2");
+        TRY(m, o.beta2 = NAN, "beta2");
+        TRY(m, o.adam_eps = -1, "adam_eps");
+        TRY(m, o.adam_eps = NAN, "adam_eps");
+        TRY(m, o.weight_decay = -1, "weight_decay");
+        TRY(m, o.weight_decay = NAN, "weight_decay");
+        TRY(m, o.clip = NAN, "clip");
+        TRY(m, o.clip = -1, "clip");
+        TRY(m, o.level_min = -0.1f, "level_min");
+        TRY(m, o.level_min = NAN, "level_min");
+        TRY(m, o.level_max = 1.5f, "level_max");
+        TRY(m, o.level_max = NAN, "level_max");
+        TRY(m, (o.level_min = 0.6f, o.level_max = 0.5f), "level");
+        TRY(m, o.ema = 1, "ema");
+        TRY(m, o.ema = -1, "ema");
+        TRY(m, o.ema = NAN, "ema");
+#undef TRY
+    }
+    dlm_model_free(m);
+    dlm_model_free(causal);
+    test_close(ctx);
+}
+
+/* ==[ batch ]================================================================ */
+
+enum { TEST_ROWS = 1024, TEST_SEQS = 8 };
+
+typedef struct test_batch {                /* a dlm_batch and what it points to    */
+    dlm_batch b;
+    int       start[TEST_SEQS + 1], tokens[TEST_ROWS], positions[TEST_ROWS];
+    int       slots[TEST_ROWS], lanes[TEST_SEQS], out_rows[TEST_ROWS];
+    dlm_keys  keys[TEST_ROWS];
+} test_batch;
+
+static void batch_clear(test_batch *t) { memset(t, 0, sizeof *t); }
+
+/* One more sequence of T random tokens. */
+static void batch_add(test_batch *t, int T, int vocab, int pattern, int block, int offset)
+{
+    int first = t->start[t->b.n_seqs];
+    for (int i = 0; i < T; i++) {
+        t->tokens[first + i] = test_below(vocab);
+        t->positions[first + i] = t->slots[first + i] = i;
+    }
+    dlm_keys_fill(t->keys + first, T, (dlm_pattern)pattern, block, offset);
+    t->start[++t->b.n_seqs] = first + T;
+}
+
+/* One more doubled row. */
+static void batch_add_doubled(test_batch *t, int P, int R, int block, int vocab)
+{
+    int first = t->start[t->b.n_seqs], T = P + 2 * R;
+    for (int i = 0; i < T; i++) {
+        t->tokens[first + i] = test_below(vocab);
+        t->slots[first + i] = i;
+    }
+    dlm_keys_doubled(t->keys + first, t->positions + first, P, R, block);
+    t->start[++t->b.n_seqs] = first + T;
+}
+
+/* Looks at each row with probability share, and at one at least. */
+static const dlm_batch *batch_close(test_batch *t, double share)
+{
+    int N = t->start[t->b.n_seqs];
+    t->b.n_out = 0;
+    for (int i = 0; i < N; i++)
+        if (test_uniform() < share) t->out_rows[t->b.n_out++] = i;
+    if (!t->b.n_out) t->out_rows[t->b.n_out++] = N - 1;
+    t->b.start = t->start;
+    t->b.tokens = t->tokens;
+    t->b.positions = t->positions;
+    t->b.keys = t->keys;
+    t->b.out_rows = t->out_rows;
+    return &t->b;
+}
+
+TEST(keys_fill_shows_what_the_pattern_says)
+{
+    dlm_keys keys[40];
+    for (int T = 1; T <= 40; T += 3) {
+        for (int block = 1; block <= 9; block++) {
+            int offset = test_below(block);
+            for (int pattern = 0; pattern < 3; pattern++) {
+                dlm_keys_fill(keys, T, (dlm_pattern)pattern, block, offset);
+                LABEL("pattern %d, T %d, block %d, offset %d", pattern, T, block, offset);
+                for (int i = 0; i < T; i++)
+                    for (int j = 0; j < T; j++) {
+                        int bi = i < offset ? 0 : (i - offset) / block + 1;
+                        int bj = j < offset ? 0 : (j - offset) / block + 1;
+                        int want = pattern == DLM_PATTERN_FULL ? 1 :
+                                   pattern == DLM_PATTERN_CAUSAL ? j <= i : bj <= bi;
+                        CHECK(ref_sees(&keys[i], j) == want);
+                        CHECK(keys[i].hi0 <= T && keys[i].hi1 <= T);
+                    }
+            }
+        }
+    }
+}
+
+/* Methods B.4, as its table says it. */
+static int doubled_sees(int n, int m, int P, int R, int block)
+{
+    if (n < P) return m < P - (P - 1 - n) / block * block;
+    if (m < P) return 1;
+    int noisy = n >= P + R, r = (n - P) % R / block;
+    int other_noisy = m >= P + R, q = (m - P) % R / block;
+    if (!noisy) return !other_noisy && q <= r;
+    return other_noisy ? q == r : q < r;
+}
+
+TEST(keys_doubled_shows_what_block_diffusion_says)
+{
+    dlm_keys keys[64];
+    int positions[64];
+    for (int P = 0; P <= 13; P++) {
+        for (int R = 1; R <= 14; R++) {
+            for (int block = 1; block <= 6; block++) {
+                dlm_keys_doubled(keys, positions, P, R, block);
+                LABEL("P %d, R %d, block %d", P, R, block);
+                for (int n = 0; n < P + 2 * R; n++) {
+                    CHECK(positions[n] == (n < P + R ? n : n - R));
+                    CHECK(keys[n].hi0 <= keys[n].lo1 || keys[n].lo1 == keys[n].hi1);
+                    for (int m = 0; m < P + 2 * R; m++)
+                        CHECK(ref_sees(&keys[n], m) == doubled_sees(n, m, P, R, block));
+                }
+            }
+        }
+    }
+}
+
+/* ==[ batches ]=============================================================== */
+
+typedef struct batch_rig {                 /* two sequences of 4 and 3 rows        */
+    int start[3], tokens[7], positions[7], slots[7], lanes[2], out[3];
+    dlm_keys keys[7];
+    dlm_batch b;
+} batch_rig;
+
+static void batch_make(batch_rig *r)
+{
+    static const int start[3] = { 0, 4, 7 }, out[3] = { 0, 3, 6 };
+    memset(r, 0, sizeof *r);
+    memcpy(r->start, start, sizeof start);
+    memcpy(r->out, out, sizeof out);
+    for (int i = 0; i < 7; i++) {
+        r->tokens[i] = i;
+        r->slots[i] = r->positions[i] = i < 4 ? i : i - 4;
+    }
+    r->lanes[1] = 1;
+    dlm_keys_fill(r->keys, 4, DLM_PATTERN_FULL, 1, 0);
+    dlm_keys_fill(r->keys + 4, 3, DLM_PATTERN_FULL, 1, 0);
+    r->b.n_seqs = 2;
+    r->b.start = r->start;
+    r->b.tokens = r->tokens;
+    r->b.positions = r->positions;
+    r->b.slots = r->slots;
+    r->b.lanes = r->lanes;
+    r->b.keys = r->keys;
+    r->b.out_rows = r->out;
+    r->b.n_out = 3;
+}
+
+static int batch_scored;                   /* calls of the callback                */
+
+static void batch_score(void *user, int i, float *logits)
+{
+    (void)user; (void)i; (void)logits;
+    batch_scored++;
+}
+
+/* The batch is refused, by name, before anything is written or scored. */
+static void batch_try(dlm_ctx *ctx, dlm_session *s, const batch_rig *r, const char *text)
+{
+    float logits[3 * TOY_VOCAB];
+    for (int i = 0; i < 3 * TOY_VOCAB; i++) logits[i] = 777;
+    LABEL("%s", text);
+    batch_scored = 0;
+    CHECK_ERROR(dlm_logits(s, &r->b, logits), DLM_E_INPUT, ctx, text);
+    CHECK_ERROR(dlm_forward(s, &r->b, batch_score, NULL), DLM_E_INPUT, ctx, text);
+    CHECK(batch_scored == 0);
+    for (int i = 0; i < 3 * TOY_VOCAB; i++) CHECK(logits[i] == 777);
+}
+
+static void batch_try_all(dlm_ctx *ctx, dlm_session *s, int cached)
+{
+    batch_rig r;
+#define TRY(assignment, text) \
+    do { batch_make(&r); assignment; batch_try(ctx, s, &r, text); } while (0)
+    TRY(r.b.n_seqs = -1, "seq");
+    TRY(r.b.n_seqs = TOY_SEQS + 1, "seq");
+    TRY(r.start[0] = 1, "start");
+    TRY(r.start[0] = -1, "start");
+    TRY(r.start[1] = 8, "start");
+    TRY(r.start[1] = -1, "start");
+    TRY(r.start[2] = 3, "start");
+    TRY(r.start[2] = TOY_ALL + 1, "rows");
+    TRY(r.start[2] = 2147483647, "rows");
+    TRY(r.tokens[6] = TOY_VOCAB, "token");
+    TRY(r.tokens[0] = -1, "token");
+    TRY(r.positions[5] = -1, "position");
+    TRY(r.positions[5] = TOY_SLOTS, "position");
+    TRY(r.slots[5] = -1, "slot");
+    TRY(r.slots[5] = TOY_SLOTS, "slot");
+    if (cached) TRY(r.lanes[1] = -1, "lane");
+    if (cached) TRY(r.lanes[1] = TOY_SEQS, "lane");
+    TRY(r.keys[3].lo0 = -1, "key");
+    TRY(r.keys[3].hi0 = TOY_SLOTS + 1, "key");
+    TRY((r.keys[3].lo0 = 3, r.keys[3].hi0 = 2), "key");
+    TRY((r.keys[3].lo1 = 2, r.keys[3].hi1 = 4), "key");      /* overlaps 0..3     */
+    TRY((r.keys[3].lo0 = 2, r.keys[3].lo1 = 0, r.keys[3].hi1 = 1), "key");
+    TRY((r.keys[3].lo1 = 5, r.keys[3].hi1 = TOY_SLOTS + 9), "key");
+    TRY((r.keys[3].hi0 = 0), "key");                 /* a row that sees nothing   */
+    TRY(r.b.n_out = -1, "out");
+    TRY(r.out[1] = 0, "out_rows");
+    TRY(r.out[2] = 2, "out_rows");
+    TRY(r.out[0] = -1, "out_rows");
+    TRY(r.out[2] = 7, "out_rows");
+#undef TRY
+    batch_make(&r);
+    LABEL("sound, cached %d", cached);
+    CHECK_OK(dlm_forward(s, &r.b, batch_score, NULL));
+    CHECK(batch_scored == 3);
+}
+
+TEST(forward_refuses_bad_batches_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 1);
+    for (int cached = 0; cached < 2; cached++) {
+        dlm_session *s = toy_session(ctx, m, cached);
+        if (s) batch_try_all(ctx, s, cached);
+        dlm_session_free(s);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* ==[ inference ]============================================================
+   The grid: every feature on and off, against the reference, on every ISA. */
+
+typedef struct model_case {
+    int   vocab, dim, layers, heads, kv_heads, head_dim, ffn;
+    int   untied, no_qk_norm, bias, pattern, block, shifted;
+    float theta, eps;                      /* 0: the default                       */
+} model_case;
+
+static const model_case model_grid[] = {
+    /* V   C  L  H KV   D   F   u  n  b  pattern              block s  theta    eps  */
+    {  11, 16, 2, 2, 2,  8, 24, 0, 0, 0, DLM_PATTERN_BLOCK,   4, 0,     0,       0 },
+    {  13, 12, 2, 4, 2,  2, 10, 1, 1, 1, DLM_PATTERN_FULL,    0, 0,   100,   0.01f },
+    {  17, 20, 3, 4, 1, 16, 33, 0, 0, 1, DLM_PATTERN_CAUSAL,  0, 1,     0,    0.1f },
+    {  40, 24, 2, 2, 1, 32, 40, 1, 0, 0, DLM_PATTERN_BLOCK,   8, 1, 1e6f,        0 },
+    {  19, 48, 2, 2, 2, 64, 16, 0, 1, 0, DLM_PATTERN_FULL,    0, 1,     0,       0 },
+    {   5,  7, 1, 3, 3,  4,  5, 0, 0, 0, DLM_PATTERN_BLOCK,   1, 0,    10,       0 },
+    {  65, 64, 3, 8, 2, 16, 70, 1, 0, 1, DLM_PATTERN_BLOCK,   5, 0,     0,   0.01f },
+    {  33,  8, 1, 1, 1, 256, 8, 1, 0, 0, DLM_PATTERN_FULL,    0, 0,     0,       0 },
+    {   2,  1, 1, 1, 1,  2,  1, 0, 1, 1, DLM_PATTERN_CAUSAL,  0, 1,     0,    0.1f },
+    { 130, 33, 2, 6, 3, 10, 65, 0, 1, 0, DLM_PATTERN_CAUSAL,  0, 1,     0,       0 },
+};
+enum { MODEL_CASES = sizeof model_grid / sizeof *model_grid };
+
+static dlm_config case_config(const model_case *g, int max_seq)
+{
+    dlm_config c = test_config(g->vocab, g->dim, g->layers, g->heads, max_seq);
+    c.kv_heads = g->kv_heads; c.head_dim = g->head_dim; c.ffn = g->ffn;
+    c.untied_head = g->untied; c.no_qk_norm = g->no_qk_norm; c.qkv_bias = g->bias;
+    c.pattern = g->pattern; c.block = g->block; c.shifted = g->shifted;
+    c.rope_theta = g->theta; c.norm_eps = g->eps;
+    return c;
+}
+
+/* Batches of a case: 0 one sequence, 1 ragged, 2 doubled among others, 3 a long one,
+   4 a single row, 5 arbitrary keys; and 6, two long ones for gradients. */
+enum { BATCH_SHAPES = 6 };
+
+/* Any two ranges in order, one of them not empty; every row its own. */
+static void batch_any_keys(test_batch *t)
+{
+    for (int s = 0; s < t->b.n_seqs; s++) {
+        int T = t->start[s + 1] - t->start[s];
+        for (int i = t->start[s]; i < t->start[s + 1]; i++) {
+            int cut[4];
+            do {
+                for (int j = 0; j < 4; j++) cut[j] = test_below(T + 1);
+                for (int j = 0; j < 4; j++)
+                    for (int l = 0; l < 3; l++)
+                        if (cut[l] > cut[l + 1]) {
+                            int kept = cut[l];
+                            cut[l] = cut[l + 1];
+                            cut[l + 1] = kept;
+                        }
+            } while (cut[0] == cut[1] && cut[2] == cut[3]);
+            dlm_keys k = { cut[0], cut[1], cut[2], cut[3] };
+            t->keys[i] = k;
+        }
+    }
+}
+
+static const dlm_batch *case_batch(test_batch *t, const dlm_config *c, int shape)
+{
+    int V = c->vocab, pattern = c->pattern, block = c->block;
+    batch_clear(t);
+    if (shape == 0) batch_add(t, 23, V, pattern, block, 0);
+    if (shape == 1) {
+        batch_add(t, 9, V, pattern, block, block > 1);
+        batch_add(t, 1, V, DLM_PATTERN_FULL, 0, 0);
+        batch_add(t, 34, V, DLM_PATTERN_CAUSAL, 0, 0);
+        batch_add(t, 17, V, DLM_PATTERN_BLOCK, 3, 2);
+    }
+    if (shape == 2) {
+        batch_add_doubled(t, 5, 19, 4, V);
+        batch_add(t, 12, V, DLM_PATTERN_FULL, 0, 0);
+        batch_add_doubled(t, 0, 7, 8, V);
+    }
+    if (shape == 3) batch_add(t, 300, V, pattern, block, 0);
+    if (shape == 4) batch_add(t, 1, V, pattern, block, 0);
+    if (shape == 5) {
+        batch_add(t, 9, V, pattern, block, 0);
+        batch_add(t, 130, V, pattern, block, 0);
+        batch_any_keys(t);
+    }
+    if (shape == 6) {
+        batch_add(t, 137, V, pattern, block, 0);
+        batch_add_doubled(t, 10, 40, 16, V);
+    }
+    return batch_close(t, shape == 0 || shape == 4 ? 1.0 : 0.4);
+}
+
+static double max_abs(const double *x, size_t n)
+{
+    double largest = 0;
+    for (size_t i = 0; i < n; i++) if (fabs(x[i]) > largest) largest = fabs(x[i]);
+    return largest;
+}
+
+/* Logits of a fresh session; free them. */
+static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
+                          int no_pack)
+{
+    size_t n = (size_t)b->n_out * (size_t)m->config.vocab;
+    float *logits = test_floats(n);
+    for (size_t i = 0; i < n; i++) logits[i] = (float)NAN;
+    dlm_limits lim = {0};
+    lim.seqs = b->n_seqs;
+    lim.slots = m->config.max_seq;
+    lim.rows = b->start[b->n_seqs];
+    lim.out = b->n_out;
+    lim.no_pack = no_pack;
+    dlm_session *s = NULL;
+    CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+    if (s) CHECK_OK(dlm_logits(s, b, logits));
+    dlm_session_free(s);
+    return logits;
+}
+
+TEST(logits_equal_double_reference_for_every_feature_on_every_isa)
+{
+    static test_batch t;
+    dlm_ctx *home = test_open(DLM_ISA_SCALAR, 1);
+    for (int g = 0; g < MODEL_CASES; g++) {
+        dlm_config c = case_config(&model_grid[g], 320);
+        dlm_model *m = test_model(home, &c);
+        reference r;
+        ref_open(&r, m);
+        for (int shape = 0; shape < BATCH_SHAPES; shape++) {
+            const dlm_batch *b = case_batch(&t, &m->config, shape);
+            size_t n = (size_t)b->n_out * (size_t)c.vocab;
+            double *want = ref_logits(&r, b), scale = max_abs(want, n);
+            FOR_EACH_ISA(isa) {
+                dlm_ctx *ctx = test_open(isa, 1);
+                float *got = test_logits(ctx, m, b, 0);
+                LABEL("case %d, batch %d, %s", g, shape, dlm_isa_name((dlm_isa)isa));
+                for (size_t i = 0; i < n; i++) CHECK_CLOSE(got[i], want[i], 2e-5 * scale);
+                free(got);
+                test_close(ctx);
+            }
+            free(want);
+        }
+        ref_close(&r);
+        dlm_model_free(m);
+    }
+    test_close(home);
+}
+
+TEST(logits_agree_between_isas_and_packings)
+{
+    static test_batch t;
+    dlm_ctx *home = test_open(DLM_ISA_SCALAR, 1);
+    for (int g = 0; g < MODEL_CASES; g++) {
+        dlm_config c = case_config(&model_grid[g], 320);
+        dlm_model *m = test_model(home, &c);
+        const dlm_batch *b = case_batch(&t, &m->config, 2);
+        size_t n = (size_t)b->n_out * (size_t)c.vocab;
+        float *want = test_logits(home, m, b, 0);
+        double scale = 0;
+        for (size_t i = 0; i < n; i++)
+            if (fabsf(want[i]) > scale) scale = fabsf(want[i]);
+        FOR_EACH_ISA(isa) {
+            dlm_ctx *ctx = test_open(isa, 2);
+            float *packed = test_logits(ctx, m, b, 0), *plain = test_logits(ctx, m, b, 1);
+            LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
+            for (size_t i = 0; i < n; i++) CHECK_CLOSE(packed[i], want[i], 1e-4 * scale);
+            CHECK(memcmp(packed, plain, n * sizeof(float)) == 0);
+            free(packed); free(plain);
+            test_close(ctx);
+        }
+        free(want);
+        dlm_model_free(m);
+    }
+    test_close(home);
+}
+
+/* The sequences of t one by one, each alone, must get the logits `all` gave them. */
+static void purity_alone(dlm_ctx *ctx, const dlm_model *m, const test_batch *t,
+                         const float *all)
+{
+    int V = m->config.vocab, next = 0;
+    for (int s = 0; s < t->b.n_seqs; s++) {
+        static test_batch one;
+        int first = t->start[s], T = t->start[s + 1] - first, out = next;
+        batch_clear(&one);
+        memcpy(one.tokens, t->tokens + first, (size_t)T * sizeof(int));
+        memcpy(one.positions, t->positions + first, (size_t)T * sizeof(int));
+        memcpy(one.keys, t->keys + first, (size_t)T * sizeof(dlm_keys));
+        one.start[1] = T;
+        one.b.n_seqs = 1;
+        batch_close(&one, 0);
+        one.b.n_out = 0;
+        for (; next < t->b.n_out && t->out_rows[next] < first + T; next++)
+            one.out_rows[one.b.n_out++] = t->out_rows[next] - first;
+        if (one.b.n_out == 0) continue;
+        float *alone = test_logits(ctx, m, &one.b, 0);
+        CHECK(memcmp(alone, all + out * V,
+                     (size_t)(one.b.n_out * V) * sizeof(float)) == 0);
+        free(alone);
+    }
+}
+
+/* Only every third of the out rows: the same bits. */
+static void purity_fewer_rows(dlm_ctx *ctx, const dlm_model *m, const test_batch *t,
+                              const float *all)
+{
+    static test_batch few;
+    int V = m->config.vocab;
+    few = *t;
+    few.b.start = few.start; few.b.tokens = few.tokens; few.b.positions = few.positions;
+    few.b.keys = few.keys; few.b.out_rows = few.out_rows;
+    few.b.n_out = 0;
+    for (int i = 0; i < t->b.n_out; i += 3) few.out_rows[few.b.n_out++] = t->out_rows[i];
+    float *got = test_logits(ctx, m, &few.b, 0);
+    for (int i = 0; i < few.b.n_out; i++)
+        CHECK(memcmp(got + i * V, all + 3 * i * V, (size_t)V * sizeof(float)) == 0);
+    free(got);
+}
+
+TEST(logits_do_not_depend_on_neighbours_out_rows_or_threads)
+{
+    static test_batch t;
+    FOR_EACH_ISA(isa) {
+        for (int g = 0; g < MODEL_CASES; g++) {
+            dlm_ctx *ctx = test_open(isa, 1);
+            dlm_config c = case_config(&model_grid[g], 320);
+            dlm_model *m = test_model(ctx, &c);
+            for (int shape = 1; shape < BATCH_SHAPES; shape++) {
+                if (shape == 4) continue;
+                const dlm_batch *b = case_batch(&t, &m->config, shape);
+                float *all = test_logits(ctx, m, b, 0);
+                LABEL("case %d, batch %d, %s", g, shape, dlm_isa_name((dlm_isa)isa));
+                purity_alone(ctx, m, &t, all);
+                purity_fewer_rows(ctx, m, &t, all);
+                for (int threads = 2; threads <= 3; threads++) {
+                    dlm_ctx *many = test_open(isa, threads);
+                    float *got = test_logits(many, m, b, 0);
+                    LABEL("case %d, batch %d, %s, %d threads", g, shape,
+                          dlm_isa_name((dlm_isa)isa), threads);
+                    CHECK(memcmp(got, all, (size_t)(b->n_out * c.vocab) *
+                                           sizeof(float)) == 0);
+                    free(got);
+                    test_close(many);
+                }
+                free(all);
+                test_ctx = ctx;
+            }
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+    }
+}
+
+/* Rows [first, first + T) of sequence s of `whole`, into the cache lane `lane`. */
+static void cached_add(test_batch *t, const test_batch *whole, int s, int first, int T,
+                       int lane)
+{
+    int to = t->start[t->b.n_seqs], from = whole->start[s] + first;
+    memcpy(t->tokens + to, whole->tokens + from, (size_t)T * sizeof(int));
+    memcpy(t->keys + to, whole->keys + from, (size_t)T * sizeof(dlm_keys));
+    for (int i = 0; i < T; i++) t->slots[to + i] = first + i;
+    t->lanes[t->b.n_seqs] = lane;
+    t->start[++t->b.n_seqs] = to + T;
+}
+
+/* Two sequences in two lanes, block after block, the second one block behind: each
+   forward's logits must be those of the whole sequences in one forward. */
+static void cached_compare(dlm_ctx *ctx, const dlm_model *m, test_batch *whole, int block)
+{
+    enum { T = 61 };
+    int V = m->config.vocab;
+    static test_batch t;
+    const dlm_batch *b = batch_close(whole, 2);
+    float *want = test_logits(ctx, m, b, 0), *got = test_floats((size_t)(2 * T * V));
+    dlm_session *s = test_session(ctx, m, 2, T, 0, 1);
+    for (int at = 0; at < T + block; at += block) {
+        batch_clear(&t);
+        int n0 = at >= T ? 0 : at + block > T ? T - at : block;
+        int behind = at - block, n1 = behind < 0 ? 0 : at > T ? T - behind : block;
+        if (n1) cached_add(&t, whole, 1, behind, n1, 0);
+        if (n0) cached_add(&t, whole, 0, at, n0, 1);
+        batch_close(&t, 2);
+        t.b.slots = t.slots;
+        t.b.lanes = t.lanes;
+        t.b.positions = NULL;
+        if (test_below(2)) CHECK_OK(dlm_forward(s, &t.b, NULL, NULL));
+        CHECK_OK(dlm_logits(s, &t.b, got));
+        CHECK(!n1 || memcmp(got, want + (T + behind) * V,
+                            (size_t)(n1 * V) * sizeof(float)) == 0);
+        CHECK(!n0 || memcmp(got + n1 * V, want + at * V,
+                            (size_t)(n0 * V) * sizeof(float)) == 0);
+    }
+    dlm_session_free(s);
+    free(want); free(got);
+}
+
+TEST(cached_forward_equals_one_whole_forward_bit_for_bit)
+{
+    static test_batch whole;
+    FOR_EACH_ISA(isa) {
+        for (int g = 0; g < MODEL_CASES; g++) {
+            dlm_config c = case_config(&model_grid[g], 320);
+            if (c.pattern == DLM_PATTERN_FULL) continue;
+            dlm_ctx *ctx = test_open(isa, 1 + g % 2);
+            dlm_model *m = test_model(ctx, &c);
+            int block = c.pattern == DLM_PATTERN_CAUSAL ? 7 : m->config.block;
+            batch_clear(&whole);
+            batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
+            batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
+            LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
+            cached_compare(ctx, m, &whole, block);
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+    }
+}
+
+TEST(session_in_used_memory_packs_its_own_weights)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[6], 32);
+    dlm_model *models[2] = { test_model(ctx, &c), test_model(ctx, &c) };
+    const dlm_batch *b = case_batch(&t, &models[0]->config, 0);
+    size_t n = (size_t)(b->n_out * c.vocab), bytes;
+    bytes = dlm_session_bytes(ctx, models[0], NULL);
+    float *block = test_floats(bytes / sizeof(float) + 1), *got = test_floats(n);
+    dlm_memory mem = { block, bytes };
+    for (int i = 0; i < 2; i++) {
+        dlm_session *s = NULL;
+        CHECK_OK(dlm_session_create(&s, ctx, models[i], NULL, &mem));
+        CHECK_OK(dlm_logits(s, b, got));
+        dlm_session_free(s);
+        float *want = test_logits(ctx, models[i], b, 0);
+        CHECK(memcmp(got, want, n * sizeof(float)) == 0);
+        free(want);
+    }
+    free(block); free(got);
+    dlm_model_free(models[0]);
+    dlm_model_free(models[1]);
+    test_close(ctx);
+}
+
+/* Slots between the two ranges were never written, or hold something else: no matter
+   what they hold, rows 0 .. 2 and 9 .. 14 get what they get without the gap. */
+TEST(unseen_slots_do_not_matter)
+{
+    enum { T = 9, GAP = 6, V = 11 };
+    static test_batch t;
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_config c = case_config(&model_grid[0], 32);
+        dlm_model *m = test_model(ctx, &c);
+        dlm_limits lim = {0};
+        lim.cached = 1;
+        size_t bytes = dlm_session_bytes(ctx, m, &lim);
+        float *block = test_floats(bytes / sizeof(float) + 16), got[2][T * V];
+        dlm_memory mem = { block, bytes };
+        memset(mem.base, 0xFF, bytes);                          /* NaN everywhere  */
+        dlm_session *s = NULL;
+        CHECK_OK(dlm_session_create(&s, ctx, m, &lim, &mem));
+        batch_clear(&t);
+        batch_add(&t, T, V, DLM_PATTERN_FULL, 0, 0);
+        batch_close(&t, 2);
+        t.b.slots = t.slots;
+        for (int gap = 1; gap >= 0; gap--) {
+            for (int i = 0; i < T; i++) {
+                dlm_keys k = { 0, 3, 3 + gap * GAP, T + gap * GAP };
+                t.keys[i] = k;
+                t.slots[i] = i < 3 ? i : i + gap * GAP;
+            }
+            CHECK_OK(dlm_logits(s, &t.b, got[gap]));
+        }
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        CHECK(memcmp(got[0], got[1], sizeof got[0]) == 0);
+        dlm_session_free(s);
+        free(block);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+TEST(doubled_row_equals_cached_block_at_the_same_state)
+{
+    enum { P = 7, R = 11, BLOCK = 4, V = 23 };
+    static test_batch doubled, t;
+    dlm_keys plain[P + R];
+    dlm_config c = test_config(V, 32, 2, 4, 64);
+    c.block = BLOCK;
+    dlm_keys_fill(plain, P + R, DLM_PATTERN_BLOCK, BLOCK, P % BLOCK);
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_model *m = test_model(ctx, &c);
+        batch_clear(&doubled);
+        batch_add_doubled(&doubled, P, R, BLOCK, V);
+        float *want = test_logits(ctx, m, batch_close(&doubled, 2), 0);
+        dlm_session *s = test_session(ctx, m, 1, P + R, 0, 1);
+        float got[BLOCK * V];
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        for (int at = -P; at < R; at += at < 0 ? P : BLOCK) {
+            int n = at < 0 ? P : at + BLOCK > R ? R - at : BLOCK;
+            for (int noisy = at >= 0; noisy >= 0; noisy--) {   /* noisy, then commit */
+                batch_clear(&t);
+                cached_add(&t, &doubled, 0, P + at + noisy * R, n, 0);
+                memcpy(t.keys, plain + P + at, (size_t)n * sizeof(dlm_keys));
+                for (int i = 0; i < n; i++) t.slots[i] = P + at + i;
+                batch_close(&t, noisy ? 2 : 0);
+                t.b.slots = t.slots;
+                t.b.positions = NULL;
+                if (!noisy) CHECK_OK(dlm_forward(s, &t.b, NULL, NULL));
+                if (!noisy) continue;
+                CHECK_OK(dlm_logits(s, &t.b, got));
+                for (int i = 0; i < n * V; i++)
+                    CHECK_CLOSE(got[i], want[(P + R + at) * V + i], 2e-5);
+            }
+        }
+        dlm_session_free(s);
+        free(want);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+TEST(session_renews_packed_weights_after_a_change)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[6], 64);
+    dlm_model *m = test_model(ctx, &c);
+    const dlm_batch *b = case_batch(&t, &m->config, 0);
+    size_t n = (size_t)b->n_out * (size_t)c.vocab;
+    float *before = test_floats(n), *after = test_floats(n);
+    dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+    CHECK_OK(dlm_logits(s, b, before));
+    uint32_t version = m->version;
+    test_randomise(m);
+    CHECK(m->version != version);
+    CHECK_OK(dlm_logits(s, b, after));
+    float *fresh = test_logits(ctx, m, b, 0);
+    CHECK(memcmp(after, before, n * sizeof(float)) != 0);
+    CHECK(memcmp(after, fresh, n * sizeof(float)) == 0);
+    dlm_session_free(s);
+    dlm_session_free(NULL);
+    free(before); free(after); free(fresh);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(model_wrap_borrows_weights_and_checks_their_number)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[3], 64);
+    dlm_model *m = test_model(ctx, &c), *w = NULL;
+    CHECK_ERROR(dlm_model_wrap(&w, ctx, &c, m->weights, m->n_params - 1),
+                DLM_E_MISMATCH, ctx, "");
+    CHECK(w == NULL && dlm_last_error(ctx)[0] != 0);
+    float *copy = test_floats(m->n_params);
+    memcpy(copy, m->weights, m->n_params * sizeof(float));
+    CHECK_OK(dlm_model_wrap(&w, ctx, &c, copy, m->n_params));
+    if (!w) return;
+    CHECK(w->weights == copy);
+    const dlm_batch *b = case_batch(&t, &m->config, 1);
+    float *x = test_logits(ctx, m, b, 0), *y = test_logits(ctx, w, b, 1);
+    CHECK(memcmp(x, y, (size_t)(b->n_out * c.vocab) * sizeof(float)) == 0);
+    dlm_model_free(w);
+    CHECK(memcmp(copy, m->weights, m->n_params * sizeof(float)) == 0);
+    free(copy); free(x); free(y);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Multiply-adds counted by hand, two operations each; the last layer works on the rows
+   that are looked at. */
+TEST(forward_flops_count_what_is_computed)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int g = 0; g < MODEL_CASES; g++) {
+        dlm_config c = case_config(&model_grid[g], 320);
+        CHECK_OK(dlm_config_resolve(ctx, &c));
+        const dlm_batch *b = case_batch(&t, &c, 2);
+        double want = 0, C = c.dim, Q = c.heads * c.head_dim, K = c.kv_heads * c.head_dim;
+        int N = b->start[b->n_seqs];
+        for (int layer = 0; layer < c.layers; layer++) {
+            int last = layer == c.layers - 1, rows = last ? b->n_out : N;
+            want += 4.0 * N * C * K + rows * (4 * C * Q + 6 * C * c.ffn);
+            for (int i = 0; i < rows; i++) {
+                const dlm_keys *k = &b->keys[last ? b->out_rows[i] : i];
+                want += 4 * Q * (k->hi0 - k->lo0 + k->hi1 - k->lo1);
+            }
+        }
+        want += 2.0 * b->n_out * C * c.vocab;
+        LABEL("case %d", g);
+        CHECK_CLOSE(dlm_forward_flops(&c, b), want, 1e-9 * want);
+    }
+    test_close(ctx);
+}
+
+/* ==[ naive sampler ]=========================================================
+   The rules of the six deterministic orders at temperature 0, in double, one sequence
+   at a time, everything computed from scratch at every step. */
+
+typedef struct naive_run {
+    dlm_session *s;                        /* uncached                             */
+    const dlm_model *m;
+    const dlm_sample_options *o;
+    int  *canvas, T, prompt, block, offset;
+    float logits[TOY_SLOTS * TOY_VOCAB];
+    int   token[TOY_SLOTS];                /* of every masked position judged      */
+    double confidence[TOY_SLOTS], entropy[TOY_SLOTS], margin[TOY_SLOTS];
+    dlm_event events[TOY_SLOTS];
+    int   n_events, step;
+} naive_run;
+
+static int naive_prefix(const int *canvas, int T)
+{
+    int P = 0;
+    while (P < T && canvas[P] != TOY_MASK) P++;
+    return P;
+}
+
+/* Logits (T, V) of all rows of a canvas. */
+static void naive_forward(naive_run *n)
+{
+    int start[2] = { 0, 0 }, rows[TOY_SLOTS];
+    dlm_keys keys[TOY_SLOTS];
+    dlm_batch b = {0};
+    start[1] = n->T;
+    for (int i = 0; i < n->T; i++) rows[i] = i;
+    dlm_keys_fill(keys, n->T, (dlm_pattern)n->m->config.pattern, n->block, n->offset);
+    b.n_seqs = 1;
+    b.start = start;
+    b.tokens = n->canvas;
+    b.keys = keys;
+    b.out_rows = rows;
+    b.n_out = n->T;
+    CHECK_OK(dlm_logits(n->s, &b, n->logits));
+}
+
+/* Which row predicts position i: of shifted models the one before, and the first row
+   serves twice. */
+static const float *naive_logits_of(const naive_run *n, int i)
+{
+    int row = n->m->config.shifted && i > 0 ? i - 1 : i;
+    return n->logits + row * TOY_VOCAB;
+}
+
+/* Most likely token of position i without the mask, its probability, the lead over the
+   second and the entropy of the whole distribution. */
+static void naive_judge(naive_run *n, int i)
+{
+    const float *l = naive_logits_of(n, i);
+    double sum = 0, best = -1, second = -1, entropy = 0, p[TOY_VOCAB];
+    for (int v = 0; v < TOY_MASK; v++) sum += p[v] = exp((double)l[v]);
+    for (int v = 0; v < TOY_MASK; v++) {
+        p[v] /= sum;
+        entropy -= p[v] * log(p[v]);
+        if (p[v] > best) {
+            second = best;
+            best = p[v];
+            n->token[i] = v;
+        } else if (p[v] > second) {
+            second = p[v];
+        }
+    }
+    n->confidence[i] = best;
+    n->margin[i] = best - second;
+    n->entropy[i] = entropy;
+}
+
+/* The higher, the earlier. */
+static double naive_score(const naive_run *n, int i)
+{
+    switch (n->o->order) {
+    case DLM_ORDER_ENTROPY:
+    case DLM_ORDER_ENTROPY_BOUND: return -n->entropy[i];
+    case DLM_ORDER_MARGIN:        return n->margin[i];
+    case DLM_ORDER_SEQUENTIAL:    return -i;
+    default:                      return n->confidence[i];
+    }
+}
+
+/* How many of the masks, sorted best first, are taken when `plan` are due. */
+static int naive_quota(const naive_run *n, const int *sorted, int masks, int plan)
+{
+    int k = 0;
+    double sum = 0;
+    if (n->o->order == DLM_ORDER_THRESHOLD) {
+        double limit = n->o->threshold > 0 ? (double)n->o->threshold : 0.9;
+        while (k < masks && n->confidence[sorted[k]] > limit) k++;
+        return k > plan ? k : plan;
+    }
+    if (n->o->order == DLM_ORDER_ENTROPY_BOUND) {
+        double bound = n->o->entropy_bound > 0 ? (double)n->o->entropy_bound : 0.35;
+        while (k < masks && (sum += n->entropy[sorted[k]]) < bound) k++;
+        return k > 0 ? k : 1;
+    }
+    return plan;
+}
+
+static void naive_step(naive_run *n, int lo, int hi, int plan)
+{
+    int sorted[TOY_SLOTS], masks = 0;
+    naive_forward(n);
+    for (int i = lo; i < hi; i++) {
+        if (n->canvas[i] != TOY_MASK) continue;
+        naive_judge(n, i);
+        int at = masks++;                  /* insertion keeps equals left to right */
+        for (; at > 0 && naive_score(n, sorted[at - 1]) < naive_score(n, i); at--)
+            sorted[at] = sorted[at - 1];
+        sorted[at] = i;
+    }
+    int quota = naive_quota(n, sorted, masks, plan < masks ? plan : masks);
+    n->step++;
+    for (int k = 0; k < quota; k++) {
+        dlm_event *e = &n->events[n->n_events++];
+        e->position = sorted[k];
+        e->token = n->canvas[sorted[k]] = n->token[sorted[k]];
+        e->confidence = (float)n->confidence[sorted[k]];
+        e->step = n->step;
+    }
+}
+
+static int naive_masks(const naive_run *n, int lo, int hi)
+{
+    int masks = 0;
+    for (int i = lo; i < hi; i++) masks += n->canvas[i] == TOY_MASK;
+    return masks;
+}
+
+/* Decodes n->canvas (T), block by block. */
+static void naive_decode(naive_run *n)
+{
+    const dlm_config *c = &n->m->config;
+    n->n_events = n->step = 0;
+    n->prompt = naive_prefix(n->canvas, n->T);
+    n->block = n->o->block ? n->o->block
+             : c->pattern == DLM_PATTERN_FULL ? n->T : c->block;
+    n->offset = n->o->absolute_blocks ? 0 : n->prompt % n->block;
+    int lo = n->o->absolute_blocks ? n->prompt / n->block * n->block : n->prompt;
+    for (; lo < n->T; lo += n->block) {
+        int hi = lo + n->block < n->T ? lo + n->block : n->T;
+        int masks = naive_masks(n, lo, hi), steps = n->o->steps ? n->o->steps : masks;
+        for (int s = 0; naive_masks(n, lo, hi) > 0; s++)
+            naive_step(n, lo, hi, masks / steps + (s < masks % steps));
+    }
+}
+
+/* ==[ sampler ]=============================================================== */
+
+/* Everything filled in, nothing visible changed, no mask emitted, nothing written
+   beyond the lengths. */
+static void sampler_check_filled(const toy_run *before, const toy_run *after)
+{
+    int masks = 0;
+    for (int i = 0; i < TOY_ALL; i++) {
+        int was = before->canvas[i], now = after->canvas[i];
+        if (was != TOY_MASK) { CHECK(now == was); continue; }
+        masks++;
+        CHECK(now >= 0 && now < TOY_MASK);
+    }
+    CHECK(after->n_events == masks);
+    for (int q = 0; q < after->n_seqs; q++)
+        CHECK(after->length[q] == after->lengths[q]);
+}
+
+/* Replaying the trace on the first canvas gives the last; only masks are filled; steps
+   of a sequence start at 1 and have no gaps (`gaps`: revealing nothing is allowed). */
+static void sampler_check_trace(const toy_run *before, const toy_run *after, int gaps)
+{
+    int canvas[TOY_ALL], last[TOY_SEQS] = { 0 };
+    memcpy(canvas, before->canvas, sizeof canvas);
+    for (int i = 0; i < after->n_events; i++) {
+        const dlm_event *e = &after->events[i];
+        CHECK(e->seq >= 0 && e->seq < after->n_seqs);
+        CHECK(e->position >= 0 && e->position < after->lengths[e->seq]);
+        CHECK(canvas[e->seq * TOY_SLOTS + e->position] == TOY_MASK);
+        CHECK(e->step == last[e->seq] || e->step == last[e->seq] + 1
+              || (gaps && e->step > last[e->seq]));
+        CHECK(e->step >= 1);
+        CHECK(e->confidence > 0 && e->confidence <= 1.000001f);
+        CHECK(e->time >= 0 && e->time <= 1);
+        canvas[e->seq * TOY_SLOTS + e->position] = e->token;
+        last[e->seq] = e->step;
+    }
+    CHECK(memcmp(canvas, after->canvas, sizeof canvas) == 0);
+}
+
+static void sampler_try_order(dlm_ctx *ctx, const dlm_model *m, int order, int cached,
+                              float temperature)
+{
+    toy_run before, after;
+    dlm_sample_options o = {0};
+    o.order = (dlm_order)order;
+    o.temperature = temperature;
+    o.seed = test_seed + 5;
+    for (int steps = 0; steps <= 3; steps += 3) {
+        o.steps = steps;
+        toy_canvas(&before, m->config.pattern == DLM_PATTERN_CAUSAL);
+        after = before;
+        toy_generate(&after, ctx, m, cached, &o);
+        sampler_check_filled(&before, &after);
+        sampler_check_trace(&before, &after, order == DLM_ORDER_ANCESTRAL);
+        CHECK(after.forwards > 0 && after.flops > 0);
+    }
+}
+
+TEST(sampler_fills_masks_and_only_masks_in_every_order)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < TOY_KINDS; kind++) {
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        for (int k = 0; k < DLM_ORDER_COUNT * 4; k++) {
+            LABEL("%s, order %d, cached %d, temperature %d", toy_kind_names[kind], k / 4,
+                  k & 1, (k >> 1) & 1);
+            if (m) sampler_try_order(ctx, m, k / 4, k & 1, (float)((k >> 1) & 1));
+        }
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(sampler_same_seed_same_tokens_for_any_thread_count)
+{
+    dlm_ctx *one = test_open(DLM_ISA_AUTO, 1), *two = test_open(DLM_ISA_AUTO, 2);
+    int differs = 0;
+    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT; k++) {
+        toy_run a, b, c;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS;
+        dlm_model *m1 = toy_model(one, kind, 3), *m2 = toy_model(two, kind, 3);
+        LABEL("%s, order %d", toy_kind_names[kind], k / TOY_KINDS);
+        o.order = (dlm_order)(k / TOY_KINDS);
+        o.temperature = 1;
+        o.seed = test_seed;
+        toy_canvas(&a, kind == 4);
+        b = c = a;
+        toy_generate(&a, one, m1, 1, &o);
+        toy_generate(&b, two, m2, 1, &o);
+        CHECK(toy_same_tokens(&a, &b) && toy_same_events(&a, &b));
+        o.seed++;
+        toy_generate(&c, one, m1, 1, &o);
+        differs += !toy_same_tokens(&a, &c);
+        dlm_model_free(m1);
+        dlm_model_free(m2);
+    }
+    LABEL("another seed");
+    CHECK(differs > TOY_KINDS * DLM_ORDER_COUNT / 2);
+    dlm_shutdown(two);
+    test_close(one);
+}
+
+/* Events of one sequence only, without its number. */
+static void sampler_pick(const toy_run *from, int seq, toy_run *to)
+{
+    memset(to, 0, sizeof *to);
+    for (int i = 0; i < from->n_events; i++)
+        if (from->events[i].seq == seq) {
+            to->events[to->n_events] = from->events[i];
+            to->events[to->n_events++].seq = 0;
+        }
+    memcpy(to->canvas, from->canvas + seq * TOY_SLOTS, TOY_SLOTS * sizeof(int));
+}
+
+static void sampler_try_neighbours(dlm_ctx *ctx, const dlm_model *m,
+                                   const dlm_sample_options *o, int cached)
+{
+    toy_run all, few, a, b;
+    dlm_sample_options alone = *o;
+    uint32_t id;
+    toy_canvas(&all, m->config.pattern == DLM_PATTERN_CAUSAL);
+    few = all;
+    for (int seq = 0; seq < TOY_SEQS; seq += 2) {
+        toy_sequence(&few, seq, 3 + 5 * (seq & 3), 2, 99);   /* other company */
+        few.lengths[seq] = 3 + 5 * (seq & 3);
+    }
+    toy_generate(&all, ctx, m, cached, o);
+    toy_generate(&few, ctx, m, cached, o);
+    for (int seq = 1; seq < TOY_SEQS; seq += 2) {
+        sampler_pick(&all, seq, &a);
+        sampler_pick(&few, seq, &b);
+        CHECK(toy_same_tokens(&a, &b) && toy_same_events(&a, &b));
+        toy_canvas(&b, m->config.pattern == DLM_PATTERN_CAUSAL);   /* without any */
+        b.n_seqs = 1;
+        b.lengths[0] = b.lengths[seq];
+        memmove(b.canvas, b.canvas + seq * TOY_SLOTS, TOY_SLOTS * sizeof(int));
+        id = (uint32_t)seq;
+        alone.ids = &id;                         /* the same one to the dice */
+        toy_generate(&b, ctx, m, cached, &alone);
+        CHECK(memcmp(b.canvas, a.canvas, TOY_SLOTS * sizeof(int)) == 0);
+        CHECK(toy_same_events(&a, &b));
+    }
+}
+
+TEST(sampler_result_does_not_depend_on_batch_neighbours)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < TOY_KINDS; kind++) {
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        for (int k = 0; m && k < DLM_ORDER_COUNT * 4; k++) {
+            dlm_sample_options o = {0};
+            o.order = (dlm_order)(k / 4);
+            o.temperature = (float)((k >> 1) & 1);
+            o.seed = 11;
+            LABEL("%s, order %d, cached %d, temperature %d", toy_kind_names[kind], k / 4,
+                  k & 1, (k >> 1) & 1);
+            sampler_try_neighbours(ctx, m, &o, k & 1);
+        }
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(sampler_cached_blocks_equal_uncached_ones_token_for_token)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 3 * DLM_ORDER_COUNT * 4; k++) {
+        toy_run a, b;
+        dlm_sample_options o = {0};
+        int kind = 2 + k % 3, order = k / 3 % DLM_ORDER_COUNT;
+        dlm_model *m = toy_model(ctx, kind, test_seed + 1);
+        o.order = (dlm_order)order;
+        o.temperature = (float)(k / (3 * DLM_ORDER_COUNT) & 1);
+        o.absolute_blocks = k / (6 * DLM_ORDER_COUNT);
+        o.steps = 2;
+        LABEL("%s, order %d, temperature %d, absolute %d", toy_kind_names[kind], order,
+              (int)o.temperature, o.absolute_blocks);
+        toy_canvas(&a, kind == 4);
+        b = a;
+        toy_generate(&a, ctx, m, 1, &o);
+        toy_generate(&b, ctx, m, 0, &o);
+        CHECK(toy_same_tokens(&a, &b));
+        CHECK(toy_same_events(&a, &b));
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Rebuilds the canvas as it stood before each event's step and compares the event's
+   confidence with that of a forward pass from scratch. */
+static void sampler_check_confidences(naive_run *n, const toy_run *before,
+                                      const toy_run *after)
+{
+    for (int seq = 0; seq < after->n_seqs; seq++) {
+        int canvas[TOY_SLOTS], step = -1;
+        memcpy(canvas, before->canvas + seq * TOY_SLOTS, sizeof canvas);
+        n->canvas = canvas;
+        n->T = after->lengths[seq];
+        n->prompt = naive_prefix(canvas, n->T);
+        n->block = n->m->config.pattern == DLM_PATTERN_FULL ? n->T : n->m->config.block;
+        n->offset = n->prompt % n->block;
+        for (int i = 0; i < after->n_events; i++) {
+            const dlm_event *e = &after->events[i];
+            if (e->seq != seq) continue;
+            if (e->step != step) naive_forward(n);
+            step = e->step;
+            const float *l = naive_logits_of(n, e->position);
+            double sum = 0;
+            for (int v = 0; v < TOY_MASK; v++) sum += exp((double)l[v]);
+            CHECK_CLOSE(e->confidence, exp((double)l[e->token]) / sum, 1e-5);
+            int next = i + 1;                                /* the step's end? */
+            while (next < after->n_events && after->events[next].seq != seq) next++;
+            if (next < after->n_events && after->events[next].step == step) continue;
+            for (int j = 0; j <= i; j++)
+                if (after->events[j].seq == seq)
+                    canvas[after->events[j].position] = after->events[j].token;
+        }
+    }
+}
+
+TEST(sampler_confidence_is_the_untempered_probability_from_scratch)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    naive_run *n = (naive_run *)test_malloc(sizeof *n);
+    for (int k = 0; k < TOY_KINDS * 6; k++) {
+        toy_run before, after;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS;
+        dlm_model *m = toy_model(ctx, kind, test_seed + 2);
+        o.temperature = (float)(k / TOY_KINDS % 3) * 0.75f;
+        o.order = k / (TOY_KINDS * 3) ? DLM_ORDER_RANDOM : DLM_ORDER_CONFIDENCE;
+        o.top_k = o.temperature > 1 ? 3 : 0;    /* filters leave confidence alone */
+        o.steps = 2;
+        LABEL("%s, temperature %g, order %d", toy_kind_names[kind],
+              (double)o.temperature, (int)o.order);
+        toy_canvas(&before, kind == 4);
+        after = before;
+        toy_generate(&after, ctx, m, 1, &o);
+        n->m = m;
+        n->o = &o;
+        n->s = toy_session(ctx, m, 0);
+        if (n->s) sampler_check_confidences(n, &before, &after);
+        dlm_session_free(n->s);
+        dlm_model_free(m);
+    }
+    free(n);
+    test_close(ctx);
+}
+
+/* Every event of the naive run stands in the trace, with its step; order inside a step
+   is not looked at. */
+static void sampler_check_naive(const naive_run *n, const toy_run *after, int seq)
+{
+    int found = 0;
+    for (int i = 0; i < after->n_events; i++) {
+        const dlm_event *e = &after->events[i];
+        if (e->seq != seq) continue;
+        found++;
+        for (int j = 0; j < n->n_events; j++) {
+            const dlm_event *want = &n->events[j];
+            if (want->position != e->position) continue;
+            CHECK(e->step == want->step);
+            CHECK(e->token == want->token);
+            CHECK_CLOSE(e->confidence, want->confidence, 1e-5);
+        }
+    }
+    CHECK(found == n->n_events);
+}
+
+static void sampler_try_naive(dlm_ctx *ctx, naive_run *n, const dlm_sample_options *o,
+                              int cached)
+{
+    toy_run before, after;
+    toy_canvas(&before, n->m->config.pattern == DLM_PATTERN_CAUSAL);
+    after = before;
+    toy_generate(&after, ctx, n->m, cached, o);
+    n->o = o;
+    for (int seq = 0; seq < TOY_SEQS; seq++) {
+        n->canvas = before.canvas + seq * TOY_SLOTS;
+        n->T = before.lengths[seq];
+        naive_decode(n);
+        sampler_check_naive(n, &after, seq);
+    }
+    CHECK(toy_same_tokens(&before, &after));
+}
+
+/* The seed is fixed: of two confidences that differ in the last bit either may win. */
+TEST(sampler_orders_reproduce_naive_trajectories_at_temperature_0)
+{
+    static const dlm_order orders[6] = {
+        DLM_ORDER_CONFIDENCE, DLM_ORDER_THRESHOLD, DLM_ORDER_ENTROPY,
+        DLM_ORDER_ENTROPY_BOUND, DLM_ORDER_MARGIN, DLM_ORDER_SEQUENTIAL
+    };
+    static const struct { int steps, block, absolute; float threshold, bound; } set[] = {
+        { 0, 0, 0, 0, 0 }, { 2, 0, 0, 0.4f, 1.5f }, { 3, 0, 1, 0.7f, 3 },
+        { 5, 0, 0, 0.25f, 6 }, { 1, 0, 1, 1, 100 }, { 2, 6, 0, 0.3f, 2 }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    naive_run *n = (naive_run *)test_malloc(sizeof *n);
+    for (int kind = 0; kind < 4; kind++) {
+        dlm_model *m = toy_model(ctx, kind, 21);
+        n->m = m;
+        n->s = toy_session(ctx, m, 0);
+        for (int k = 0; n->s && k < 6 * 6 * 2; k++) {
+            dlm_sample_options o = {0};
+            int row = k / 12;
+            o.order = orders[k / 2 % 6];
+            o.steps = set[row].steps;
+            o.block = set[row].block;
+            o.absolute_blocks = set[row].absolute;
+            o.threshold = set[row].threshold;
+            o.entropy_bound = set[row].bound;
+            LABEL("%s, order %d, steps %d, row %d, cached %d", toy_kind_names[kind],
+                  (int)o.order, o.steps, row, k & 1);
+            sampler_try_naive(ctx, n, &o, k & 1);
+        }
+        dlm_session_free(n->s);
+        dlm_model_free(m);
+    }
+    free(n);
+    test_close(ctx);
+}
+
+TEST(sampler_greedy_causal_equals_an_argmax_loop)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    naive_run *n = (naive_run *)test_malloc(sizeof *n);
+    for (int k = 0; k < 2 * DLM_ORDER_COUNT; k++) {
+        toy_run before, after;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, 4, 31);
+        o.order = (dlm_order)(k / 2);
+        LABEL("order %d, cached %d", k / 2, k & 1);
+        toy_canvas(&before, 1);
+        after = before;
+        toy_generate(&after, ctx, m, k & 1, &o);
+        n->m = m;
+        n->s = toy_session(ctx, m, 0);
+        n->block = 1;
+        n->offset = 0;
+        for (int seq = 0; n->s && seq < TOY_SEQS; seq++) {
+            n->canvas = before.canvas + seq * TOY_SLOTS;
+            n->T = before.lengths[seq];
+            for (int i = 1; i < n->T; i++) {
+                if (n->canvas[i] != TOY_MASK) continue;
+                naive_forward(n);
+                naive_judge(n, i);
+                n->canvas[i] = n->token[i];
+            }
+        }
+        CHECK(toy_same_tokens(&before, &after));
+        dlm_session_free(n->s);
+        dlm_model_free(m);
+    }
+    free(n);
+    test_close(ctx);
+}
+
+TEST(sampler_threshold_1_is_the_plan_and_a_tiny_one_takes_the_block)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind++) {
+        toy_run a, b;
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        LABEL("%s", toy_kind_names[kind]);
+        for (int steps = 0; steps < 4; steps++) {
+            dlm_sample_options o = {0};
+            o.steps = steps;
+            o.temperature = 0.5f;
+            toy_canvas(&a, 0);
+            b = a;
+            toy_generate(&a, ctx, m, 1, &o);
+            o.order = DLM_ORDER_THRESHOLD;
+            o.threshold = 1;
+            toy_generate(&b, ctx, m, 1, &o);
+            CHECK(toy_same_tokens(&a, &b) && toy_same_events(&a, &b));
+            toy_canvas(&b, 0);
+            o.threshold = 1e-30f;
+            toy_generate(&b, ctx, m, 1, &o);
+            int last = 0;
+            for (int i = 0; i < b.n_events; i++)
+                if (b.events[i].seq == 0) last = b.events[i].step;
+            CHECK(last == (kind < 2 ? 1 : 5));   /* 19 masks in blocks of 4 */
+        }
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A confidence equal to the threshold is not above it. */
+TEST(sampler_threshold_is_strict)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_blank(ctx, 5);                /* 4 tokens of exactly 1/4 each */
+    for (int k = 0; k < 2; k++) {
+        toy_run r;
+        dlm_sample_options o = {0};
+        memset(&r, 0, sizeof r);
+        r.n_seqs = 1;
+        r.lengths[0] = 8;
+        for (int i = 0; i < 8; i++) r.canvas[i] = 4;
+        o.order = DLM_ORDER_THRESHOLD;
+        o.threshold = k ? 0.249f : 0.25f;
+        toy_generate(&r, ctx, m, 0, &o);
+        CHECK(r.n_events == 8);
+        CHECK(r.events[7].step == (k ? 1 : 8));
+        CHECK_CLOSE(r.events[0].confidence, 0.25, 1e-7);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(sampler_plan_is_masks_over_steps_remainder_first)
+{
+    static const dlm_order planned[5] = {
+        DLM_ORDER_CONFIDENCE, DLM_ORDER_ENTROPY, DLM_ORDER_MARGIN, DLM_ORDER_RANDOM,
+        DLM_ORDER_SEQUENTIAL
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, test_seed);
+    for (int k = 0; k < 5 * 12 * 12; k++) {
+        toy_run r;
+        dlm_sample_options o = {0};
+        int masks = 1 + k % 12, steps = 1 + k / 12 % 12, count[TOY_SLOTS] = { 0 };
+        memset(&r, 0, sizeof r);
+        r.n_seqs = 1;
+        toy_sequence(&r, 0, masks + 2, 2, 1);
+        o.order = planned[k / 144];
+        o.steps = steps;
+        LABEL("order %d, %d masks in %d steps", (int)o.order, masks, steps);
+        toy_generate(&r, ctx, m, 0, &o);
+        for (int i = 0; i < r.n_events; i++) count[r.events[i].step]++;
+        for (int s = 1; s <= steps; s++)
+            CHECK(count[s] == masks / steps + (s <= masks % steps));
+        CHECK(r.forwards == (masks < steps ? masks : steps));
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+/* Canvases of `masks` masks after one visible token, in all sequences. */
+static void sampler_small_canvas(toy_run *r, int masks, int mask_id)
+{
+    memset(r, 0, sizeof *r);
+    r->n_seqs = TOY_SEQS;
+    for (int seq = 0; seq < TOY_SEQS; seq++) {
+        r->lengths[seq] = masks + 1;
+        for (int i = 0; i < TOY_SLOTS; i++)
+            r->canvas[seq * TOY_SLOTS + i] = i == 0 ? 1 : mask_id;
+    }
+}
+
+/* Number 0..5 of the permutation in which a sequence's three masks were filled. */
+static int sampler_permutation(const toy_run *r, int seq)
+{
+    int at[3] = { 0 }, n = 0;
+    for (int i = 0; i < r->n_events && n < 3; i++)
+        if (r->events[i].seq == seq) at[n++] = r->events[i].position - 1;
+    return at[0] * 2 + (at[1] > at[2]);
+}
+
+TEST(sampler_random_and_first_hitting_orders_are_uniform)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 5);
+    dlm_session *s = toy_session(ctx, m, 0);
+    const double p[6] = { 1.0/6, 1.0/6, 1.0/6, 1.0/6, 1.0/6, 1.0/6 };
+    for (int k = 0; s && k < 2; k++) {
+        int counts[6] = { 0 };
+        double first = 0, last = 0, n = 0;
+        dlm_sample_options o = {0};
+        o.order = k ? DLM_ORDER_FIRST_HITTING : DLM_ORDER_RANDOM;
+        LABEL("order %d", (int)o.order);
+        for (int round = 0; round < 400; round++) {
+            toy_run r;
+            sampler_small_canvas(&r, 3, TOY_MASK);
+            o.seed = test_seed + (uint64_t)round;
+            toy_drive(&r, s, &o);
+            CHECK_OK(r.error);
+            for (int q = 0; q < TOY_SEQS; q++) counts[sampler_permutation(&r, q)]++;
+            for (int i = 0; i < r.n_events; i++) {
+                first += r.events[i].step == 1 ? (double)r.events[i].time : 0;
+                last += r.events[i].step == 3 ? (double)r.events[i].time : 0;
+            }
+            n += TOY_SEQS;
+        }
+        toy_check_counts(counts, p, 6);
+        if (k == 0) continue;
+        /* The times are those of three uniforms, sorted: means 3/4 and 1/4, variance
+           3/80; five standard errors. */
+        CHECK_CLOSE(first / n, 0.75, 5 * sqrt(3.0 / 80 / n));
+        CHECK_CLOSE(last / n, 0.25, 5 * sqrt(3.0 / 80 / n));
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* From t to s each mask is revealed with probability 1 - s/t: over n equal steps from
+   1 to 0 the step of every mask is uniform, and independent of the others. */
+TEST(sampler_ancestral_steps_are_uniform_and_independent)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 5);
+    dlm_session *s = toy_session(ctx, m, 0);
+    int counts[27] = { 0 };
+    double p[27];
+    dlm_sample_options o = {0};
+    o.order = DLM_ORDER_ANCESTRAL;
+    o.steps = 3;
+    for (int i = 0; i < 27; i++) p[i] = 1.0 / 27;
+    for (int round = 0; s && round < 700; round++) {
+        toy_run r;
+        int cell[TOY_SEQS] = { 0 };
+        sampler_small_canvas(&r, 3, TOY_MASK);
+        o.seed = test_seed + (uint64_t)round;
+        toy_drive(&r, s, &o);
+        CHECK_OK(r.error);
+        for (int i = 0; i < r.n_events; i++) {
+            const dlm_event *e = &r.events[i];
+            static const int place[4] = { 0, 1, 3, 9 };
+            double at = (1 - (double)e->time) * 3;       /* empty steps do not count */
+            int step = (int)floor(at + 0.5);
+            CHECK_CLOSE(at, step, 1e-5);
+            CHECK(step >= 1 && step <= 3);
+            cell[e->seq] += place[e->position] * (step - 1);
+        }
+        for (int seq = 0; seq < TOY_SEQS; seq++) counts[cell[seq]]++;
+    }
+    toy_check_counts(counts, p, 27);
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* What the filters leave of the logits (V - 1, the mask is out), normalised: heat,
+   then the k highest with ties, then a token whose predecessors have mass <= top_p,
+   then those of at least min_p times the largest. */
+static void sampler_naive_filter(double *p, const float *logits, int V,
+                                 const dlm_sample_options *o)
+{
+    double sum = 0, q[TOY_VOCAB];
+    for (int v = 0; v < V - 1; v++) {
+        int above = 0;
+        for (int w = 0; w < V - 1; w++) above += logits[w] > logits[v];
+        p[v] = o->top_k && above >= o->top_k
+             ? 0 : exp((double)logits[v] / (double)o->temperature);
+        sum += p[v];
+    }
+    p[V - 1] = 0;
+    double best = 0;
+    for (int v = 0; v < V; v++) {
+        q[v] = p[v] /= sum;
+        if (q[v] > best) best = q[v];
+    }
+    for (int v = 0; v < V; v++) {
+        double before = 0;
+        for (int w = 0; w < V; w++) before += q[w] > q[v] ? q[w] : 0;
+        if (o->top_p > 0 && before > (double)o->top_p) p[v] = 0;
+        if (q[v] < (double)o->min_p * best) p[v] = 0;
+    }
+    sum = 0;
+    for (int v = 0; v < V; v++) sum += p[v];
+    for (int v = 0; v < V; v++) p[v] /= sum;
+}
+
+/* 24 masks in 6 sequences are 144 draws from the same distribution per round. */
+static void sampler_count_draws(int *counts, dlm_session *s, dlm_sample_options *o,
+                                int V, int rounds)
+{
+    for (int round = 0; round < rounds; round++) {
+        toy_run r;
+        memset(&r, 0, sizeof r);
+        r.n_seqs = TOY_SEQS;
+        for (int i = 0; i < TOY_ALL; i++) r.canvas[i] = V - 1;
+        for (int seq = 0; seq < TOY_SEQS; seq++) r.lengths[seq] = TOY_SLOTS;
+        o->seed = test_seed + (uint64_t)round;
+        toy_drive(&r, s, o);
+        CHECK_OK(r.error);
+        for (int i = 0; i < TOY_ALL; i++) {
+            CHECK(r.canvas[i] >= 0 && r.canvas[i] < V - 1);
+            if (r.canvas[i] >= 0 && r.canvas[i] < V) counts[r.canvas[i]]++;
+        }
+    }
+}
+
+TEST(sampler_draws_follow_the_tempered_and_filtered_softmax)
+{
+    enum { V = 8 };
+    static const float logits[2][V] = {
+        { 1.2f, 0.3f, -0.5f, 0, 2, -1, 0.7f, 9 },
+        { 1, 3, 2, 2, 0, -1, 2, 9 }              /* a tie at the second place     */
+    };
+    static const struct { int logits, k; float heat, p, min; } set[] = {
+        { 0, 0, 1, 0, 0 }, { 0, 0, 0.7f, 0, 0 }, { 0, 0, 3, 0, 0 },
+        { 1, 2, 1, 0, 0 }, { 1, 1, 1, 0, 0 }, { 1, 4, 0.5f, 0, 0 }, { 1, 5, 2, 0, 0 },
+        { 1, 99, 1, 0, 0 },
+        { 0, 0, 1, 0.6f, 0 }, { 0, 0, 1, 0.0001f, 0 }, { 0, 0, 2, 0.6f, 0 },
+        { 0, 0, 1, 1, 0 }, { 0, 3, 1, 0.6f, 0 },
+        { 0, 0, 1, 0, 0.3f }, { 0, 0, 2, 0, 0.3f }, { 0, 0, 1, 0, 1 },
+        { 0, 4, 0.9f, 0.9f, 0.15f }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_blank(ctx, V);
+    dlm_session *s = toy_session(ctx, m, 0);
+    for (int k = 0; s && k < 2 * (int)(sizeof set / sizeof set[0]); k++) {
+        int counts[V] = { 0 }, row = k / 2;
+        double p[V];
+        dlm_sample_options o = {0};
+        o.steps = 1;
+        o.gumbel = k & 1;
+        o.logit_bias = logits[set[row].logits];
+        o.temperature = set[row].heat;
+        o.top_k = set[row].k;
+        o.top_p = set[row].p;
+        o.min_p = set[row].min;
+        LABEL("row %d, gumbel %d", row, k & 1);
+        sampler_naive_filter(p, o.logit_bias, V, &o);
+        sampler_count_draws(counts, s, &o, V, 30);
+        toy_check_counts(counts, p, V);
+        for (int v = 0; v < V; v++)              /* what is kept does come up */
+            if (p[v] > 0.01) CHECK(counts[v] > 0);
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* One at a time, in an order that does not look at the tokens: the same frequencies,
+   and draws of later steps do not repeat those of earlier ones. */
+TEST(sampler_draws_of_different_steps_are_independent)
+{
+    enum { V = 4 };
+    static const float bias[V] = { 0, 0.4f, 0.8f, 0 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_blank(ctx, V);
+    dlm_session *s = toy_session(ctx, m, 0);
+    for (int order = 0; s && order < 3; order++) {
+        int counts[9] = { 0 };
+        double p[V], pairs[9];
+        dlm_sample_options o = {0};
+        o.temperature = 1;
+        o.logit_bias = bias;
+        o.order = order == 0 ? DLM_ORDER_SEQUENTIAL
+                : order == 1 ? DLM_ORDER_RANDOM : DLM_ORDER_FIRST_HITTING;
+        LABEL("order %d", (int)o.order);
+        sampler_naive_filter(p, bias, V, &o);
+        for (int i = 0; i < 9; i++) pairs[i] = p[i / 3] * p[i % 3];
+        for (int round = 0; round < 500; round++) {
+            toy_run r;
+            sampler_small_canvas(&r, 2, V - 1);
+            o.seed = test_seed + (uint64_t)round;
+            toy_drive(&r, s, &o);
+            for (int q = 0; q < TOY_SEQS; q++) {
+                const int *c = r.canvas + q * TOY_SLOTS;
+                CHECK(c[1] >= 0 && c[1] < 3 && c[2] >= 0 && c[2] < 3);
+                if (c[1] < 3 && c[2] < 3) counts[c[1] * 3 + c[2]]++;
+            }
+        }
+        toy_check_counts(counts, pairs, 9);
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(sampler_never_emits_suppressed_tokens)
+{
+    static const int out[] = { 0, 3, 4, 7, 11 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < TOY_KINDS * 4; k++) {
+        toy_run before, after;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS;
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        o.suppress = out;
+        o.n_suppress = 5;
+        o.temperature = (float)(k / TOY_KINDS % 2) * 1.5f;
+        o.gumbel = k / TOY_KINDS / 2;
+        toy_canvas(&before, kind == 4);
+        after = before;
+        toy_generate(&after, ctx, m, 1, &o);
+        sampler_check_filled(&before, &after);
+        for (int i = 0; i < after.n_events; i++)
+            for (int j = 0; j < 5; j++) CHECK(after.events[i].token != out[j]);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Forces (3 * seq + position) mod 12 at even positions. */
+static void sampler_force_even(void *user, int seq, int position, float *logits)
+{
+    (void)user;
+    if (position % 2) return;
+    for (int v = 0; v < TOY_VOCAB; v++)
+        if (v != (3 * seq + position) % TOY_MASK) logits[v] = -INFINITY;
+}
+
+TEST(sampler_constraint_decides_what_stands_where)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    for (int k = 0; k < TOY_KINDS * 4 * DLM_ORDER_COUNT; k++) {
+        toy_run before, after;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS;
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        o.constrain = sampler_force_even;
+        o.order = (dlm_order)(k / (4 * TOY_KINDS));
+        o.temperature = (float)(k / TOY_KINDS % 2) * 1.5f;
+        o.gumbel = k / TOY_KINDS / 2 % 2;
+        LABEL("%s, order %d", toy_kind_names[kind], (int)o.order);
+        toy_canvas(&before, kind == 4);
+        after = before;
+        toy_generate(&after, ctx, m, 1, &o);
+        sampler_check_filled(&before, &after);
+        for (int i = 0; i < after.n_events; i++) {
+            const dlm_event *e = &after.events[i];
+            if (e->position % 2) continue;
+            CHECK(e->token == (3 * e->seq + e->position) % TOY_MASK);
+        }
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Position 7 must be token 9, nothing else may be: 9 is the stop token. */
+static void sampler_force_stop(void *user, int seq, int position, float *logits)
+{
+    int at = ((const int *)user)[seq];
+    for (int v = 0; v < TOY_VOCAB; v++)
+        if ((v == 9) != (position == at)) logits[v] = -INFINITY;
+}
+
+/* Up to the stop everything is filled in; behind it fixed tokens stand and the rest is
+   masked, whatever the trace says was there for a while. */
+static void sampler_check_stopped(const toy_run *before, const toy_run *after,
+                                  const int *at)
+{
+    for (int seq = 0; seq < TOY_SEQS; seq++) {
+        const int *was = before->canvas + seq * TOY_SLOTS;
+        const int *now = after->canvas + seq * TOY_SLOTS;
+        int T = before->lengths[seq];
+        int stops = at[seq] >= 0 && at[seq] < T && was[at[seq]] == TOY_MASK;
+        int length = stops ? at[seq] + 1 : T;
+        CHECK(after->length[seq] == length);
+        for (int i = 0; i < TOY_SLOTS; i++) {
+            if (was[i] != TOY_MASK || i >= T) CHECK(now[i] == was[i]);
+            else if (i >= length) CHECK(now[i] == TOY_MASK);
+            else CHECK(now[i] >= 0 && now[i] < TOY_MASK);
+        }
+        if (stops) CHECK(now[at[seq]] == 9);
+        for (int i = 0; i < after->n_events; i++) {
+            const dlm_event *e = &after->events[i];
+            if (e->seq == seq && e->position < length)
+                CHECK(e->token == now[e->position]);
+        }
+    }
+}
+
+TEST(sampler_stop_token_ends_a_sequence_and_leaves_the_rest_masked)
+{
+    static const int at[3][TOY_SEQS] = {
+        { 7, 2, 3, 0, 6, 12 },               /* stops in first and later blocks   */
+        { 23, 12, -1, -1, -1, 4 },           /* at the end, never, at the start   */
+        { 5, 4, -1, -1, 3, 11 }              /* 3 of sequence 4 is its prompt     */
+    };
+    static const int stop[2] = { 9, 9 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < TOY_KINDS * 3 * 2 * DLM_ORDER_COUNT; k++) {
+        toy_run before, after;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS, row = k / TOY_KINDS % 3, own[TOY_SEQS];
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        memcpy(own, at[row], sizeof own);
+        o.order = (dlm_order)(k / (6 * TOY_KINDS));
+        o.temperature = (float)(k / (3 * TOY_KINDS) % 2);
+        o.constrain = sampler_force_stop;
+        o.user = own;
+        o.stop = stop;
+        o.n_stop = 2;
+        LABEL("%s, order %d, row %d", toy_kind_names[kind], (int)o.order, row);
+        toy_canvas(&before, kind == 4);
+        before.canvas[4 * TOY_SLOTS + 2] = 9;          /* in a prompt: no stop */
+        before.canvas[5 * TOY_SLOTS + 9] = 9;          /* fixed: no stop either */
+        before.canvas[5 * TOY_SLOTS + 17] = 9;
+        after = before;
+        toy_generate(&after, ctx, m, 1, &o);
+        sampler_check_stopped(&before, &after, own);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+typedef struct sampler_watch {
+    dlm_event events[TOY_ALL];
+    int       n;
+} sampler_watch;
+
+static void sampler_watch_step(void *user, const dlm_event *events, int n_events)
+{
+    sampler_watch *w = (sampler_watch *)user;
+    for (int i = 0; i < n_events && w->n < TOY_ALL; i++) w->events[w->n++] = events[i];
+}
+
+TEST(sampler_step_callback_sees_the_trace)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT; k++) {
+        toy_run r;
+        sampler_watch w;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, k % TOY_KINDS, test_seed);
+        o.order = (dlm_order)(k / TOY_KINDS);
+        o.temperature = 1;
+        w.n = 0;
+        o.on_step = sampler_watch_step;
+        o.user = &w;
+        LABEL("%s, order %d", toy_kind_names[k % TOY_KINDS], (int)o.order);
+        toy_canvas(&r, k % TOY_KINDS == 4);
+        toy_generate(&r, ctx, m, 1, &o);
+        CHECK(w.n == r.n_events);
+        CHECK(memcmp(w.events, r.events, (size_t)w.n * sizeof w.events[0]) == 0);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(sampler_begin_resets_and_the_one_call_form_agrees)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < TOY_KINDS; kind++) {
+        toy_run a, b;
+        int tokens[TOY_SLOTS];
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, kind, test_seed);
+        dlm_session *s = toy_session(ctx, m, 1);
+        LABEL("%s", toy_kind_names[kind]);
+        o.temperature = 1;
+        toy_canvas(&a, kind == 4);
+        b = a;
+        if (s) {
+            toy_drive(&a, s, &o);
+            toy_canvas(&a, kind == 4);
+            toy_sequence(&a, 0, 20, 3, 5);       /* leaves other keys behind */
+            toy_drive(&a, s, &o);
+            toy_canvas(&a, kind == 4);
+            toy_drive(&a, s, &o);
+        }
+        memcpy(tokens, b.canvas, sizeof tokens);
+        toy_generate(&b, ctx, m, 1, &o);
+        CHECK(toy_same_tokens(&a, &b) && toy_same_events(&a, &b));
+        CHECK_OK(dlm_sample(ctx, m, tokens, TOY_SLOTS, &o));
+        CHECK(memcmp(tokens, b.canvas, sizeof tokens) == 0);
+        dlm_session_free(s);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A causal model may mark what is to be filled in with vocab, which is no token: then
+   all tokens can be emitted. */
+TEST(sampler_causal_mark_may_lie_outside_the_vocabulary)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    float bias[TOY_VOCAB] = { 0 };
+    bias[TOY_VOCAB - 1] = 1000;
+    for (int k = 0; k < 4; k++) {
+        int tokens[TOY_SLOTS];
+        dlm_sample_options o = {0};
+        dlm_config c = toy_config(4);
+        c.mask_id = TOY_VOCAB;
+        dlm_model *m = toy_model_of(ctx, &c, test_seed);
+        for (int i = 0; i < TOY_SLOTS; i++) tokens[i] = i % 7 ? TOY_VOCAB : 12;
+        o.logit_bias = k & 1 ? bias : NULL;
+        o.temperature = (float)(k >> 1);
+        if (m) CHECK_OK(dlm_sample(ctx, m, tokens, TOY_SLOTS, &o));
+        for (int i = 0; i < TOY_SLOTS; i++) {
+            CHECK(tokens[i] >= 0 && tokens[i] < TOY_VOCAB);
+            if (i % 7 == 0 || k & 1) CHECK(tokens[i] == 12);
+        }
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* One mask, at position 0: its token comes from row 0, as that of position 1 does. */
+TEST(sampler_shifted_model_reads_row_0_for_position_0)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    naive_run *n = (naive_run *)test_malloc(sizeof *n);
+    for (int kind = 1; kind < 4; kind += 2) {
+        toy_run r;
+        int canvas[TOY_SLOTS];
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, kind, 17);
+        n->m = m;
+        n->s = toy_session(ctx, m, 0);
+        n->canvas = canvas;
+        n->T = 6;
+        n->block = 4;
+        n->offset = 0;
+        memset(&r, 0, sizeof r);
+        r.n_seqs = 1;
+        toy_sequence(&r, 0, 6, 6, 3);
+        r.canvas[0] = TOY_MASK;
+        memcpy(canvas, r.canvas, sizeof canvas);
+        toy_generate(&r, ctx, m, 1, &o);
+        if (n->s) naive_forward(n);
+        const float *row = n->logits;
+        int best = 0;
+        for (int v = 1; v < TOY_MASK; v++) if (row[v] > row[best]) best = v;
+        LABEL("%s", toy_kind_names[kind]);
+        CHECK(r.n_events == 1 && r.canvas[0] == best);
+        dlm_session_free(n->s);
+        dlm_model_free(m);
+    }
+    free(n);
+    test_close(ctx);
+}
+/* Starting with one number out of place names it, and the canvas is left alone. */
+static void sampler_try_begin(dlm_ctx *ctx, dlm_sampler *sm, const char *text, int seq,
+                              int at, int token, int length, int n_seqs)
+{
+    toy_run r, kept;
+    toy_canvas(&r, 1);
+    if (seq >= 0 && at >= 0) r.canvas[seq * TOY_SLOTS + at] = token;
+    if (seq >= 0) r.lengths[seq] = length;
+    kept = r;
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_sampler_begin(sm, r.canvas, r.lengths, n_seqs), DLM_E_INPUT, ctx,
+                text);
+    CHECK(toy_same_tokens(&r, &kept));
+}
+
+TEST(sampler_begin_refuses_bad_canvases)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < TOY_KINDS; kind++) {
+        toy_run r;
+        dlm_sampler *sm = NULL;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, kind, 1);
+        dlm_session *s = toy_session(ctx, m, 1);
+        if (s) CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        if (sm) {
+            sampler_try_begin(ctx, sm, "token", 0, 3, TOY_VOCAB, 24, TOY_SEQS);
+            sampler_try_begin(ctx, sm, "token", 5, 17, -1, 18, TOY_SEQS);
+            sampler_try_begin(ctx, sm, "token", 2, 8, 2147483647, 9, TOY_SEQS);
+            sampler_try_begin(ctx, sm, "length", 1, -1, 0, 25, TOY_SEQS);
+            sampler_try_begin(ctx, sm, "length", 1, -1, 0, -1, TOY_SEQS);
+            sampler_try_begin(ctx, sm, "seq", -1, -1, 0, 0, TOY_SEQS + 1);
+            sampler_try_begin(ctx, sm, "seq", -1, -1, 0, 0, -1);
+            toy_canvas(&r, 0);                       /* sequence 1 has no prompt */
+            CHECK_ERROR(dlm_sampler_begin(sm, r.canvas, r.lengths, TOY_SEQS),
+                        kind == 4 ? DLM_E_INPUT : DLM_OK, ctx, NULL);
+            toy_canvas(&r, 1);
+            CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, TOY_SEQS));
+        }
+        dlm_sampler_free(sm);
+        dlm_session_free(s);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+static void sampler_try_options(dlm_ctx *ctx, dlm_session *s, const dlm_sample_options *o,
+                                const char *text)
+{
+    dlm_sampler *sm = NULL;
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_sampler_create(&sm, s, o, NULL), DLM_E_CONFIG, ctx, text);
+    CHECK(sm == NULL);
+    dlm_sampler_free(sm);
+}
+
+TEST(sampler_options_are_checked_by_name)
+{
+    static const int none[1] = { -1 }, high[1] = { TOY_VOCAB };
+    static const int all[TOY_MASK] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1);
+    dlm_session *s = toy_session(ctx, m, 1);
+    if (s) {
+        dlm_sample_options o = {0}, zero = {0};
+#define TRY(assignment, text) \
+        do { o = zero; assignment; sampler_try_options(ctx, s, &o, text); } while (0)
+        TRY(o.steps = -1, "steps");
+        TRY(o.block = -1, "block");
+        TRY(memset(&o.order, 1, sizeof o.order), "order");
+        TRY(memset(&o.order, 255, sizeof o.order), "order");
+        TRY(o.threshold = -0.1f, "threshold");
+        TRY(o.threshold = 1.5f, "threshold");
+        TRY(o.threshold = NAN, "threshold");
+        TRY(o.entropy_bound = -1, "entropy_bound");
+        TRY(o.entropy_bound = NAN, "entropy_bound");
+        TRY(o.temperature = -1, "temperature");
+        TRY(o.temperature = NAN, "temperature");
+        TRY(o.temperature = INFINITY, "temperature");
+        TRY(o.top_k = -1, "top_k");
+        TRY(o.top_p = -0.5f, "top_p");
+        TRY(o.top_p = 1.5f, "top_p");
+        TRY(o.top_p = NAN, "top_p");
+        TRY(o.min_p = -0.5f, "min_p");
+        TRY(o.min_p = 1.5f, "min_p");
+        TRY(o.min_p = NAN, "min_p");
+        TRY((o.suppress = none, o.n_suppress = 1), "suppress");
+        TRY((o.suppress = high, o.n_suppress = 1), "suppress");
+        TRY(o.n_suppress = 1, "suppress");
+        TRY((o.suppress = all, o.n_suppress = -1), "suppress");
+        TRY((o.stop = none, o.n_stop = 1), "stop");
+        TRY((o.stop = high, o.n_stop = 1), "stop");
+        TRY(o.n_stop = 1, "stop");
+        TRY((o.stop = all, o.n_stop = -2), "stop");
+#undef TRY
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Sets every logit to -INFINITY at position 6. */
+static void sampler_forbid_6(void *user, int seq, int position, float *logits)
+{
+    (void)user;
+    (void)seq;
+    for (int v = 0; v < TOY_VOCAB && position == 6; v++) logits[v] = -INFINITY;
+}
+
+TEST(sampler_reports_when_nothing_is_allowed)
+{
+    static const int all[TOY_MASK] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4; k++) {
+        toy_run r, kept;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, k % 2 ? 2 : 0, 1);
+        dlm_session *s = toy_session(ctx, m, 1);
+        if (k < 2) {
+            o.suppress = all;
+            o.n_suppress = TOY_MASK;
+        } else {
+            o.constrain = sampler_forbid_6;
+        }
+        toy_canvas(&r, 0);
+        kept = r;
+        if (s) toy_drive(&r, s, &o);
+        CHECK_ERROR(r.error, DLM_E_INPUT, ctx, k < 2 ? "forbidden" : "position 6");
+        CHECK(toy_same_tokens(&r, &kept));       /* the first step failed */
+        dlm_session_free(s);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A long canvas in a session of two rows: what the sampler keeps per mask must not run
+   over what it was given for two (the sanitizers look). */
+TEST(sampler_refuses_a_canvas_longer_than_its_rows)
+{
+    enum { LONG = 600 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = toy_config(0);
+    c.max_seq = LONG;
+    dlm_model *m = toy_model_of(ctx, &c, 1);
+    for (int order = 0; m && order < DLM_ORDER_COUNT; order++) {
+        int canvas[LONG], length = LONG;
+        dlm_limits lim = {0};
+        dlm_session *s = NULL;
+        dlm_sampler *sm = NULL;
+        dlm_sample_options o = {0};
+        o.order = (dlm_order)order;
+        lim.rows = 2;
+        for (int i = 0; i < LONG; i++) canvas[i] = TOY_MASK;
+        LABEL("order %d", order);
+        CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+        if (s) CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        if (sm) {
+            dlm_error e = dlm_sampler_begin(sm, canvas, &length, 1);
+            if (!e) e = dlm_sampler_step(sm);
+            CHECK_ERROR(e, DLM_E_INPUT, ctx, "row");
+        }
+        for (int i = 0; i < LONG; i++) CHECK(canvas[i] == TOY_MASK);
+        dlm_sampler_free(sm);
+        dlm_session_free(s);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Rows and out rows for less than a step needs: an error, and nothing overwritten. */
+TEST(sampler_refuses_a_session_too_small_for_a_step)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT * 2; k++) {
+        toy_run r, kept;
+        dlm_limits lim = {0};
+        dlm_session *s = NULL;
+        dlm_sample_options o = {0};
+        int kind = k % TOY_KINDS;
+        dlm_model *m = toy_model(ctx, kind, 1);
+        o.order = (dlm_order)(k / TOY_KINDS % DLM_ORDER_COUNT);
+        lim.seqs = TOY_SEQS;
+        lim.rows = k < TOY_KINDS * DLM_ORDER_COUNT ? 2 : 0;
+        lim.out = lim.rows ? 0 : 1;
+        lim.cached = 1;
+        LABEL("%s, order %d, rows %d", toy_kind_names[kind], (int)o.order, lim.rows);
+        toy_canvas(&r, 1);
+        kept = r;
+        if (m) CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+        if (s) toy_drive(&r, s, &o);
+        CHECK(r.error == DLM_E_INPUT);
+        CHECK(toy_same_tokens(&r, &kept));
+        dlm_session_free(s);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* ==[ objectives ]=========================================================== */
+
+TEST(noise_levels_stay_in_range_and_spread)
+{
+    enum { ROWS = 64, STEPS = 300 };
+    const double lo = 0.2, hi = 0.9;
+    double sum[2] = {0};
+    int count[2][16] = {{0}}, first[16] = {0}, within[16] = {0};
+    for (uint32_t step = 0; step < STEPS; step++) {
+        char taken[ROWS] = {0};
+        for (int row = 0; row < ROWS; row++) {
+            dlm_address at = { test_seed, DLM_RANDOM_LEVEL, step, 0, 0 };
+            for (int stratified = 0; stratified < 2; stratified++) {
+                double t = dlm_noise_level(&at, row, ROWS, stratified, lo, hi);
+                double u = (t - lo) / (hi - lo);
+                CHECK(t >= lo && t < hi);
+                sum[stratified] += u / (ROWS * STEPS);
+                count[stratified][(int)(u * 15.999999) & 15]++;
+                if (!stratified) continue;
+                taken[(int)(u * ROWS) % ROWS]++;
+                within[(int)(u * ROWS * 16) % 16]++;
+                if (row == 3) first[(int)(u * 15.999999) & 15]++;
+            }
+        }
+        for (int i = 0; i < ROWS; i++) CHECK(taken[i] == 1);   /* one per stratum  */
+    }
+    CHECK_CLOSE(sum[0], 0.5, 5 * sqrt(1.0 / 12 / (ROWS * STEPS)));
+    CHECK_CLOSE(sum[1], 0.5, 5 * sqrt(1.0 / 12 / (ROWS * STEPS)) / ROWS);
+    CHECK_CLOSE(test_chi_square(count[0], 16, ROWS * STEPS), 15, 6 * sqrt(30));
+    CHECK_CLOSE(test_chi_square(within, 16, ROWS * STEPS), 15, 6 * sqrt(30));
+    CHECK_CLOSE(test_chi_square(first, 16, STEPS), 15, 6 * sqrt(30));
+}
+
+TEST(stratified_noise_levels_of_every_row_are_uniform)
+{
+    enum { STEPS = 6000 };
+    for (int n = 2; n <= 8; n += 3) {
+        for (int row = 0; row < n; row++) {
+            int count[8] = {0};
+            for (uint32_t step = 0; step < STEPS; step++) {
+                dlm_address at = { test_seed, DLM_RANDOM_LEVEL, step, 0, 0 };
+                count[(int)(dlm_noise_level(&at, row, n, 1, 0, 1) * n) % 8]++;
+            }
+            LABEL("row %d of %d", row, n);
+            CHECK_CLOSE(test_chi_square(count, n, STEPS), n - 1, 6 * sqrt(2.0 * (n - 1)));
+        }
+    }
+}
+
+TEST(mask_tokens_masks_a_fraction_t_after_first)
+{
+    enum { T = 4000, FIRST = 500 };
+    static int tokens[T], noisy[T], shorter[T];
+    static float weight[T], short_weight[T];
+    for (int i = 0; i < T; i++) tokens[i] = test_below(50);
+    for (int k = 1; k <= 10; k++) {
+        double t = 0.1 * k;
+        dlm_address at = { test_seed, DLM_RANDOM_MASK, (uint32_t)k, 3, 0 };
+        int masks = dlm_mask_tokens(noisy, weight, tokens, T, FIRST, t, 99, &at);
+        int counted = 0, n = T - FIRST;
+        LABEL("t %g", t);
+        for (int i = 0; i < T; i++) {
+            int masked = noisy[i] == 99;
+            counted += masked;
+            CHECK(masked || noisy[i] == tokens[i]);
+            CHECK(!masked || i >= FIRST);
+            CHECK_CLOSE(weight[i], masked ? 1 / t : 0, 1e-6 / t);
+        }
+        CHECK(masks == counted);
+        CHECK_CLOSE(masks, n * t, 5 * sqrt(n * t * (1 - t)) + 1e-9);
+        dlm_mask_tokens(shorter, short_weight, tokens, 1000, FIRST, t, 99, &at);
+        CHECK(memcmp(shorter, noisy, 1000 * sizeof(int)) == 0);
+        at.row++;
+        dlm_mask_tokens(shorter, short_weight, tokens, T, FIRST, t, 99, &at);
+        CHECK(t > 0.95 || memcmp(shorter, noisy, sizeof noisy) != 0);
+    }
+}
+
+TEST(cross_entropy_equals_double_on_every_isa)
+{
+    enum { MAX = 1000 };
+    static const int sizes[] = { 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 257, MAX };
+    float logits[MAX];
+    double x[MAX];
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < 14 * 6; i++) {
+            int V = sizes[i % 14], target = test_below(V), largest = 0, got = -1;
+            float scale = i / 14 == 5 ? 300.0f : (float)(i / 14);
+            test_fill(logits, (size_t)V, scale);
+            if (V > 3 && i % 3 == 0) logits[(target + 1) % V] = -INFINITY;
+            for (int j = 0; j < V; j++) x[j] = logits[j];
+            for (int j = 0; j < V; j++) if (x[j] > x[largest]) largest = j;
+            double lse = ref_log_sum_exp(x, V), weight = 2.5;
+            LABEL("V %d, scale %g, %s", V, (double)scale, dlm_isa_name((dlm_isa)isa));
+            CHECK_CLOSE(dlm_log_sum_exp(ctx, logits, V, &got), lse, 1e-6 * (1 + scale));
+            CHECK_CLOSE(dlm_log_sum_exp(ctx, logits, V, NULL), lse, 1e-6 * (1 + scale));
+            CHECK(logits[got] == logits[largest]);
+            CHECK_CLOSE(dlm_cross_entropy(ctx, logits, V, target, weight),
+                        lse - x[target], 1e-6 * (1 + scale));
+            for (int j = 0; j < V; j++)
+                CHECK_CLOSE(logits[j], weight * (exp(x[j] - lse) - (j == target)),
+                            5e-7 * weight);
+        }
+        test_close(ctx);
+    }
+}
+
+/* Measured over 12 million arguments in [-87.3, 88.3]: at most 7.9e-8 relative with
+   fused multiply-adds, 1.02e-7 without; half a unit in the last place is 6.0e-8. */
+#define EXP_BOUND 1.1e-7
+
+TEST(exp_is_within_its_bound_of_libm_on_every_isa)
+{
+    enum { N = 1 << 17 };
+    float *x = test_floats(N + 1), *y = test_floats(N + 1);
+    for (int i = 0; i <= N; i++) x[i] = (float)(-87.0 + 175.0 * i / N);
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        double worst = 0;
+        ctx->k->exp_scaled(y, x, N + 1, 0, 1);
+        for (int i = 0; i <= N; i++) {
+            double want = exp((double)x[i]), error = fabs(y[i] - want) / want;
+            if (!(error <= worst)) worst = error;
+        }
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        CHECK_CLOSE(worst, 0, EXP_BOUND);
+        float far[21];
+        for (int i = 0; i < 21; i++) far[i] = i == 20 ? 0.0f : -88.0f * (float)(1 << i);
+        far[7] = -INFINITY;
+        ctx->k->exp_scaled(y, far, 21, 0, 1);
+        for (int i = 0; i < 20; i++) CHECK(y[i] == 0);
+        CHECK(y[20] == 1);
+        far[3] = (float)NAN;
+        ctx->k->exp_scaled(y, far, 21, 0, 1);
+        CHECK(y[3] != y[3]);
+        test_close(ctx);
+    }
+    free(x); free(y);
+}
+
+/* ==[ likelihood ]============================================================
+   Exact bounds by enumeration: with n tokens masked in all possible ways,
+     bound = - sum over the mask sets M, not empty, of  CE(M) / (|M| C(n, |M|))
+   is what "l uniform in 1..n, a random M of size l, weight n / l" gives on average, and
+   equally what t uniform in (0, 1), masks with probability t, weight 1 / t gives. */
+
+enum { BOUND_P = 4, BOUND_R = 6, BOUND_V = 7 };
+
+typedef struct bound_sums {
+    double mean, square;                   /* of one draw of (l, M)                */
+} bound_sums;
+
+/* tokens [0, P) are given, [P, P + n) are to be predicted, all of them see each other.
+   In a shifted model row i - 1 predicts token i. */
+static bound_sums bound_block(const reference *r, const int *tokens, int P, int n)
+{
+    static test_batch t;
+    bound_sums sums = {0};
+    int V = r->c.vocab, shift = r->c.shifted;
+    for (int set = 1; set < 1 << n; set++) {
+        int size = 0;
+        batch_clear(&t);
+        batch_add(&t, P + n, V, DLM_PATTERN_FULL, 0, 0);
+        if (r->c.pattern == DLM_PATTERN_BLOCK)
+            dlm_keys_fill(t.keys, P + n, DLM_PATTERN_BLOCK, r->c.block, P % r->c.block);
+        for (int i = 0; i < P + n; i++) {
+            int masked = i >= P && (set >> (i - P) & 1);
+            t.tokens[i] = masked ? r->c.mask_id : tokens[i];
+            size += masked;
+        }
+        const dlm_batch *b = batch_close(&t, 2);
+        double *logits = ref_logits(r, b), nats = 0, ways = 1;
+        for (int i = P; i < P + n; i++)
+            if (set >> (i - P) & 1)
+                nats -= ref_cross_entropy(logits + (i - shift) * V, V, tokens[i]);
+        for (int i = 0; i < size; i++) ways = ways * (n - i) / (i + 1);
+        double draw = nats * n / size, p = 1.0 / (n * ways);
+        sums.mean += p * draw;
+        sums.square += p * draw * draw;
+        free(logits);
+    }
+    return sums;
+}
+
+static void bound_tokens(int *tokens, int n)
+{
+    for (int i = 0; i < n; i++) tokens[i] = test_below(BOUND_V - 1);
+}
+
+static dlm_model *bound_model(dlm_ctx *ctx, int pattern, int block, int shifted)
+{
+    dlm_config c = test_config(BOUND_V, 8, 1, 2, 16);
+    c.pattern = pattern; c.block = block; c.shifted = shifted; c.ffn = 12;
+    return test_model(ctx, &c);
+}
+
+TEST(log_likelihood_expectation_is_the_exact_bound)
+{
+    enum { SAMPLES = 6000 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int shifted = 0; shifted < 2; shifted++) {
+        for (int n = 1; n <= BOUND_R; n++) {
+            int tokens[BOUND_P + BOUND_R];
+            dlm_model *m = bound_model(ctx, DLM_PATTERN_FULL, 0, shifted);
+            reference r;
+            ref_open(&r, m);
+            bound_tokens(tokens, BOUND_P + n);
+            bound_sums want = bound_block(&r, tokens, BOUND_P, n);
+            double sd = sqrt(want.square - want.mean * want.mean), got = NAN;
+            dlm_session *s = test_session(ctx, m, 4, 0, 0, 0);
+            LABEL("n %d, shifted %d", n, shifted);
+            CHECK_OK(dlm_log_likelihood(s, tokens, BOUND_P + n, BOUND_P, SAMPLES,
+                                        test_seed, &got));
+            CHECK_CLOSE(got, want.mean, 4.5 * sd / sqrt(1.0 * SAMPLES) + 1e-4);
+            dlm_session_free(s);
+            ref_close(&r);
+            dlm_model_free(m);
+        }
+    }
+    test_close(ctx);
+}
+
+TEST(log_likelihood_of_blocks_is_the_sum_of_their_bounds)
+{
+    enum { SAMPLES = 6000, BLOCK = 3 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = bound_model(ctx, DLM_PATTERN_BLOCK, BLOCK, 0);
+    reference r;
+    ref_open(&r, m);
+    for (int P = 0; P <= BOUND_P; P += 2) {
+        for (int n = 2; n <= 8; n += 3) {
+            int tokens[BOUND_P + 8];
+            double mean = 0, variance = 0, got = NAN;
+            bound_tokens(tokens, P + n);
+            for (int at = 0; at < n; at += BLOCK) {
+                int size = at + BLOCK > n ? n - at : BLOCK;
+                bound_sums one = bound_block(&r, tokens, P + at, size);
+                mean += one.mean;
+                variance += one.square;
+            }
+            /* The masks of all blocks may be drawn together: then the draws are n / size
+               times as large and size / n times as frequent. */
+            variance *= (double)n;
+            dlm_session *s = test_session(ctx, m, 2, 32, 0, 0);
+            LABEL("P %d, n %d", P, n);
+            CHECK_OK(dlm_log_likelihood(s, tokens, P + n, P, SAMPLES, test_seed, &got));
+            CHECK_CLOSE(got, mean, 4.5 * sqrt(variance / SAMPLES) + 1e-4);
+            dlm_session_free(s);
+        }
+    }
+    ref_close(&r);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(log_likelihood_of_a_causal_model_is_exact)
+{
+    enum { T = 19 };
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[2], T);
+    dlm_model *m = test_model(ctx, &c);
+    reference r;
+    ref_open(&r, m);
+    batch_clear(&t);
+    batch_add(&t, T, c.vocab, DLM_PATTERN_CAUSAL, 0, 0);
+    double *logits = ref_logits(&r, batch_close(&t, 2));
+    for (int P = 1; P < T; P++) {
+        double want = 0, got = NAN, again = NAN;
+        for (int i = P; i < T; i++)
+            want -= ref_cross_entropy(logits + (i - 1) * c.vocab, c.vocab, t.tokens[i]);
+        dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+        LABEL("P %d", P);
+        CHECK_OK(dlm_log_likelihood(s, t.tokens, T, P, 1, 1, &got));
+        CHECK_OK(dlm_log_likelihood(s, t.tokens, T, P, 9, 2, &again));
+        CHECK_CLOSE(got, want, 1e-4 * (1 + fabs(want)));
+        CHECK(got == again);
+        dlm_session_free(s);
+    }
+    free(logits);
+    ref_close(&r);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* ==[ training ]============================================================= */
+
+static dlm_trainer *test_trainer(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *o)
+{
+    dlm_trainer *t = NULL;
+    CHECK_OK(dlm_trainer_create(&t, ctx, m, o, NULL));
+    if (!t) { printf("no trainer: %s\n", dlm_last_error(ctx)); exit(1); }
+    return t;
+}
+
+/* Weighted cross-entropy in double, for dlm_trainer_pass and dlm_gradcheck. */
+typedef struct ce_score {
+    int     V;
+    int    *target;                        /* (n_out)                              */
+    double *weight, *loss;                 /* (n_out) loss: of the latest pass     */
+    int     n_out;
+} ce_score;
+
+static void ce_open(ce_score *c, const dlm_batch *b, int V)
+{
+    c->V = V;
+    c->n_out = b->n_out;
+    c->target = test_ints((size_t)b->n_out);
+    c->weight = ref_doubles((size_t)b->n_out);
+    c->loss = ref_doubles((size_t)b->n_out);
+    for (int i = 0; i < b->n_out; i++) {
+        c->target[i] = test_below(V);
+        c->weight[i] = 0.2 + test_uniform();
+    }
+}
+
+static void ce_close(ce_score *c) { free(c->target); free(c->weight); free(c->loss); }
+
+static void ce_apply(void *user, int i, float *logits)
+{
+    ce_score *c = (ce_score *)user;
+    double largest = logits[0], sum = 0;
+    for (int v = 1; v < c->V; v++) if (logits[v] > largest) largest = logits[v];
+    for (int v = 0; v < c->V; v++) sum += exp(logits[v] - largest);
+    c->loss[i] = c->weight[i] * (largest + log(sum) - logits[c->target[i]]);
+    for (int v = 0; v < c->V; v++)
+        logits[v] = (float)(c->weight[i] * (exp(logits[v] - largest) / sum -
+                                            (v == c->target[i])));
+}
+
+static double ce_total(void *user)
+{
+    const ce_score *c = (const ce_score *)user;
+    double sum = 0;
+    for (int i = 0; i < c->n_out; i++) sum += c->loss[i];
+    return sum;
+}
+
+static double ce_reference(const ce_score *c, const reference *r, const dlm_batch *b)
+{
+    double *logits = ref_logits(r, b), sum = 0;
+    for (int i = 0; i < b->n_out; i++)
+        sum += c->weight[i] * ref_cross_entropy(logits + i * c->V, c->V, c->target[i]);
+    free(logits);
+    return sum;
+}
+
+/* Finite differences: a few entries of every tensor, the one with the largest gradient
+   among them, differentiated in double on the reference. */
+enum { PROBES = 5, PROBES_MAX = PROBES * 64 };
+
+typedef struct grad_probe {
+    size_t index;                          /* in the weights                       */
+    int    tensor;
+    double numeric;
+} grad_probe;
+
+static float *grad_of_pass(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce_score *c)
+{
+    dlm_train_options o = {0};
+    o.max_rows = b->start[b->n_seqs];
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    float *grad = test_floats(m->n_params);
+    CHECK_OK(dlm_trainer_pass(t, b, ce_apply, c));
+    memcpy(grad, dlm_trainer_gradients(t), m->n_params * sizeof(float));
+    dlm_trainer_free(t);
+    return grad;
+}
+
+static size_t grad_largest(const float *g, size_t n)
+{
+    size_t best = 0;
+    for (size_t i = 0; i < n; i++) if (fabsf(g[i]) > fabsf(g[best])) best = i;
+    return best;
+}
+
+static int grad_probe_all(grad_probe *probes, dlm_model *m, reference *r,
+                          const dlm_batch *b, const ce_score *c, const float *grad)
+{
+    const double h = 1e-4;
+    int n = 0;
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        size_t first = (size_t)(t.data - m->weights);
+        size_t size = (size_t)t.rows * (size_t)t.cols;
+        for (int j = 0; j < PROBES; j++) {
+            grad_probe *p = &probes[n++];
+            p->tensor = i;
+            p->index = first + (j == 0 ? grad_largest(grad + first, size)
+                                       : (size_t)test_below((int)size));
+            double *w = &r->w[p->index], kept = *w;
+            *w = kept + h;
+            double above = ce_reference(c, r, b);
+            *w = kept - h;
+            double below = ce_reference(c, r, b);
+            *w = kept;
+            p->numeric = (above - below) / (2 * h);
+        }
+    }
+    return n;
+}
+
+static void grad_compare(const dlm_model *m, const grad_probe *probes, int n,
+                         const float *grad, const char *what)
+{
+    for (int i = 0; i < n; i++) {
+        dlm_tensor t;
+        dlm_model_tensor(m, probes[i].tensor, &t);
+        size_t first = (size_t)(t.data - m->weights);
+        size_t size = (size_t)t.rows * (size_t)t.cols;
+        double scale = 1e-3 * fabsf(grad[first + grad_largest(grad + first, size)]);
+        double got = grad[probes[i].index], want = probes[i].numeric;
+        if (fabs(got) > scale) scale = fabs(got);
+        if (fabs(want) > scale) scale = fabs(want);
+        LABEL("%s[%d], %s", t.name, (int)(probes[i].index - first), what);
+        CHECK_CLOSE(got, want, 1e-3 * scale + 1e-9);
+    }
+    LABEL("%s", "");
+}
+
+static void grad_check_case(const model_case *g, int shape)
+{
+    static test_batch t;
+    static grad_probe probes[PROBES_MAX];
+    dlm_ctx *home = test_open(DLM_ISA_SCALAR, 1);
+    dlm_config c = case_config(g, 160);
+    dlm_model *m = test_model(home, &c);
+    reference r;
+    ce_score score;
+    ref_open(&r, m);
+    const dlm_batch *b = case_batch(&t, &m->config, shape);
+    ce_open(&score, b, c.vocab);
+    float *grad = grad_of_pass(home, m, b, &score);
+    int n = grad_probe_all(probes, m, &r, b, &score, grad);
+    FOR_EACH_ISA(isa) {
+        char what[80];
+        dlm_ctx *ctx = test_open(isa, 1 + isa % 2);
+        float *got = grad_of_pass(ctx, m, b, &score);
+        snprintf(what, sizeof what, "V %d C %d, batch %d, %s", c.vocab, c.dim, shape,
+                 dlm_isa_name((dlm_isa)isa));
+        grad_compare(m, probes, n, got, what);
+        free(got);
+        test_close(ctx);
+    }
+    free(grad);
+    ce_close(&score);
+    ref_close(&r);
+    dlm_model_free(m);
+    dlm_shutdown(home);
+}
+
+/* All eight combinations of QK-norm, bias and head, and the shapes of the grid (where a
+   norm over one number has no gradient worth the name). */
+TEST(gradients_match_finite_differences_of_the_reference)
+{
+    for (int i = 0; i < 8; i++) {
+        model_case g = {
+            11, 12, 2, 4, 2, 6, 20, 0, 0, 0, DLM_PATTERN_BLOCK, 4, 0, 50, 0 };
+        g.untied = i & 1; g.no_qk_norm = i >> 1 & 1; g.bias = i >> 2 & 1;
+        grad_check_case(&g, i < 6 ? i % 3 : 5);
+    }
+    for (int i = 1; i < MODEL_CASES; i++)
+        if (model_grid[i].dim > 1 && model_grid[i].dim < 64)
+            grad_check_case(&model_grid[i], 1 + i % 2);
+}
+
+/* Long enough for several chunks of keys in the attention. */
+TEST(gradients_of_long_sequences_match_finite_differences)
+{
+    static const model_case wide = {
+        9, 10, 1, 2, 1, 12, 14, 0, 0, 1, DLM_PATTERN_FULL, 0, 0, 0, 0 };
+    static const model_case causal = {
+        9, 8, 2, 2, 2, 4, 8, 0, 0, 0, DLM_PATTERN_CAUSAL, 0, 1, 0, 0 };
+    grad_check_case(&wide, 6);
+    grad_check_case(&causal, 5);
+}
+
+TEST(gradients_of_passes_add_up_until_the_update)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[0], 64);
+    dlm_model *m = test_model(ctx, &c);
+    const dlm_batch *b = case_batch(&t, &m->config, 1);
+    ce_score score;
+    ce_open(&score, b, c.vocab);
+    dlm_train_options o = {0};
+    o.lr = 1e-30f;                         /* the update leaves the weights alone  */
+    dlm_trainer *tr = test_trainer(ctx, m, &o);
+    float *g = dlm_trainer_gradients(tr), *once = test_floats(m->n_params);
+    for (int round = 0; round < 2; round++) {
+        CHECK_OK(dlm_trainer_pass(tr, b, ce_apply, &score));
+        if (round == 0) memcpy(once, g, m->n_params * sizeof(float));
+        CHECK(memcmp(once, g, m->n_params * sizeof(float)) == 0);
+        CHECK_OK(dlm_trainer_pass(tr, b, ce_apply, &score));
+        double scale = fabsf(once[grad_largest(once, m->n_params)]);
+        for (size_t i = 0; i < m->n_params; i++)
+            CHECK_CLOSE(g[i], 2 * once[i], 1e-5 * scale);
+        CHECK_OK(dlm_trainer_update(tr, NULL));
+    }
+    CHECK(dlm_trainer_steps(tr) == 2);
+    free(once);
+    ce_close(&score);
+    dlm_trainer_free(tr);
+    dlm_trainer_free(NULL);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(trainer_pass_refuses_bad_batches_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 1);
+    dlm_train_options o = {0};
+    o.max_rows = 7;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    for (int kind = 0; kind < 7; kind++) {
+        static const char *const names[] = {
+            "token", "position", "key", "out_rows", "start", "seq", "key" };
+        batch_rig r;
+        batch_make(&r);
+        if (kind == 0) r.tokens[6] = m->config.vocab;
+        if (kind == 1) r.positions[5] = m->config.max_seq;
+        if (kind == 2) r.keys[5].hi0 = 4;              /* its sequence has 3 rows */
+        if (kind == 3) r.out[2] = 7;
+        if (kind == 4) r.start[2] = 8;                 /* more than max_rows      */
+        if (kind == 5) r.b.n_seqs = -1;
+        if (kind == 6) r.keys[0].hi0 = 0;
+        LABEL("%s", names[kind]);
+        CHECK_ERROR(dlm_trainer_pass(t, &r.b, batch_score, NULL), DLM_E_INPUT, ctx,
+                    names[kind]);
+        float *g = dlm_trainer_gradients(t);
+        for (size_t i = 0; i < m->n_params; i++) CHECK(g[i] == 0);
+    }
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* AdamW in double: what one update must do to weights, moments and average. */
+typedef struct ref_adam {
+    double *w, *m, *v, *ema;
+    const dlm_train_options *o;
+    int     step;
+} ref_adam;
+
+static void ref_adam_step(ref_adam *a, const float *g, size_t n, const char *decayed,
+                          double lr, double *norm)
+{
+    double squares = 0, b1 = a->o->beta1, b2 = a->o->beta2, clip = a->o->clip;
+    for (size_t i = 0; i < n; i++) squares += (double)g[i] * g[i];
+    *norm = sqrt(squares);
+    double shrink = !a->o->no_clip && *norm > clip ? clip / *norm : 1;
+    a->step++;
+    for (size_t i = 0; i < n; i++) {
+        double gi = g[i] * shrink;
+        a->m[i] = b1 * a->m[i] + (1 - b1) * gi;
+        a->v[i] = b2 * a->v[i] + (1 - b2) * gi * gi;
+        double mhat = a->m[i] / (1 - pow(b1, a->step));
+        double vhat = a->v[i] / (1 - pow(b2, a->step));
+        if (decayed[i]) a->w[i] -= lr * a->o->weight_decay * a->w[i];
+        a->w[i] -= lr * mhat / (sqrt(vhat) + a->o->adam_eps);
+        a->ema[i] = a->o->ema * a->ema[i] + (1 - a->o->ema) * a->w[i];
+    }
+}
+
+static void adam_compare(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *o)
+{
+    size_t n = m->n_params;
+    dlm_trainer *t = test_trainer(ctx, m, o);
+    ref_adam a = {0};
+    a.w = ref_doubles(4 * n);
+    memset(a.w, 0, 4 * n * sizeof(double));
+    a.m = a.w + n; a.v = a.m + n; a.ema = a.v + n; a.o = o;
+    for (size_t i = 0; i < n; i++) a.w[i] = a.ema[i] = m->weights[i];
+    char *decayed = (char *)test_malloc(n);
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_tensor x;
+        dlm_model_tensor(m, i, &x);
+        memset(decayed + (x.data - m->weights), x.cols > 1, (size_t)(x.rows * x.cols));
+    }
+    float *g = dlm_trainer_gradients(t), *random = test_floats(n);
+    for (int step = 0; step < 4; step++) {
+        double norm;
+        dlm_report report;
+        test_fill(random, n, step == 2 ? 1e-4f : 1);
+        memcpy(g, random, n * sizeof(float));
+        CHECK_OK(dlm_trainer_update(t, &report));
+        ref_adam_step(&a, random, n, decayed, o->lr, &norm);
+        CHECK_CLOSE(report.grad_norm, norm, 1e-6 * norm);
+        CHECK_CLOSE(report.lr, o->lr, 1e-9);
+        CHECK(report.step == step + 1);
+        for (size_t i = 0; i < n; i++) {
+            CHECK_CLOSE(m->weights[i], a.w[i], 2e-6);
+            CHECK_CLOSE(dlm_trainer_ema(t)[i], a.ema[i], 2e-6);
+        }
+    }
+    free(random); free(decayed); free(a.w);
+    dlm_trainer_free(t);
+}
+
+TEST(adamw_update_equals_double_reference_on_every_isa)
+{
+    FOR_EACH_ISA(isa) {
+        for (int i = 0; i < 4; i++) {
+            dlm_ctx *ctx = test_open(isa, 1);
+            dlm_config c = case_config(&model_grid[5], 16);
+            c.qkv_bias = 1;
+            dlm_model *m = test_model(ctx, &c);
+            dlm_train_options o = {0};
+            o.lr = 0.02f; o.beta1 = 0.8f; o.beta2 = 0.95f; o.adam_eps = 1e-5f;
+            o.clip = 0.5f;
+            o.no_clip = !(i & 1);
+            o.weight_decay = i & 2 ? 0.3f : 0;
+            o.ema = 0.7f;
+            LABEL("no_clip %d, decay %g, %s", o.no_clip, (double)o.weight_decay,
+                  dlm_isa_name((dlm_isa)isa));
+            adam_compare(ctx, m, &o);
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+    }
+}
+
+/* lr of update `step` (1-based): the first reaches lr / warmup, the one after the
+   warm-up has all of lr, and lr_min would be that of update total + 1. */
+static double schedule_lr(const dlm_train_options *o, int step)
+{
+    if (step <= o->warmup) return (double)o->lr * step / o->warmup;
+    double x = (double)(step - 1 - o->warmup) / (o->total - o->warmup);
+    if (o->schedule == DLM_SCHEDULE_CONSTANT) return o->lr;
+    if (x > 1) x = 1;
+    double wave = 0.5 + 0.5 * cos(3.14159265358979 * x);
+    double fall = o->schedule == DLM_SCHEDULE_LINEAR ? 1 - x : wave;
+    return o->lr_min + ((double)o->lr - o->lr_min) * fall;
+}
+
+TEST(schedules_warm_up_and_fall_as_documented)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[8], 16);
+    for (int schedule = 0; schedule < 3; schedule++) {
+        for (int warmup = 0; warmup < 6; warmup += 5) {
+            dlm_model *m = test_model(ctx, &c);
+            dlm_train_options o = {0};
+            o.lr = 0.5f; o.lr_min = 0.125f; o.warmup = warmup; o.total = 25;
+            o.schedule = (dlm_schedule)schedule;
+            dlm_trainer *t = test_trainer(ctx, m, &o);
+            for (int step = 1; step <= 30; step++) {
+                dlm_report report;
+                CHECK_OK(dlm_trainer_update(t, &report));
+                LABEL("schedule %d, warm-up %d, step %d", schedule, warmup, step);
+                CHECK_CLOSE(report.lr, schedule_lr(&o, step), 1e-6);
+            }
+            CHECK(dlm_trainer_ema(t) == NULL);
+            dlm_trainer_free(t);
+            dlm_model_free(m);
+        }
+    }
+    test_close(ctx);
+}
+
+/* ==[ training runs ]======================================================== */
+
+static int train_tokens[8][64];            /* what the tests below learn from      */
+
+static void run_examples(dlm_example *e, int n, int vocab)
+{
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < 64; j++) train_tokens[i][j] = test_below(vocab);
+        e[i].tokens = train_tokens[i];
+        e[i].length = i == 0 ? 1 : 20 + 5 * i;
+        e[i].prompt = i == 0 ? 0 : 3 * (i % 3);
+    }
+}
+
+TEST(untrained_models_lose_ln_v_nats_per_token)
+{
+    enum { ROWS = 8, T = 64, V = 50, DRAWS = 400 };
+    static const int patterns[] = {
+        DLM_PATTERN_BLOCK, DLM_PATTERN_FULL, DLM_PATTERN_CAUSAL };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    for (int p = 0; p < 3; p++) {
+        dlm_config c = test_config(V, 32, 1, 2, T);
+        c.pattern = patterns[p];
+        dlm_model *m = NULL;
+        CHECK_OK(dlm_model_create(&m, ctx, &c, test_seed, NULL));
+        dlm_train_options o = {0};
+        o.seed = test_seed;
+        dlm_trainer *t = test_trainer(ctx, m, &o);
+        dlm_example e[ROWS];
+        double loss = 0, bins = 0, counts = 0;
+        int draws = patterns[p] == DLM_PATTERN_CAUSAL ? 1 : DRAWS;
+        for (int draw = 0; draw < draws; draw++) {
+            dlm_report report;
+            run_examples(e, ROWS, V - 1);
+            for (int i = 0; i < ROWS; i++) { e[i].length = T; e[i].prompt = 0; }
+            CHECK_OK(dlm_trainer_evaluate(t, e, ROWS, (uint32_t)draw, &report));
+            loss += report.loss / draws;
+            for (int i = 0; i < DLM_BINS; i++) {
+                if (!report.bin_count[i]) continue;
+                bins += report.bin_loss[i] * (double)report.bin_count[i];
+                counts += (double)report.bin_count[i];
+            }
+        }
+        LABEL("pattern %d", patterns[p]);
+        double want = log(1.0 * V);
+        CHECK_CLOSE(loss, want, 0.02 * want);
+        if (draws > 1) CHECK_CLOSE(bins / counts, want, 0.01 * want);
+        if (draws > 1) CHECK_CLOSE(counts / (ROWS * T * DRAWS), 0.5, 0.01);
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* -bound / n on average: the loss that evaluate reports for copies of one example. */
+static void objective_compare(dlm_ctx *ctx, int pattern, int shifted, int n, int P)
+{
+    enum { BLOCK = 3, COPIES = 64, DRAWS = 150 };
+    int tokens[BOUND_P + 6];
+    dlm_model *m = bound_model(ctx, pattern, BLOCK, shifted);
+    reference r;
+    ref_open(&r, m);
+    bound_tokens(tokens, P + n);
+    double want = 0, sum = 0, squares = 0;
+    int size = pattern == DLM_PATTERN_BLOCK ? BLOCK : n;
+    for (int at = 0; at < n; at += size)
+        want -= bound_block(&r, tokens, P + at, at + size > n ? n - at : size).mean / n;
+    dlm_train_options o = {0};
+    o.seed = test_seed;
+    o.independent_levels = n & 1;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    dlm_example e[COPIES];
+    for (int i = 0; i < COPIES; i++) {
+        e[i].tokens = tokens; e[i].length = P + n; e[i].prompt = P;
+    }
+    for (int draw = 0; draw < DRAWS; draw++) {
+        dlm_report report = {0};
+        CHECK_OK(dlm_trainer_evaluate(t, e, COPIES, (uint32_t)draw, &report));
+        CHECK(report.tokens == COPIES * n);
+        sum += report.loss;
+        squares += report.loss * report.loss;
+    }
+    double mean = sum / DRAWS, sd = sqrt(squares / DRAWS - mean * mean);
+    LABEL("pattern %d, shifted %d, n %d, P %d", pattern, shifted, n, P);
+    CHECK_CLOSE(mean, want, 4.5 * sd / sqrt(1.0 * DRAWS) + 0.002 * want);
+    dlm_trainer_free(t);
+    ref_close(&r);
+    dlm_model_free(m);
+}
+
+TEST(objective_expectation_is_the_exact_bound)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    for (int n = 1; n <= 5; n += 2) {
+        objective_compare(ctx, DLM_PATTERN_FULL, 0, n, n % 4);
+        objective_compare(ctx, DLM_PATTERN_FULL, 1, n, 2);
+        objective_compare(ctx, DLM_PATTERN_BLOCK, 0, n, n % 4);
+    }
+    test_close(ctx);
+}
+
+/* A shifted model has no row that predicts token 0: it can carry no loss. */
+TEST(report_counts_the_tokens_that_could_carry_loss)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 6; i++) {
+        int pattern = i / 2, shifted = i % 2 || pattern == DLM_PATTERN_CAUSAL;
+        dlm_model *m = bound_model(ctx, pattern, 3, shifted);
+        dlm_trainer *t = test_trainer(ctx, m, NULL);
+        int tokens[10];
+        bound_tokens(tokens, 10);
+        dlm_example e[3] = { { tokens, 10, 0 }, { tokens, 7, 3 }, { tokens, 1, 0 } };
+        int64_t want = 10 - shifted + 4 + 1 - shifted, most = 0;
+        for (uint32_t draw = 0; draw < 400; draw++) {
+            dlm_report report;
+            CHECK_OK(dlm_trainer_evaluate(t, e, 3, draw, &report));
+            LABEL("pattern %d, shifted %d", pattern, shifted);
+            CHECK(report.tokens == want);
+            if (report.scored > most) most = report.scored;
+        }
+        CHECK(most <= want && most >= want - 2);
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(training_levels_keep_to_their_range)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int pattern = 0; pattern < 2; pattern++) {
+        dlm_model *m = bound_model(ctx, pattern, 3, 0);
+        dlm_train_options o = {0};
+        o.level_min = 0.4f; o.level_max = 0.85f;                /* bins 3 .. 6     */
+        dlm_trainer *t = test_trainer(ctx, m, &o);
+        int tokens[10];
+        bound_tokens(tokens, 10);
+        dlm_example e = { tokens, 10, 0 };
+        int64_t step_bins[DLM_BINS] = {0}, bins[DLM_BINS] = {0};
+        for (uint32_t i = 0; i < 200; i++) {
+            dlm_report report;
+            CHECK_OK(dlm_trainer_step(t, &e, 1, &report));
+            for (int j = 0; j < DLM_BINS; j++) step_bins[j] += report.bin_count[j];
+            CHECK_OK(dlm_trainer_evaluate(t, &e, 1, i, &report));
+            for (int j = 0; j < DLM_BINS; j++) bins[j] += report.bin_count[j];
+        }
+        for (int j = 0; j < DLM_BINS; j++) {
+            LABEL("pattern %d, bin %d", pattern, j);
+            CHECK((step_bins[j] > 0) == (j >= 3 && j <= 6));
+            CHECK(bins[j] > 0);
+        }
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Loss, gradient norm and counts of the AR objective, pass by pass, by hand. */
+TEST(ar_objective_is_next_token_cross_entropy)
+{
+    enum { ROWS = 5 };
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[2], 64);
+    dlm_model *m = test_model(ctx, &c);
+    dlm_example e[ROWS];
+    run_examples(e, ROWS, c.vocab);
+    batch_clear(&t);
+    for (int i = 0; i < ROWS; i++)
+        batch_add(&t, e[i].length, c.vocab, DLM_PATTERN_CAUSAL, 0, 0);
+    batch_close(&t, 2);
+    ce_score score;
+    ce_open(&score, &t.b, c.vocab);
+    int n = 0;
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < e[i].length; j++) {
+            t.tokens[t.start[i] + j] = e[i].tokens[j];
+            if (j + 1 >= e[i].length || j + 1 < e[i].prompt) continue;
+            t.out_rows[n] = t.start[i] + j;
+            score.target[n++] = e[i].tokens[j + 1];
+        }
+    t.b.n_out = score.n_out = n;
+    for (int i = 0; i < n; i++) score.weight[i] = 1.0 / n;
+    float *g = grad_of_pass(ctx, m, &t.b, &score);
+    double squares = 0;
+    for (size_t i = 0; i < m->n_params; i++) squares += (double)g[i] * g[i];
+    for (int max_rows = 64; max_rows <= 256; max_rows *= 4) {
+        dlm_train_options o = {0};
+        o.lr = 1e-30f;
+        o.max_rows = max_rows;
+        dlm_trainer *tr = test_trainer(ctx, m, &o);
+        dlm_report report;
+        LABEL("max_rows %d", max_rows);
+        CHECK_OK(dlm_trainer_step(tr, e, ROWS, &report));
+        CHECK_CLOSE(report.loss, ce_total(&score), 1e-5);
+        CHECK_CLOSE(report.grad_norm, sqrt(squares), 1e-4 * sqrt(squares));
+        CHECK(report.tokens == n && report.scored == n);
+        dlm_trainer_free(tr);
+    }
+    free(g);
+    ce_close(&score);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* With one token to predict the loss is CE / t and its gradient that of CE over t. */
+TEST(masked_objectives_weigh_the_gradient_as_the_loss)
+{
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int pattern = 0; pattern < 2; pattern++) {
+        dlm_model *m = bound_model(ctx, pattern, 4, 0);
+        int tokens[BOUND_P + 1];
+        bound_tokens(tokens, BOUND_P + 1);
+        batch_clear(&t);
+        batch_add(&t, BOUND_P + 1, BOUND_V, pattern, 4, 0);
+        memcpy(t.tokens, tokens, sizeof tokens);
+        t.tokens[BOUND_P] = m->config.mask_id;
+        batch_close(&t, 0);
+        ce_score score;
+        ce_open(&score, &t.b, BOUND_V);
+        score.target[0] = tokens[BOUND_P];
+        score.weight[0] = 1;
+        float *g = grad_of_pass(ctx, m, &t.b, &score);
+        double squares = 0;
+        for (size_t i = 0; i < m->n_params; i++) squares += (double)g[i] * g[i];
+        dlm_train_options o = {0};
+        o.lr = 1e-30f;
+        dlm_trainer *tr = test_trainer(ctx, m, &o);
+        dlm_example e = { tokens, BOUND_P + 1, BOUND_P };
+        for (int step = 0; step < 20; step++) {
+            dlm_report report;
+            CHECK_OK(dlm_trainer_step(tr, &e, 1, &report));
+            LABEL("pattern %d, step %d", pattern, step);
+            CHECK(report.tokens == 1);
+            if (!report.scored) CHECK(report.loss == 0 && report.grad_norm == 0);
+            if (!report.scored) continue;
+            double per_t = report.loss / score.loss[0];        /* 1 / t */
+            CHECK(per_t > 0.9999 && per_t < 1001);
+            CHECK_CLOSE(report.grad_norm, per_t * sqrt(squares), 1e-3 * per_t *
+                        sqrt(squares));
+            int bin = (int)(8 / per_t) > 7 ? 7 : (int)(8 / per_t);
+            CHECK(report.bin_count[bin] == 1);
+            CHECK_CLOSE(report.bin_loss[bin], score.loss[0], 1e-4);
+        }
+        free(g);
+        ce_close(&score);
+        dlm_trainer_free(tr);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A pool that runs everything backwards on the calling thread. */
+static void reverse_for(void *user, int n, void (*job)(void *arg, int i), void *arg)
+{
+    ++*(int *)user;
+    for (int i = n - 1; i >= 0; i--) job(arg, i);
+}
+
+/* Five steps; the weights that come out (n_params), to be freed. */
+static float *train_five(int isa, int threads, const dlm_config *c, int *hook_calls)
+{
+    dlm_ctx *ctx = NULL;
+    dlm_options opt = {0};
+    opt.isa = (dlm_isa)isa;
+    opt.threads = threads;
+    if (hook_calls) {
+        opt.parallel_for = reverse_for;
+        opt.parallel_user = hook_calls;
+    }
+    CHECK_OK(dlm_init(&ctx, &opt));
+    test_ctx = ctx;
+    uint64_t kept = test_state;
+    dlm_model *m = test_model(ctx, c);
+    dlm_train_options o = {0};
+    o.seed = test_seed; o.weight_decay = 0.1f; o.lr = 0.01f; o.max_rows = 200;
+    o.ema = 0.9f;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    dlm_example e[6];
+    run_examples(e, 6, c->vocab);
+    double losses = 0;
+    for (int step = 0; step < 5; step++) {
+        dlm_report report = {0};
+        CHECK_OK(dlm_trainer_step(t, e, 6, &report));
+        losses += report.loss;
+    }
+    CHECK(losses > 0);
+    float *w = test_floats(2 * m->n_params);
+    memcpy(w, m->weights, m->n_params * sizeof(float));
+    memcpy(w + m->n_params, dlm_trainer_ema(t), m->n_params * sizeof(float));
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+    test_state = kept;
+    return w;
+}
+
+TEST(training_is_bit_identical_for_any_threads_and_order)
+{
+    FOR_EACH_ISA(isa) {
+        for (int g = 0; g < 7; g++) {
+            dlm_config c = case_config(&model_grid[g], 64);
+            size_t n = dlm_model_bytes(&c) / sizeof(float);
+            LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
+            CHECK(n > 0);
+            dlm_ctx *ctx = test_open(isa, 1);
+            dlm_model *m = test_model(ctx, &c);
+            size_t bytes = 2 * m->n_params * sizeof(float);
+            dlm_model_free(m);
+            test_close(ctx);
+            float *one = train_five(isa, 1, &c, NULL);
+            int calls = 0;
+            for (int threads = 2; threads <= 4; threads++) {
+                float *many = train_five(isa, threads, &c, threads == 4 ? &calls : NULL);
+                LABEL("case %d, %s, %d threads%s", g, dlm_isa_name((dlm_isa)isa), threads,
+                      threads == 4 ? " in reverse" : "");
+                CHECK(memcmp(one, many, bytes) == 0);
+                free(many);
+            }
+            CHECK(calls > 0);
+            free(one);
+        }
+    }
+}
+
+/* ==[ tokenizers ]============================================================ */
+
+/* Latin, two, three and four byte characters, out of order; 11 different ones. */
+static const char tokenizer_corpus[] =
+    "b a\n\xC3\xA9\xE2\x82\xAC\xF0\x9F\x99\x82" "cab\xC3\xBC\xE2\x82\xAC zZ\xC3\xA9";
+enum { CORPUS_CHARS = 11, CORPUS_LENGTH = 16 };
+
+TEST(tokenizer_bytes_round_trip_all_bytes)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *t = NULL;
+    char text[256], back[257];
+    int ids[256];
+    size_t n = 0;
+    for (int i = 0; i < 256; i++) text[i] = (char)(unsigned char)i;
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_BYTES, NULL, 0));
+    if (t) {
+        CHECK(dlm_tokenizer_vocab(t) == 258);
+        CHECK(dlm_tokenizer_stop(t) == 256 && dlm_tokenizer_mask(t) == 257);
+        CHECK_OK(dlm_encode(t, text, 256, ids, 256, &n));
+        CHECK(n == 256);
+        for (int i = 0; i < 256; i++) CHECK(ids[i] == i);
+        CHECK(dlm_decode(t, ids, 256, back, sizeof back) == 256);
+        CHECK(memcmp(text, back, 256) == 0 && back[256] == 0);
+    }
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+TEST(tokenizer_chars_round_trip_and_stand_by_code_point)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *t = NULL;
+    const size_t size = sizeof tokenizer_corpus - 1;
+    int ids[64], euro = 0, sorted[3];
+    char back[64];
+    size_t n = 0;
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, tokenizer_corpus, size));
+    if (t) {
+        CHECK(dlm_tokenizer_vocab(t) == CORPUS_CHARS + 2);
+        CHECK(dlm_tokenizer_stop(t) == CORPUS_CHARS);
+        CHECK(dlm_tokenizer_mask(t) == CORPUS_CHARS + 1);
+        CHECK_OK(dlm_encode(t, tokenizer_corpus, size, ids, 64, &n));
+        CHECK(n == CORPUS_LENGTH);
+        CHECK(dlm_decode(t, ids, n, back, sizeof back) == size);
+        CHECK(strcmp(back, tokenizer_corpus) == 0);
+        CHECK_OK(dlm_encode(t, "\n", 1, sorted, 1, &n));
+        CHECK(n == 1 && sorted[0] == 0);             /* the lowest code point */
+        CHECK_OK(dlm_encode(t, "Za\xC3\xA9", 4, sorted, 3, &n));
+        CHECK(n == 3 && sorted[0] < sorted[1] && sorted[1] < sorted[2]);
+        CHECK_OK(dlm_encode(t, "\xE2\x82\xAC", 3, &euro, 1, &n));
+        CHECK(euro == CORPUS_CHARS - 2);
+    }
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+TEST(tokenizer_names_an_unknown_character)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *t = NULL;
+    int ids[8];
+    size_t n = 0;
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, "abc", 3));
+    if (t) {
+        CHECK_ERROR(dlm_encode(t, "abxc", 4, ids, 8, &n), DLM_E_INPUT, ctx, "x");
+        CHECK_ERROR(dlm_encode(t, "a\xC3\xA9", 3, ids, 8, &n), DLM_E_INPUT, ctx, "E9");
+        CHECK_ERROR(dlm_encode(t, "abxc", 4, NULL, 0, &n), DLM_E_INPUT, ctx, "x");
+    }
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+TEST(tokenizer_says_sizes_and_truncates)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 2; kind++) {
+        dlm_tokenizer *t = NULL;
+        int ids[8], other[3] = { 0, -5, -5 };
+        char out[8];
+        size_t n = 99;
+        CHECK_OK(dlm_tokenizer_create(&t, ctx, (dlm_tokenizer_kind)kind, "abcdef", 6));
+        if (!t) continue;
+        CHECK_OK(dlm_encode(t, "fedcba", 6, NULL, 0, &n));
+        CHECK(n == 6);
+        for (int i = 0; i < 8; i++) ids[i] = -5;
+        n = 99;
+        CHECK_OK(dlm_encode(t, "fedcba", 6, ids, 4, &n));
+        CHECK(n == 6 && ids[3] >= 0 && ids[4] == -5 && ids[5] == -5);
+        CHECK_OK(dlm_encode(t, "fedcba", 6, ids, 8, &n));
+        CHECK(n == 6 && ids[5] >= 0 && ids[6] == -5);
+        CHECK(dlm_decode(t, ids, 6, NULL, 0) == 6);
+        memset(out, '#', sizeof out);
+        CHECK(dlm_decode(t, ids, 6, out, 4) == 6);
+        CHECK(memcmp(out, "fed\0####", 8) == 0);
+        CHECK(dlm_decode(t, ids, 6, out, 1) == 6);
+        CHECK(out[0] == 0 && out[1] == 'e');
+        CHECK(dlm_decode(t, ids, 6, out, 0) == 6);
+        CHECK_OK(dlm_encode(t, "", 0, ids, 8, &n));      /* nothing at all */
+        CHECK(n == 0);
+        CHECK_OK(dlm_encode(t, NULL, 0, NULL, 0, &n));
+        CHECK(n == 0);
+        CHECK(dlm_decode(t, ids, 0, out, 8) == 0 && out[0] == 0);
+        other[0] = dlm_tokenizer_stop(t);
+        other[1] = dlm_tokenizer_mask(t);
+        other[2] = dlm_tokenizer_vocab(t);
+        CHECK(dlm_decode(t, other, 3, out, 8) == 2 && strcmp(out, "__") == 0);
+        other[1] = -1;
+        CHECK(dlm_decode(t, other, 2, out, 8) == 1 && strcmp(out, "_") == 0);
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+/* Byte strings that are not UTF-8, each in a block of its exact size: a reader that
+   trusts the leading byte runs over its end. */
+TEST(tokenizer_survives_invalid_utf8)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *known = NULL;
+    CHECK_OK(dlm_tokenizer_create(&known, ctx, DLM_TOKENIZER_CHARS, tokenizer_corpus,
+                                  sizeof tokenizer_corpus - 1));
+    for (int k = 0; known && k < 4000; k++) {
+        dlm_tokenizer *t = NULL;
+        int ids[16];
+        size_t n = 0, size = (size_t)(1 + k % 6);
+        char *text = (char *)test_malloc(size);
+        for (size_t i = 0; i < size; i++)
+            text[i] = (char)(unsigned char)(k % 2 ? test_below(256)
+                                                  : 0xC0 + test_below(64));
+        dlm_error e = dlm_encode(known, text, size, ids, 16, &n);
+        CHECK(e == DLM_OK || e == DLM_E_INPUT);
+        if (k % 10 < 2) {                        /* each looks at all code points */
+            e = dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, text, size);
+            CHECK((e == DLM_OK) == (t != NULL));
+            CHECK(e == DLM_OK || e == DLM_E_INPUT);
+        }
+        if (t) {
+            e = dlm_encode(t, text, size, ids, 16, &n);
+            CHECK(e == DLM_OK || e == DLM_E_INPUT);
+        }
+        dlm_tokenizer_free(t);
+        free(text);
+    }
+    dlm_tokenizer_free(known);
+    test_close(ctx);
+}
+
+/* ==[ safetensors ]=========================================================== */
+
+typedef struct test_file {
+    unsigned char *data;                   /* a block of exactly size bytes        */
+    size_t         size;
+} test_file;
+
+/* The length in 8 bytes, the header, the payload (zeros when NULL). */
+static test_file file_make(const char *header, size_t length, const void *payload,
+                           size_t size)
+{
+    test_file f;
+    f.size = 8 + length + size;
+    f.data = (unsigned char *)test_malloc(f.size);
+    memset(f.data, 0, f.size);
+    for (int i = 0; i < 8; i++) f.data[i] = (unsigned char)((uint64_t)length >> (8 * i));
+    memcpy(f.data + 8, header, length);
+    if (payload && size) memcpy(f.data + 8 + length, payload, size);
+    return f;
+}
+
+static dlm_error file_parse(dlm_ctx *ctx, const char *header, const void *payload,
+                            size_t size)
+{
+    dlm_safetensors *s = NULL;
+    test_file f = file_make(header, strlen(header), payload, size);
+    dlm_error e = dlm_safetensors_parse(&s, ctx, f.data, f.size);
+    CHECK((e == DLM_OK) == (s != NULL));
+    dlm_safetensors_close(s);
+    free(f.data);
+    return e;
+}
+
+/* Reads everything an entry promises: with a wrong promise the sanitizers speak. */
+static void file_touch(dlm_ctx *ctx, const dlm_safetensors *s, const test_file *f)
+{
+    for (int i = 0; i < dlm_safetensors_count(s); i++) {
+        const dlm_st_tensor *t = dlm_safetensors_get(s, i);
+        const unsigned char *data = (const unsigned char *)t->data;
+        CHECK(t->dtype >= DLM_F32 && t->dtype < DLM_DTYPE_COUNT);
+        CHECK(t->n_dims >= 0 && t->n_dims <= 4);
+        CHECK(memchr(t->name, 0, sizeof t->name) != NULL);
+        CHECK(dlm_safetensors_find(s, t->name) != NULL);
+        if (t->count == 0) continue;
+        CHECK(data >= f->data + 8 && data < f->data + f->size);
+        CHECK(t->count <= f->size);
+        if (t->count > f->size) continue;
+        float *x = test_floats(t->count);
+        if (t->dtype <= DLM_F64) CHECK_OK(dlm_safetensors_floats(ctx, t, x));
+        free(x);
+    }
+}
+
+TEST(safetensors_reads_hand_made_files)
+{
+    static const char header[] =
+        "{ \"__metadata__\":{\"k\":\"x\\n\\\"\\u00e9\\uD83D\\ude42\",\"e\":\"\"},\n"
+        "\"b\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[4,12]} , "
+        "\"a\":{\"data_offsets\":[0,4],\"shape\":[2,1,1],\"dtype\":\"F16\"},"
+        "\"none\":{\"dtype\":\"I64\",\"shape\":[3,0],\"data_offsets\":[12,12]},"
+        "\"one\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[12,13]}}   ";
+    static const unsigned char payload[13] =
+        { 0, 0x3C, 0, 0xC0, 0, 0, 0x80, 0x3F, 0, 0, 0x20, 0xC0, 7 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_safetensors *s = NULL;
+    test_file f = file_make(header, sizeof header - 1, payload, 13);
+    CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
+    if (s) {
+        float x[2] = { 0, 0 };
+        const dlm_st_tensor *a = dlm_safetensors_find(s, "a");
+        const dlm_st_tensor *b = dlm_safetensors_find(s, "b");
+        const dlm_st_tensor *one = dlm_safetensors_find(s, "one");
+        const char *k = dlm_safetensors_metadata(s, "k");
+        const char *e = dlm_safetensors_metadata(s, "e");
+        CHECK(dlm_safetensors_count(s) == 4);
+        CHECK(k && strcmp(k, "x\n\"\xC3\xA9\xF0\x9F\x99\x82") == 0);
+        CHECK(e && *e == 0);
+        CHECK(dlm_safetensors_metadata(s, "x") == NULL);
+        CHECK(dlm_safetensors_find(s, "c") == NULL);
+        CHECK(dlm_safetensors_find(s, "__metadata__") == NULL);
+        CHECK(a && a->dtype == DLM_F16 && a->n_dims == 3 && a->count == 2);
+        CHECK(b && b->n_dims == 2 && b->dims[0] == 1 && b->dims[1] == 2);
+        CHECK(one && one->n_dims == 0 && one->count == 1 && one->dtype == DLM_U8);
+        if (a) CHECK_OK(dlm_safetensors_floats(ctx, a, x));
+        CHECK(x[0] == 1 && x[1] == -2);
+        if (b) CHECK_OK(dlm_safetensors_floats(ctx, b, x));
+        CHECK(x[0] == 1 && x[1] == -2.5f);
+        if (one) CHECK_ERROR(dlm_safetensors_floats(ctx, one, x), DLM_E_UNSUPPORTED, ctx,
+                             "one");
+        file_touch(ctx, s, &f);
+    }
+    dlm_safetensors_close(s);
+    free(f.data);
+    CHECK_OK(file_parse(ctx, "{}", NULL, 0));
+    CHECK_OK(file_parse(ctx, "{\"__metadata__\":null,"
+        "\"a\":{\"dtype\":\"I8\",\"shape\":[2],\"data_offsets\":[0,2]}}", NULL, 2));
+    CHECK_OK(file_parse(ctx, "{\"__metadata__\":{}}", NULL, 0));
+    test_close(ctx);
+}
+
+/* The value of a half: sign, 5 bits of exponent, 10 of fraction. */
+static double half_value(unsigned bits)
+{
+    int e = (int)(bits >> 10) & 31, f = (int)bits & 1023;
+    double v = e == 31 ? (f ? NAN : INFINITY)
+             : e == 0 ? ldexp(f, -24) : ldexp(1024 + f, e - 25);
+    return bits & 0x8000u ? -v : v;
+}
+
+/* The value of a bfloat: sign, 8 bits of exponent, 7 of fraction. */
+static double bfloat_value(unsigned bits)
+{
+    int e = (int)(bits >> 7) & 255, f = (int)bits & 127;
+    double v = e == 255 ? (f ? NAN : INFINITY)
+             : e == 0 ? ldexp(f, -133) : ldexp(128 + f, e - 134);
+    return bits & 0x8000u ? -v : v;
+}
+
+static int same_float(float got, double want)
+{
+    if (want != want) return got != got;
+    return (double)got == want && (signbit(want) != 0) == (signbit(got) != 0);
+}
+
+TEST(safetensors_widens_every_half_and_bfloat)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    unsigned char *payload = (unsigned char *)test_malloc(131072);
+    float *x = test_floats(65536);
+    for (int i = 0; i < 65536; i++) {
+        payload[2 * i] = (unsigned char)(i & 255);
+        payload[2 * i + 1] = (unsigned char)(i >> 8);
+    }
+    for (int bf = 0; bf < 2; bf++) {
+        char header[120];
+        dlm_safetensors *s = NULL;
+        snprintf(header, sizeof header, "{\"x\":{\"dtype\":\"%s\",\"shape\":[65536],"
+                 "\"data_offsets\":[0,131072]}}", bf ? "BF16" : "F16");
+        test_file f = file_make(header, strlen(header), payload, 131072);
+        CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
+        if (s) CHECK_OK(dlm_safetensors_floats(ctx, dlm_safetensors_get(s, 0), x));
+        for (unsigned i = 0; s && i < 65536; i++) {
+            LABEL("%s %04x", bf ? "BF16" : "F16", i);
+            CHECK(same_float(x[i], bf ? bfloat_value(i) : half_value(i)));
+        }
+        dlm_safetensors_close(s);
+        free(f.data);
+    }
+    free(x);
+    free(payload);
+    test_close(ctx);
+}
+
+TEST(safetensors_widens_singles_and_doubles)
+{
+    static const double want[8] = { 1.5, -0.0, 1e-40, 0.1, -65504.5, INFINITY, 1e300,
+                                    NAN };
+    static const char header[] =
+        "{\"d\":{\"dtype\":\"F64\",\"shape\":[2,4],\"data_offsets\":[0,64]},"
+        "\"f\":{\"dtype\":\"F32\",\"shape\":[8],\"data_offsets\":[64,96]}}";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    unsigned char payload[96];
+    float single[8], x[8];
+    dlm_safetensors *s = NULL;
+    for (int i = 0; i < 8; i++) {
+        uint64_t bits;
+        uint32_t low;
+        single[i] = i == 6 ? INFINITY : (float)want[i];
+        memcpy(&bits, &want[i], 8);
+        memcpy(&low, &single[i], 4);
+        for (int k = 0; k < 8; k++) payload[8 * i + k] = (unsigned char)(bits >> (8 * k));
+        for (int k = 0; k < 4; k++)
+            payload[64 + 4 * i + k] = (unsigned char)(low >> (8 * k));
+    }
+    test_file f = file_make(header, sizeof header - 1, payload, 96);
+    CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
+    for (int k = 0; s && k < 2; k++) {
+        const dlm_st_tensor *t = dlm_safetensors_find(s, k ? "f" : "d");
+        if (t) CHECK_OK(dlm_safetensors_floats(ctx, t, x));
+        for (int i = 0; t && i < 8; i++) CHECK(same_float(x[i], (double)single[i]));
+    }
+    dlm_safetensors_close(s);
+    free(f.data);
+    test_close(ctx);
+}
+
+#define ENTRY(name, dtype, shape, offsets) "\"" name "\":{\"dtype\":\"" dtype \
+        "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
+
+/* Metadata twice, the second shorter: counted once, stored twice, it would overflow. */
+TEST(safetensors_rejects_metadata_twice)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    char header[4000];
+    for (int second = 0; second < 2; second++) {
+        int n = sprintf(header, "{\"__metadata__\":{");
+        if (second) n += sprintf(header + n, "},\"__metadata__\":{");
+        for (int i = 0; i < 200; i++)
+            n += sprintf(header + n, "%s\"%d\":\"\"", i ? "," : "", i);
+        n += sprintf(header + n, "}");
+        if (!second) n += sprintf(header + n, ",\"__metadata__\":{}");
+        sprintf(header + n, "}");
+        LABEL("long one %s", second ? "second" : "first");
+        CHECK_ERROR(file_parse(ctx, header, NULL, 0), DLM_E_FORMAT, ctx, "metadata");
+    }
+    test_close(ctx);
+}
+
+TEST(safetensors_rejects_malformed_headers)
+{
+    static const struct { const char *header; size_t payload; } bad[] = {
+        { "", 0 }, { "  ", 0 }, { "[]", 0 }, { "null", 0 }, { "\"a\"", 0 }, { "1", 0 },
+        { "{", 0 }, { "{\"a\"}", 0 }, { "{} x", 0 }, { "{}}", 0 }, { "{,}", 0 },
+        { "{\"a\":1}", 0 }, { "{\"a\":{}}", 0 }, { "{\"a\":null}", 0 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]") ",}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]"), 4 },
+        { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4 },
+        { "{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4 },
+        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4 },
+        { "{\"a\":{\"dtype\":4,\"shape\":[1],\"data_offsets\":[0,4]}}", 4 },
+        { "{" ENTRY("a", "F32", "[2]", "[0,8]") "}", 4 },         /* out of range  */
+        { "{" ENTRY("a", "F32", "[1]", "[4,8]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[4,0]") "}", 8 },         /* backwards     */
+        { "{" ENTRY("a", "F32", "[1]", "[0,8]") "}", 8 },         /* wrong length  */
+        { "{" ENTRY("a", "F32", "[3]", "[0,8]") "}", 8 },
+        { "{" ENTRY("a", "F32", "[]", "[0,8]") "}", 8 },
+        { "{" ENTRY("a", "F32", "[1]", "[0]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4,4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[-4,0]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4.5]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[\"0\",4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[-1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[-1,-1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[1.5]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "1", "[0,4]") "}", 4 },
+        { "{" ENTRY("a", "F32", "[4294967296,4294967296]", "[0,0]") "}", 0 },
+        { "{" ENTRY("a", "F32", "[4611686018427387904]", "[0,0]") "}", 0 },
+        { "{" ENTRY("a", "U8", "[18446744073709551617]", "[0,1]") "}", 1 },
+        { "{" ENTRY("a", "U8", "[1]", "[18446744073709551616,1]") "}", 1 },
+        { "{" ENTRY("a", "U8", "[1]", "[0,18446744073709551617]") "}", 1 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]") "," ENTRY("b", "F32", "[1]", "[2,6]")
+          "}", 6 },                                               /* overlap       */
+        { "{" ENTRY("b", "U8", "[2]", "[1,3]") "," ENTRY("a", "U8", "[2]", "[0,2]")
+          "}", 3 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]") "," ENTRY("b", "F32", "[1]", "[0,4]")
+          "}", 4 },
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]") "," ENTRY("a", "F32", "[1]", "[4,8]")
+          "}", 8 },                                               /* twice         */
+        { "{" ENTRY("a", "F32", "[1]", "[0,4]") " " ENTRY("b", "F32", "[1]", "[4,8]")
+          "}", 8 },
+        { "{" ENTRY("a\\q", "F32", "[1]", "[0,4]") "}", 4 },      /* escapes       */
+        { "{" ENTRY("a\\u12", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a\\ud800", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a\\ud800\\u0041", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a\\udc00", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a\n", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("a\\u0000", "F32", "[1]", "[0,4]") "}", 4 },
+        { "{\"__metadata__\":1}", 0 }, { "{\"__metadata__\":{\"a\":1}}", 0 },
+        { "{\"__metadata__\":{\"a\":\"x}}", 0 }, { "{\"__metadata__\":[\"a\"]}", 0 }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        LABEL("%.100s", bad[i].header);
+        CHECK_ERROR(file_parse(ctx, bad[i].header, NULL, bad[i].payload), DLM_E_FORMAT,
+                    ctx, NULL);
+        CHECK(dlm_last_error(ctx)[0] != 0);
+    }
+    test_close(ctx);
+}
+/* A header is UTF-8: what is not would come back as a name nobody can print. */
+TEST(safetensors_rejects_headers_that_are_not_utf8)
+{
+    static const char *const bad[] = {
+        "\xFF", "\x80", "\xC3", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80",
+        "\xE2\x82"
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        char header[120];
+        LABEL("case %u", (unsigned)i);
+        snprintf(header, sizeof header, "{\"a%s\":{\"dtype\":\"U8\",\"shape\":[1],"
+                 "\"data_offsets\":[0,1]}}", bad[i]);
+        CHECK_ERROR(file_parse(ctx, header, NULL, 1), DLM_E_FORMAT, ctx, NULL);
+        snprintf(header, sizeof header, "{\"__metadata__\":{\"a\":\"%s\"}}", bad[i]);
+        CHECK_ERROR(file_parse(ctx, header, NULL, 1), DLM_E_FORMAT, ctx, NULL);
+    }
+    CHECK_OK(file_parse(ctx, "{" ENTRY("\xC3\xA9\xE2\x82\xAC\xF0\x9F\x99\x82", "U8",
+                                      "[1]", "[0,1]") "}", NULL, 1));
+    test_close(ctx);
+}
+
+/* Faults that name the tensor they are about. */
+TEST(safetensors_errors_name_the_tensor)
+{
+    static const struct { const char *header; size_t payload; } bad[] = {
+        { "{" ENTRY("w.x", "F32", "[2]", "[0,8]") "}", 4 },
+        { "{" ENTRY("w.x", "F32", "[3]", "[0,8]") "}", 8 },
+        { "{" ENTRY("w.x", "F32", "[1]", "[0,4]") "," ENTRY("w.x", "F32", "[1]", "[4,8]")
+          "}", 8 },
+        { "{" ENTRY("w.x", "F32", "[1,1,1,1,1]", "[0,4]") "}", 4 },
+        { "{" ENTRY("w.x", "F8_E4M3", "[4]", "[0,4]") "}", 4 }   /* sound, not ours */
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        LABEL("%.100s", bad[i].header);
+        dlm_error e = file_parse(ctx, bad[i].header, NULL, bad[i].payload);
+        CHECK(e == DLM_E_FORMAT || e == DLM_E_UNSUPPORTED);
+        CHECK(strstr(dlm_last_error(ctx), "w.x") != NULL);
+    }
+    test_close(ctx);
+}
+
+TEST(safetensors_rejects_long_names_and_deep_nesting)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    char *header = (char *)test_malloc(300000);
+    for (int length = 126; length < 131; length++) {
+        int n = sprintf(header, "{\"%0*d", length, 7);
+        sprintf(header + n, "%s",
+                "\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}");
+        LABEL("name of %d characters", length);
+        dlm_error e = file_parse(ctx, header, NULL, 1);
+        CHECK((e == DLM_OK) == (length < 128));
+    }
+    for (int k = 0; k < 4; k++) {
+        static const char *const before[4] = {
+            "{\"x\":", "{\"__metadata__\":{\"a\":", "{\"a\":{\"extra\":",
+            "{\"a\":{\"dtype\":\"U8\",\"shape\":"
+        };
+        size_t n = strlen(before[k]);
+        LABEL("nested after %s", before[k]);
+        strcpy(header, before[k]);
+        memset(header + n, '[', 200000);
+        header[n + 200000] = 0;
+        CHECK_ERROR(file_parse(ctx, header, NULL, 1), DLM_E_FORMAT, ctx, NULL);
+        for (size_t i = 0; i < 40000; i++) memcpy(header + n + 5 * i, "{\"a\":", 5);
+        CHECK_ERROR(file_parse(ctx, header, NULL, 1), DLM_E_FORMAT, ctx, NULL);
+    }
+    free(header);
+    test_close(ctx);
+}
+
+TEST(safetensors_rejects_absurd_header_lengths)
+{
+    static const uint64_t lengths[] = {
+        UINT64_MAX, UINT64_MAX - 7, UINT64_MAX - 8, (uint64_t)1 << 63, (uint64_t)1 << 32,
+        3, 1000, 100000001
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        dlm_safetensors *s = NULL;
+        test_file f = file_make("{}", 2, NULL, 0);
+        for (int k = 0; k < 8; k++) f.data[k] = (unsigned char)(lengths[i] >> (8 * k));
+        LABEL("%llu", (unsigned long long)lengths[i]);
+        CHECK_ERROR(dlm_safetensors_parse(&s, ctx, f.data, f.size), DLM_E_FORMAT, ctx,
+                    "header");
+        CHECK(s == NULL);
+        free(f.data);
+    }
+    test_close(ctx);
+}
+
+static const char file_sample[] =
+    "{\"__metadata__\":{\"form\":\"te\\u0073t\"},"
+    ENTRY("model.norm.weight", "BF16", "[2,3]", "[8,20]") ","
+    ENTRY("b", "F64", "[1]", "[0,8]") "} ";
+
+TEST(safetensors_rejects_every_truncation)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    test_file f = file_make(file_sample, sizeof file_sample - 1, NULL, 20);
+    for (size_t n = 0; n <= f.size; n++) {
+        dlm_safetensors *s = NULL;
+        unsigned char *part = (unsigned char *)test_malloc(n);
+        memcpy(part, f.data, n);
+        LABEL("%u of %u bytes", (unsigned)n, (unsigned)f.size);
+        CHECK_ERROR(dlm_safetensors_parse(&s, ctx, part, n),
+                    n == f.size ? DLM_OK : DLM_E_FORMAT, ctx, NULL);
+        CHECK((s != NULL) == (n == f.size));
+        dlm_safetensors_close(s);
+        free(part);
+    }
+    free(f.data);
+    test_close(ctx);
+}
+
+TEST(safetensors_survives_every_changed_header_byte)
+{
+    static const unsigned char other[] = { 0, '"', '{', '}', '[', ']', ',', '\\', '9',
+                                           '-', 0x80, 0xFF };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    test_file f = file_make(file_sample, sizeof file_sample - 1, NULL, 20);
+    for (size_t i = 0; i < f.size - 20; i++) {
+        unsigned char kept = f.data[i];
+        for (int k = 0; k < 8 + (int)sizeof other; k++) {
+            dlm_safetensors *s = NULL;
+            f.data[i] = k < 8 ? (unsigned char)(kept ^ (1 << k)) : other[k - 8];
+            dlm_error e = dlm_safetensors_parse(&s, ctx, f.data, f.size);
+            LABEL("byte %u is %02x", (unsigned)i, f.data[i]);
+            CHECK((e == DLM_OK) == (s != NULL));
+            CHECK(e == DLM_OK || dlm_last_error(ctx)[0] != 0);
+            if (s) file_touch(ctx, s, &f);
+            dlm_safetensors_close(s);
+        }
+        f.data[i] = kept;
+    }
+    free(f.data);
+    test_close(ctx);
+}
+
+#ifndef DLM_NO_STDIO
+#include <locale.h>
+
+/* The whole file, or no data. */
+static test_file file_read(const char *path)
+{
+    test_file f = { NULL, 0 };
+    FILE *in = fopen(path, "rb");
+    if (!in) return f;
+    fseek(in, 0, SEEK_END);
+    f.size = (size_t)ftell(in);
+    rewind(in);
+    f.data = (unsigned char *)test_malloc(f.size);
+    if (fread(f.data, 1, f.size, in) != f.size) f.size = 0;
+    fclose(in);
+    return f;
+}
+
+static void file_write(const char *path, const void *data, size_t size)
+{
+    FILE *out = fopen(path, "wb");
+    CHECK(out != NULL);
+    if (!out) return;
+    CHECK(fwrite(data, 1, size, out) == size);
+    fclose(out);
+}
+
+static int file_equal(const test_file *a, const test_file *b)
+{
+    return a->data && b->data && a->size == b->size && !memcmp(a->data, b->data, a->size);
+}
+
+TEST(safetensors_parses_a_released_layout)
+{
+    static const char *const paths[2] = { "../shared/data/tiny_qwen3/model.safetensors",
+                                          "shared/data/tiny_qwen3/model.safetensors" };
+    FILE *in = fopen(paths[0], "rb");
+    const char *path = in ? paths[0] : paths[1];
+    if (in) fclose(in);
+    else if (!(in = fopen(path, "rb"))) SKIP("no tiny_qwen3 beside the repository");
+    else fclose(in);
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_safetensors *s = NULL;
+    CHECK_OK(dlm_safetensors_open(&s, ctx, path));
+    if (s) {
+        const dlm_st_tensor *t = dlm_safetensors_find(s, "model.embed_tokens.weight");
+        CHECK(dlm_safetensors_count(s) == 25);
+        CHECK(t && t->dtype == DLM_BF16 && t->dims[0] == 256 && t->dims[1] == 64);
+        float *x = test_floats(256 * 64);
+        double sum = 0;
+        if (t) CHECK_OK(dlm_safetensors_floats(ctx, t, x));
+        for (int i = 0; t && i < 256 * 64; i++) sum += fabs((double)x[i]);
+        CHECK(sum > 0 && sum < 1e6);
+        free(x);
+    }
+    dlm_safetensors_close(s);
+    test_close(ctx);
+}
+
+TEST(safetensors_open_reports_unreadable_files)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_safetensors *s = NULL;
+    dlm_model *m = NULL;
+    CHECK_ERROR(dlm_safetensors_open(&s, ctx, "dlm_test_absent.st"), DLM_E_IO, ctx,
+                "dlm_test_absent.st");
+    CHECK(s == NULL);
+    CHECK_ERROR(dlm_load(&m, NULL, ctx, "dlm_test_absent.st"), DLM_E_IO, ctx,
+                "dlm_test_absent.st");
+    CHECK(m == NULL);
+    CHECK(dlm_safetensors_open(&s, ctx, ".") != DLM_OK && s == NULL);
+    file_write("dlm_test_empty.st", "", 0);
+    dlm_error e = dlm_safetensors_open(&s, ctx, "dlm_test_empty.st");
+    CHECK(e == DLM_E_IO || e == DLM_E_FORMAT);
+    CHECK(s == NULL && strstr(dlm_last_error(ctx), "dlm_test_empty.st"));
+    remove("dlm_test_empty.st");
+    test_close(ctx);
+}
+
+/* ==[ checkpoints ]=========================================================== */
+
+/* One of 64 configs: every feature on and off. */
+static dlm_config checkpoint_config(int k)
+{
+    dlm_config c = toy_config(k % TOY_KINDS);
+    c.kv_heads = k & 1 ? 2 : 1;
+    c.untied_head = k >> 1 & 1;
+    c.no_qk_norm = k >> 2 & 1;
+    c.qkv_bias = k >> 3 & 1;
+    c.head_dim = k >> 4 & 1 ? 6 : 0;
+    c.ffn = k >> 5 & 1 ? 7 : 0;
+    c.mask_id = k % 3 ? 0 : 4;
+    c.block = 3 + k % 5;
+    c.rope_theta = k & 2 ? 1012480.75f : 0;
+    c.norm_eps = k & 4 ? 1.10555504e-07f : 0;     /* both need 9 digits */
+    c.max_seq = 1 + k;
+    return c;
+}
+
+/* Odd values that a detour over text or arithmetic would lose. */
+static void checkpoint_odd_weights(dlm_model *m)
+{
+    const float odd[6] = { -0.0f, 1e-42f, INFINITY, -INFINITY, NAN, 0.1f };
+    for (size_t i = 0; i < 6; i++) m->weights[i * (m->n_params / 6)] = odd[i];
+}
+
+TEST(checkpoint_round_trip_is_bit_exact_with_every_feature)
+{
+    const char *path = "dlm_test_model.st", *again = "dlm_test_again.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 64; k++) {
+        dlm_model *a = NULL, *b = NULL, *c = NULL;
+        dlm_config config = checkpoint_config(k);
+        LABEL("config %d", k);
+        CHECK_OK(dlm_model_create(&a, ctx, &config, (uint64_t)k, NULL));
+        if (!a) continue;
+        checkpoint_odd_weights(a);
+        CHECK_OK(dlm_save(ctx, path, a, NULL));
+        CHECK_OK(dlm_load(&b, NULL, ctx, path));
+        test_file f = file_read(path);
+        CHECK_OK(dlm_load_memory(&c, NULL, ctx, f.data, f.size));
+        for (int i = 0; i < 2; i++) {
+            const dlm_model *m = i ? c : b;
+            if (!m) continue;
+            CHECK(memcmp(&m->config, &a->config, sizeof a->config) == 0);
+            CHECK(m->n_params == a->n_params);
+            CHECK(memcmp(m->weights, a->weights, a->n_params * sizeof(float)) == 0);
+        }
+        if (b) CHECK_OK(dlm_save(ctx, again, b, NULL));
+        test_file g = file_read(again);
+        CHECK(file_equal(&f, &g));
+        free(f.data);
+        free(g.data);
+        dlm_model_free(a);
+        dlm_model_free(b);
+        dlm_model_free(c);
+    }
+    remove(path);
+    remove(again);
+    test_close(ctx);
+}
+
+/* Under a locale with a decimal comma the numbers in a file are written and read as
+   everywhere else. */
+TEST(checkpoint_does_not_depend_on_the_locale)
+{
+    static const char *const commas[] = { "de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8",
+                                          "fr_FR.utf8", "de_DE", "German_Germany.1252" };
+    const char *path = "dlm_test_comma.st", *found = NULL;
+    for (size_t i = 0; i < sizeof commas / sizeof commas[0] && !found; i++)
+        found = setlocale(LC_NUMERIC, commas[i]);
+    if (!found) SKIP("no locale with a decimal comma is installed");
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = NULL, *back = NULL;
+    dlm_config c = checkpoint_config(6);
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    if (m) CHECK_OK(dlm_save(ctx, path, m, NULL));
+    setlocale(LC_NUMERIC, "C");
+    CHECK_OK(dlm_load(&back, NULL, ctx, path));
+    if (m && back) CHECK(memcmp(&m->config, &back->config, sizeof m->config) == 0);
+    dlm_model_free(m);
+    dlm_model_free(back);
+    remove(path);
+    test_close(ctx);
+}
+
+TEST(checkpoint_carries_its_tokenizer)
+{
+    const char *path = "dlm_test_tok.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 2; kind++) {
+        dlm_model *m = NULL, *loaded = NULL;
+        dlm_tokenizer *t = NULL, *back = NULL;
+        int a[32], b[32];
+        size_t n = 0, k = 0, size = sizeof tokenizer_corpus - 1;
+        CHECK_OK(dlm_tokenizer_create(&t, ctx, (dlm_tokenizer_kind)kind, tokenizer_corpus,
+                                      size));
+        dlm_config c = toy_config(2);
+        if (t) c.vocab = dlm_tokenizer_vocab(t);
+        CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+        if (m) CHECK_OK(dlm_save(ctx, path, m, t));
+        CHECK_OK(dlm_load(&loaded, &back, ctx, path));
+        CHECK(back != NULL);
+        if (t && back) {
+            CHECK(dlm_tokenizer_vocab(back) == dlm_tokenizer_vocab(t));
+            CHECK_OK(dlm_encode(t, tokenizer_corpus, size, a, 32, &n));
+            CHECK_OK(dlm_encode(back, tokenizer_corpus, size, b, 32, &k));
+            CHECK(n == k && memcmp(a, b, n * sizeof a[0]) == 0);
+        }
+        dlm_tokenizer_free(back);
+        dlm_model_free(loaded);
+        loaded = NULL;
+        CHECK_OK(dlm_load(&loaded, NULL, ctx, path));      /* not asked for */
+        dlm_model_free(loaded);
+        if (m) CHECK_OK(dlm_save(ctx, path, m, NULL));
+        loaded = NULL;
+        back = (dlm_tokenizer *)m;                         /* none there: NULL */
+        CHECK_OK(dlm_load(&loaded, &back, ctx, path));
+        CHECK(back == NULL);
+        dlm_model_free(loaded);
+        dlm_tokenizer_free(t);
+        dlm_model_free(m);
+    }
+    remove(path);
+    test_close(ctx);
+}
+
+/* Quotes, backslashes, control characters and zero are characters like any other. */
+TEST(checkpoint_carries_every_character)
+{
+    enum { N = 127 };                      /* 1 .. 127; a zero is refused          */
+    const char *path = "dlm_test_chars.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = NULL, *loaded = NULL;
+    dlm_tokenizer *t = NULL, *back = NULL;
+    char text[N], out[N + 1];
+    int ids[N];
+    size_t n = 0;
+    CHECK_ERROR(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, "a\0b", 3),
+                DLM_E_INPUT, ctx, "zero");
+    CHECK(t == NULL);
+    for (int i = 0; i < N; i++) text[i] = (char)(i + 1);
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, text, N));
+    dlm_config c = toy_config(2);
+    c.vocab = N + 2;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    if (m && t) CHECK_OK(dlm_save(ctx, path, m, t));
+    CHECK_OK(dlm_load(&loaded, &back, ctx, path));
+    if (back) {
+        CHECK_OK(dlm_encode(back, text, N, ids, N, &n));
+        CHECK(n == N && dlm_decode(back, ids, n, out, sizeof out) == N);
+        CHECK(memcmp(out, text, N) == 0);
+    }
+    dlm_tokenizer_free(back);
+    dlm_tokenizer_free(t);
+    dlm_model_free(loaded);
+    dlm_model_free(m);
+    remove(path);
+    test_close(ctx);
+}
+
+/* A checkpoint of a few kilobytes with a tokenizer, in memory. */
+static test_file checkpoint_bytes(dlm_ctx *ctx, dlm_model **keep)
+{
+    const char *path = "dlm_test_small.st";
+    dlm_model *m = NULL;
+    dlm_tokenizer *t = NULL;
+    dlm_config c = {0};
+    c.vocab = 5;
+    c.dim = 4;
+    c.layers = 1;
+    c.heads = 1;
+    c.ffn = 3;
+    c.max_seq = 8;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, "ab\xC3\xA9", 4));
+    if (m && t) CHECK_OK(dlm_save(ctx, path, m, t));
+    test_file f = file_read(path);
+    CHECK(f.size > 0);
+    remove(path);
+    dlm_tokenizer_free(t);
+    if (keep) *keep = m;
+    else dlm_model_free(m);
+    return f;
+}
+
+TEST(checkpoint_rejects_every_truncation)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    test_file f = checkpoint_bytes(ctx, NULL);
+    for (size_t n = 0; n < f.size; n++) {
+        dlm_model *m = NULL;
+        dlm_tokenizer *t = NULL;
+        unsigned char *part = (unsigned char *)test_malloc(n);
+        memcpy(part, f.data, n);
+        LABEL("%u of %u bytes", (unsigned)n, (unsigned)f.size);
+        CHECK_ERROR(dlm_load_memory(&m, &t, ctx, part, n), DLM_E_FORMAT, ctx, NULL);
+        CHECK(m == NULL && t == NULL);
+        free(part);
+    }
+    free(f.data);
+    test_close(ctx);
+}
+
+TEST(checkpoint_survives_every_changed_header_byte)
+{
+    static const unsigned char other[] = { 0, '"', '}', '9', 0xFF };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    test_file f = checkpoint_bytes(ctx, NULL);
+    size_t end = f.size ? 8 + (f.data[0] | (size_t)f.data[1] << 8) : 0;
+    for (size_t i = 0; i < end && end <= f.size; i++) {
+        unsigned char kept = f.data[i];
+        for (int k = 0; k < 4 + (int)sizeof other; k++) {
+            dlm_model *m = NULL;
+            dlm_tokenizer *t = NULL;
+            f.data[i] = k < 4 ? (unsigned char)(kept ^ (1 << 2 * k)) : other[k - 4];
+            LABEL("byte %u is %02x", (unsigned)i, f.data[i]);
+            dlm_error e = dlm_load_memory(&m, &t, ctx, f.data, f.size);
+            CHECK((e == DLM_OK) == (m != NULL));
+            CHECK(e == DLM_OK || (t == NULL && dlm_last_error(ctx)[0] != 0));
+            CHECK(e != DLM_E_NOMEM && e != DLM_E_IO);
+            dlm_tokenizer_free(t);
+            dlm_model_free(m);
+        }
+        f.data[i] = kept;
+    }
+    free(f.data);
+    test_close(ctx);
+}
+#endif /* DLM_NO_STDIO */
+#ifndef DLM_NO_STDIO
+/* What to do to the entry of one tensor when a header is written anew. */
+enum { EDIT_NONE, EDIT_RENAME, EDIT_DROP, EDIT_RESHAPE, EDIT_EXTRA };
+
+/* The shape of a tensor, or another one of as many elements. */
+static void checkpoint_shape(char *out, size_t size, const dlm_st_tensor *t, int other)
+{
+    int rows = (int)t->dims[0], cols = t->n_dims > 1 ? (int)t->dims[1] : 0;
+    if (other && cols && rows != cols) snprintf(out, size, "%d,%d", cols, rows);
+    else if (other && cols) snprintf(out, size, "%d", rows * cols);
+    else if (other) snprintf(out, size, "%d,%d", 2 + rows % 2, rows / (2 + rows % 2));
+    else if (cols) snprintf(out, size, "%d,%d", rows, cols);
+    else snprintf(out, size, "%d", rows);
+}
+
+/* The checkpoint f with one tensor's entry edited; its metadata stays as it is. */
+static test_file checkpoint_edit(dlm_ctx *ctx, const test_file *f, int which, int edit)
+{
+    dlm_safetensors *s = NULL;
+    char *h = (char *)test_malloc(f->size + 4096);
+    const char *text = (const char *)f->data + 8;
+    size_t header = f->data[0] | (size_t)f->data[1] << 8;
+    const unsigned char *payload = f->data + 8 + header;
+    int n = 0;
+    CHECK_OK(dlm_safetensors_parse(&s, ctx, f->data, f->size));
+    const char *meta = strstr(text, "\"__metadata__\"");
+    const char *end = meta ? meta : text;
+    while (meta && !(end[0] == '"' && end[1] == '}')) end++;
+    n += sprintf(h + n, "{%.*s\"}", (int)(end - meta), meta);
+    for (int i = 0; s && i < dlm_safetensors_count(s); i++) {
+        const dlm_st_tensor *t = dlm_safetensors_get(s, i);
+        size_t at = (size_t)((const unsigned char *)t->data - payload);
+        char name[140], shape[60];
+        int hit = i == which;
+        if (hit && edit == EDIT_DROP) continue;
+        snprintf(name, sizeof name, "%s", t->name);
+        if (hit && edit == EDIT_RENAME) name[strlen(name) - 1] = '!';
+        checkpoint_shape(shape, sizeof shape, t, hit && edit == EDIT_RESHAPE);
+        n += sprintf(h + n, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
+                     "\"data_offsets\":[%u,%u]}", name, shape, (unsigned)at,
+                     (unsigned)(at + 4 * t->count));
+    }
+    if (edit == EDIT_EXTRA)
+        n += sprintf(h + n, ",\"stray.weight\":{\"dtype\":\"F32\",\"shape\":[0],"
+                     "\"data_offsets\":[0,0]}");
+    n += sprintf(h + n, "}");
+    dlm_safetensors_close(s);
+    test_file g = file_make(h, (size_t)n, payload, f->size - 8 - header);
+    free(h);
+    return g;
+}
+
+static void checkpoint_try_edit(dlm_ctx *ctx, const test_file *f, int which, int edit,
+                                const char *name)
+{
+    dlm_model *m = NULL;
+    dlm_tokenizer *t = NULL;
+    test_file g = checkpoint_edit(ctx, f, which, edit);
+    LABEL("tensor %d, edit %d", which, edit);
+    CHECK_ERROR(dlm_load_memory(&m, &t, ctx, g.data, g.size),
+                edit == EDIT_NONE ? DLM_OK : DLM_E_MISMATCH, ctx, name);
+    CHECK((m != NULL) == (edit == EDIT_NONE) && (t != NULL) == (edit == EDIT_NONE));
+    dlm_tokenizer_free(t);
+    dlm_model_free(m);
+    free(g.data);
+}
+
+TEST(checkpoint_mismatch_names_the_tensor)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_safetensors *s = NULL;
+    test_file f = checkpoint_bytes(ctx, NULL);
+    CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
+    checkpoint_try_edit(ctx, &f, -1, EDIT_NONE, NULL);
+    checkpoint_try_edit(ctx, &f, -1, EDIT_EXTRA, "stray.weight");
+    CHECK(s && dlm_safetensors_count(s) > 5);
+    for (int i = 0; s && i < dlm_safetensors_count(s); i++) {
+        char name[140];
+        snprintf(name, sizeof name, "%s", dlm_safetensors_get(s, i)->name);
+        checkpoint_try_edit(ctx, &f, i, EDIT_DROP, name);
+        checkpoint_try_edit(ctx, &f, i, EDIT_RESHAPE, name);
+        name[strlen(name) - 1] = 0;
+        checkpoint_try_edit(ctx, &f, i, EDIT_RENAME, name);
+    }
+    dlm_safetensors_close(s);
+    free(f.data);
+    test_close(ctx);
+}
+
+#ifndef _WIN32
+#include <dirent.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Entries of this directory whose name contains `part`. */
+static int file_count(const char *part)
+{
+    int n = 0;
+    DIR *d = opendir(".");
+    CHECK(d != NULL);
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d))
+        n += strstr(e->d_name, part) != NULL;
+    if (d) closedir(d);
+    return n;
+}
+
+/* A save that breaks off after `limit` bytes, as on a full disk. */
+static dlm_error checkpoint_save_limited(dlm_ctx *ctx, const char *path,
+                                         const dlm_model *m, dlm_trainer *t, rlim_t limit)
+{
+    struct rlimit kept, low;
+    if (getrlimit(RLIMIT_FSIZE, &kept)) return DLM_E_IO;
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    low = kept;
+    low.rlim_cur = limit;
+    setrlimit(RLIMIT_FSIZE, &low);
+    dlm_error e = t ? dlm_trainer_save(t, path) : dlm_save(ctx, path, m, NULL);
+    setrlimit(RLIMIT_FSIZE, &kept);
+    signal(SIGXFSZ, handler);
+    return e;
+}
+
+TEST(checkpoint_failing_save_keeps_the_old_file_and_leaves_no_other)
+{
+    const char *path = "dlm_test_kept.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *other = toy_model(ctx, 2, 2);
+    dlm_trainer *t = NULL;
+    if (m) CHECK_OK(dlm_trainer_create(&t, ctx, m, NULL, NULL));
+    if (m && other && t) {
+        CHECK_OK(dlm_save(ctx, path, m, NULL));
+        test_file before = file_read(path);
+        for (rlim_t limit = 0; limit <= before.size - 1; limit += before.size / 7) {
+            LABEL("%u bytes", (unsigned)limit);
+            CHECK_ERROR(checkpoint_save_limited(ctx, path, other, NULL, limit), DLM_E_IO,
+                        ctx, path);
+            CHECK_ERROR(checkpoint_save_limited(ctx, path, NULL, t, limit), DLM_E_IO, ctx,
+                        path);
+            test_file after = file_read(path);
+            CHECK(file_equal(&before, &after));
+            CHECK(file_count("dlm_test_kept") == 1);
+            free(after.data);
+        }
+        CHECK_ERROR(dlm_save(ctx, "dlm_test_nowhere/x.st", m, NULL), DLM_E_IO, ctx,
+                    "dlm_test_nowhere/x.st");
+        CHECK_ERROR(dlm_trainer_save(t, "dlm_test_nowhere/x.st"), DLM_E_IO, ctx,
+                    "dlm_test_nowhere/x.st");
+        CHECK(mkdir("dlm_test_dir.st", 0777) == 0);
+        CHECK_ERROR(dlm_save(ctx, "dlm_test_dir.st", m, NULL), DLM_E_IO, ctx,
+                    "dlm_test_dir.st");
+        CHECK(file_count("dlm_test_dir") == 1 && file_count("dlm_test_nowhere") == 0);
+        CHECK(rmdir("dlm_test_dir.st") == 0);
+        LABEL("over an old one");
+        CHECK_OK(dlm_save(ctx, path, other, NULL));
+        test_file after = file_read(path);
+        CHECK(!file_equal(&before, &after) && before.size == after.size);
+        CHECK(file_count("dlm_test_kept") == 1);
+        free(before.data);
+        free(after.data);
+    }
+    remove(path);
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    dlm_model_free(other);
+    test_close(ctx);
+}
+#endif /* _WIN32 */
+#endif /* DLM_NO_STDIO */
+
+/* ==[ trainer ]=============================================================== */
+
+enum { TRAIN_TEXT = 200, TRAIN_SEQS = 8 };
+
+/* A text in which the next token mostly follows from the last: 1, 2, 3, ... with a
+   jump now and then. */
+static void train_text(int *text)
+{
+    dlm_address at = { 4, DLM_RANDOM_USER, 0, 0, 0 };
+    int token = 0;
+    for (int i = 0; i < TRAIN_TEXT; i++) {
+        token = dlm_uniform(&at, (uint32_t)i) < 0.1 ? (token + 5) % TOY_MASK
+                                                    : (token + 1) % TOY_MASK;
+        text[i] = token;
+    }
+}
+
+/* Eight ragged examples out of a text. */
+static void train_examples(dlm_example *e, const int *text)
+{
+    static const int lengths[TRAIN_SEQS] = { 24, 5, 17, 2, 24, 9, 12, 24 };
+    static const int prompts[TRAIN_SEQS] = { 0, 1, 6, 1, 23, 0, 4, 11 };
+    for (int i = 0; i < TRAIN_SEQS; i++) {
+        e[i].tokens = text + 20 * i;
+        e[i].length = lengths[i];
+        e[i].prompt = prompts[i];
+    }
+}
+
+/* FULL, BLOCK and CAUSAL models with the objective of their pattern. */
+static const int train_kinds[3] = { 0, 2, 4 };
+
+typedef struct train_rig {
+    dlm_model   *m;
+    dlm_trainer *t;
+} train_rig;
+
+static train_rig train_open(dlm_ctx *ctx, int kind, uint64_t seed,
+                            const dlm_train_options *o)
+{
+    train_rig r = { NULL, NULL };
+    dlm_config c = toy_config(kind);
+    CHECK_OK(dlm_model_create(&r.m, ctx, &c, seed, NULL));
+    if (r.m) CHECK_OK(dlm_trainer_create(&r.t, ctx, r.m, o, NULL));
+    return r;
+}
+
+static void train_close(train_rig *r)
+{
+    dlm_trainer_free(r->t);
+    dlm_model_free(r->m);
+}
+
+/* Steps of both kinds in turn, so that every stream of randomness is used. */
+static void train_run(train_rig *r, const int *text, int steps)
+{
+    dlm_example e[TRAIN_SEQS];
+    train_examples(e, text);
+    for (int i = 0; i < steps; i++) {
+        if (dlm_trainer_steps(r->t) % 2)
+            CHECK_OK(dlm_trainer_step(r->t, e, TRAIN_SEQS, NULL));
+        else
+            CHECK_OK(dlm_trainer_step_text(r->t, text, TRAIN_TEXT, 20, 4, NULL));
+    }
+}
+
+static int train_same(const train_rig *a, const train_rig *b)
+{
+    const float *x = dlm_trainer_ema(a->t), *y = dlm_trainer_ema(b->t);
+    size_t size = a->m->n_params * sizeof(float);
+    return dlm_trainer_steps(a->t) == dlm_trainer_steps(b->t)
+        && memcmp(a->m->weights, b->m->weights, size) == 0
+        && (x != NULL) == (y != NULL) && (!x || memcmp(x, y, size) == 0);
+}
+
+static dlm_train_options train_options(void)
+{
+    dlm_train_options o = {0};
+    o.lr = 5e-3f;
+    o.warmup = 2;
+    o.total = 20;
+    o.schedule = DLM_SCHEDULE_COSINE;
+    o.weight_decay = 0.1f;
+    o.seed = 9;
+    return o;
+}
+
+#ifndef DLM_NO_STDIO
+static void train_try_resume(dlm_ctx *ctx, int kind, const dlm_train_options *o)
+{
+    const char *path = "dlm_test_state.st", *again = "dlm_test_state2.st";
+    int text[TRAIN_TEXT];
+    train_text(text);
+    train_rig a = train_open(ctx, kind, 1, o), b = train_open(ctx, kind, 1, o);
+    train_rig c = train_open(ctx, kind, 77, o);          /* other weights at first */
+    if (a.t && b.t && c.t) {
+        train_run(&a, text, 7);
+        train_run(&b, text, 3);
+        CHECK_OK(dlm_trainer_save(b.t, path));
+        train_run(&b, text, 4);                          /* saving changes nothing */
+        CHECK(train_same(&a, &b));
+        train_run(&c, text, 1);
+        uint32_t version = c.m->version;
+        CHECK_OK(dlm_trainer_load(c.t, path));
+        CHECK(dlm_trainer_steps(c.t) == 3);
+        CHECK(c.m->version != version);
+        train_run(&c, text, 4);
+        CHECK(train_same(&a, &c));
+        for (int k = 0; k < 2; k++) {                    /* both files, byte for byte */
+            if (k) CHECK_OK(dlm_save(ctx, path, a.m, NULL));
+            else CHECK_OK(dlm_trainer_save(a.t, path));
+            if (k) CHECK_OK(dlm_save(ctx, again, c.m, NULL));
+            else CHECK_OK(dlm_trainer_save(c.t, again));
+            test_file f = file_read(path), g = file_read(again);
+            CHECK(file_equal(&f, &g));
+            free(f.data);
+            free(g.data);
+        }
+    }
+    train_close(&a);
+    train_close(&b);
+    train_close(&c);
+    remove(path);
+    remove(again);
+}
+
+TEST(trainer_resumes_bit_exactly)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 12; k++) {
+        dlm_train_options o = train_options();
+        o.ema = k < 6 ? 0.9f : 0;
+        o.max_rows = k / 3 % 2 ? 60 : 0;
+        LABEL("%s, ema %g, max_rows %d", toy_kind_names[train_kinds[k % 3]],
+              (double)o.ema, o.max_rows);
+        train_try_resume(ctx, train_kinds[k % 3], &o);
+    }
+    test_close(ctx);
+}
+
+/* Cut short and with bytes of the header changed; where a change does no harm to the
+   meaning, the state is as loaded, and one step leads to b's again. */
+static void train_try_broken_files(dlm_ctx *ctx, train_rig *a, const train_rig *b,
+                                   const char *path, const int *text)
+{
+    test_file f = file_read(path);                       /* a sound state */
+    size_t header = f.size ? f.data[0] | (size_t)f.data[1] << 8 : 0;
+    for (size_t n = 1; n < f.size; n += n < 3000 ? 31 : 911) {
+        file_write(path, f.data, n);
+        LABEL("%u of %u bytes", (unsigned)n, (unsigned)f.size);
+        CHECK_ERROR(dlm_trainer_load(a->t, path), DLM_E_FORMAT, ctx, NULL);
+        CHECK(train_same(a, b));
+    }
+    for (size_t i = 0; i < 8 + header && i < f.size; i += 3) {
+        unsigned char kept = f.data[i];
+        f.data[i] = (unsigned char)(i % 2 ? '1' : kept ^ 0x55);
+        file_write(path, f.data, f.size);
+        f.data[i] = kept;
+        LABEL("byte %u changed", (unsigned)i);
+        if (dlm_trainer_load(a->t, path) == DLM_OK) {
+            file_write(path, f.data, f.size);
+            CHECK_OK(dlm_trainer_load(a->t, path));
+            train_run(a, text, 1);
+        }
+        CHECK(train_same(a, b));
+    }
+    free(f.data);
+}
+
+/* Loads each wrong file into a; b never sees them; afterwards both train alike. */
+static void train_try_wrong_files(dlm_ctx *ctx, train_rig *a, const char *path)
+{
+    LABEL("absent");
+    remove(path);
+    CHECK_ERROR(dlm_trainer_load(a->t, path), DLM_E_IO, ctx, path);
+    LABEL("checkpoint");
+    CHECK_OK(dlm_save(ctx, path, a->m, NULL));
+    CHECK_ERROR(dlm_trainer_load(a->t, path), DLM_E_MISMATCH, ctx, NULL);
+    LABEL("state of another shape");
+    dlm_config c = toy_config(0);
+    c.ffn = 40;
+    train_rig other = { NULL, NULL };
+    CHECK_OK(dlm_model_create(&other.m, ctx, &c, 1, NULL));
+    if (other.m) CHECK_OK(dlm_trainer_create(&other.t, ctx, other.m, NULL, NULL));
+    if (other.t) CHECK_OK(dlm_trainer_save(other.t, path));
+    CHECK_ERROR(dlm_trainer_load(a->t, path), DLM_E_MISMATCH, ctx, NULL);
+    train_close(&other);
+    LABEL("state as a model");
+    dlm_model *m = NULL;
+    CHECK_OK(dlm_trainer_save(a->t, path));
+    CHECK(dlm_load(&m, NULL, ctx, path) != DLM_OK && m == NULL);
+    remove(path);
+}
+
+TEST(trainer_load_refuses_wrong_files_and_stays_unharmed)
+{
+    const char *path = "dlm_test_wrong.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    dlm_train_options o = train_options();
+    o.ema = 0.9f;
+    train_text(text);
+    train_rig a = train_open(ctx, 0, 1, &o), b = train_open(ctx, 0, 1, &o);
+    if (a.t && b.t) {
+        train_run(&a, text, 2);
+        CHECK_OK(dlm_trainer_save(a.t, path));
+        train_run(&a, text, 1);
+        train_run(&b, text, 3);
+        train_try_broken_files(ctx, &a, &b, path, text);
+        train_try_wrong_files(ctx, &a, path);
+        LABEL("afterwards");
+        CHECK(train_same(&a, &b));
+        train_run(&a, text, 2);
+        train_run(&b, text, 2);
+        CHECK(train_same(&a, &b));
+    }
+    train_close(&a);
+    train_close(&b);
+    test_close(ctx);
+}
+#endif /* DLM_NO_STDIO */
+
+static void train_try_example(dlm_ctx *ctx, dlm_trainer *t, const dlm_example *e, int n,
+                              const char *text)
+{
+    dlm_report r;
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_trainer_step(t, e, n, NULL), DLM_E_INPUT, ctx, text);
+    CHECK_ERROR(dlm_trainer_step(t, e, n, &r), DLM_E_INPUT, ctx, text);
+    CHECK_ERROR(dlm_trainer_evaluate(t, e, n, 0, &r), DLM_E_INPUT, ctx, text);
+}
+
+static void train_try_bad_steps(dlm_ctx *ctx, train_rig *r, const int *text)
+{
+    int bad[TRAIN_TEXT];
+    dlm_example good[TRAIN_SEQS], e[TRAIN_SEQS];
+    train_examples(good, text);
+#define TRY(assignment, what) do { memcpy(e, good, sizeof e); \
+        memcpy(bad, text, sizeof bad); e[6].tokens = bad; assignment; \
+        train_try_example(ctx, r->t, e, TRAIN_SEQS, what); } while (0)
+    TRY(bad[11] = TOY_VOCAB, "token");               /* the last of its sequence */
+    TRY(bad[0] = -1, "token");
+    TRY(bad[5] = 2147483647, "token");
+    TRY(e[7].length = 0, "length");
+    TRY(e[7].length = -3, "length");
+    TRY(e[7].length = TOY_SLOTS + 1, "length");
+    TRY(e[6].prompt = -1, "prompt");
+    TRY(e[6].prompt = 13, "prompt");
+#undef TRY
+    train_try_example(ctx, r->t, good, 0, "example");
+    train_try_example(ctx, r->t, good, -1, "example");
+    memcpy(bad, text, sizeof bad);
+    LABEL("text");
+    CHECK_ERROR(dlm_trainer_step_text(r->t, text, 10, 20, 4, NULL), DLM_E_INPUT, ctx,
+                NULL);
+    CHECK_ERROR(dlm_trainer_step_text(r->t, text, 0, 1, 1, NULL), DLM_E_INPUT, ctx, NULL);
+    CHECK_ERROR(dlm_trainer_step_text(r->t, text, TRAIN_TEXT, 0, 4, NULL), DLM_E_INPUT,
+                ctx, NULL);
+    CHECK_ERROR(dlm_trainer_step_text(r->t, text, TRAIN_TEXT, TOY_SLOTS + 1, 4, NULL),
+                DLM_E_INPUT, ctx, NULL);
+    CHECK_ERROR(dlm_trainer_step_text(r->t, text, TRAIN_TEXT, 20, 0, NULL), DLM_E_INPUT,
+                ctx, NULL);
+    for (int i = 0; i < TRAIN_TEXT; i++) bad[i] = TOY_VOCAB + i;
+    CHECK_ERROR(dlm_trainer_step_text(r->t, bad, TRAIN_TEXT, 20, 4, NULL), DLM_E_INPUT,
+                ctx, "token");
+}
+
+TEST(trainer_failed_steps_change_nothing)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    train_text(text);
+    for (int k = 0; k < 6; k++) {
+        dlm_train_options o = train_options();
+        o.max_rows = k / 3 ? 50 : 0;            /* the bad one in a later pass */
+        o.ema = 0.5f;
+        train_rig a = train_open(ctx, train_kinds[k % 3], 1, &o);
+        train_rig b = train_open(ctx, train_kinds[k % 3], 1, &o);
+        if (a.t && b.t) {
+            train_run(&a, text, 1);
+            train_run(&b, text, 1);
+            train_try_bad_steps(ctx, &a, text);
+            LABEL("%s, max_rows %d", toy_kind_names[train_kinds[k % 3]], o.max_rows);
+            CHECK(train_same(&a, &b));
+            train_run(&a, text, 3);
+            train_run(&b, text, 3);
+            CHECK(train_same(&a, &b));
+        }
+        train_close(&a);
+        train_close(&b);
+    }
+    test_close(ctx);
+}
+
+/* A response of nothing carries no loss; every number in the report stays one. */
+TEST(trainer_takes_examples_without_a_response)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    train_text(text);
+    for (int k = 0; k < 3; k++) {
+        dlm_example e[2] = { { text, 6, 6 }, { text, 1, 1 } };
+        dlm_report r = {0};
+        train_rig a = train_open(ctx, train_kinds[k], 1, NULL);
+        LABEL("%s", toy_kind_names[train_kinds[k]]);
+        if (a.t) {
+            dlm_error error = dlm_trainer_step(a.t, e, 2, &r);
+            CHECK(error == DLM_OK || error == DLM_E_INPUT);
+            if (!error) CHECK(r.loss == 0 && r.scored == 0 && r.grad_norm == 0);
+            e[0].prompt = 0;
+            CHECK_OK(dlm_trainer_step(a.t, e, 1, &r));
+            CHECK(r.loss == r.loss && r.grad_norm == r.grad_norm);
+            for (size_t i = 0; i < a.m->n_params; i++)
+                CHECK(a.m->weights[i] == a.m->weights[i]);
+        }
+        train_close(&a);
+    }
+    test_close(ctx);
+}
+
+/* adam_eps is large, so that a gradient near 0 does not decide a whole step. */
+TEST(trainer_accumulates_over_passes)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    dlm_example e[TRAIN_SEQS];
+    train_text(text);
+    train_examples(e, text);
+    for (int k = 0; k < 3; k++) {
+        dlm_report x = {0}, y = {0};
+        dlm_train_options o = train_options();
+        o.adam_eps = 1e-2f;
+        o.warmup = 0;
+        train_rig a = train_open(ctx, train_kinds[k], 1, &o);
+        o.max_rows = 2 * TOY_SLOTS;
+        train_rig b = train_open(ctx, train_kinds[k], 1, &o);
+        LABEL("%s", toy_kind_names[train_kinds[k]]);
+        if (a.t && b.t) {
+            CHECK_OK(dlm_trainer_step(a.t, e, TRAIN_SEQS, &x));
+            CHECK_OK(dlm_trainer_step(b.t, e, TRAIN_SEQS, &y));
+            CHECK_CLOSE(x.loss, y.loss, 1e-5 * fabs(x.loss));
+            CHECK_CLOSE(x.grad_norm, y.grad_norm, 1e-5 * x.grad_norm);
+            CHECK(y.flops <= x.flops * (1 + 1e-9));    /* a pass without masks is free */
+            CHECK(x.tokens == y.tokens && x.scored == y.scored && x.scored > 0);
+            CHECK(x.step == 1 && y.step == 1);
+            for (size_t i = 0; i < a.m->n_params; i++)
+                CHECK_CLOSE(a.m->weights[i], b.m->weights[i], 1e-5);
+        }
+        train_close(&a);
+        train_close(&b);
+    }
+    test_close(ctx);
+}
+
+TEST(trainer_learns_a_sentence_by_heart)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 3; k++) {
+        int text[TRAIN_TEXT];
+        dlm_example e[4];
+        dlm_report r = {0};
+        dlm_train_options o = {0};
+        o.lr = 1e-2f;
+        train_text(text);
+        train_rig a = train_open(ctx, train_kinds[k], 1, &o);
+        for (int i = 0; i < 4; i++) {
+            e[i].tokens = text;
+            e[i].length = 16;
+            e[i].prompt = 0;
+        }
+        LABEL("%s", toy_kind_names[train_kinds[k]]);
+        if (a.t) {
+            double before = 0, after = 0;
+            for (uint32_t d = 0; d < 64; d++) {
+                CHECK_OK(dlm_trainer_evaluate(a.t, e, 4, d, &r));
+                before += r.loss / 64;
+            }
+            CHECK_CLOSE(before, log((double)TOY_VOCAB), 0.4);
+            for (int i = 0; i < 150; i++) CHECK_OK(dlm_trainer_step(a.t, e, 4, &r));
+            CHECK(r.step == 150 && dlm_trainer_steps(a.t) == 150);
+            for (uint32_t d = 0; d < 64; d++) {
+                CHECK_OK(dlm_trainer_evaluate(a.t, e, 4, d, &r));
+                after += r.loss / 64;
+            }
+            CHECK(dlm_trainer_steps(a.t) == 150);
+            CHECK_CLOSE(after, 0, 0.5 * before);
+        }
+        train_close(&a);
+    }
+    test_close(ctx);
+}
+
+/* ==[ gradient check ]======================================================= */
+
+/* Single precision and a step of 0.002: a few percent.  The derivatives themselves are
+   checked in double above. */
+TEST(gradcheck_passes_for_every_feature)
+{
+    static test_batch t;
+    static dlm_check checks[64];
+    for (int g = 0; g < 4; g++) {
+        dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+        dlm_config c = case_config(&model_grid[g], 64);
+        dlm_model *m = test_model(ctx, &c);
+        const dlm_batch *b = case_batch(&t, &m->config, g % 3);
+        float *kept = test_floats(m->n_params);
+        memcpy(kept, m->weights, m->n_params * sizeof(float));
+        ce_score score;
+        ce_open(&score, b, c.vocab);
+        dlm_trainer *tr = test_trainer(ctx, m, NULL);
+        CHECK_OK(dlm_gradcheck(tr, b, ce_apply, ce_total, &score, 2e-3, checks));
+        for (int i = 0; i < dlm_model_tensors(m); i++) {
+            dlm_tensor x;
+            dlm_model_tensor(m, i, &x);
+            LABEL("case %d, %.60s: %g and %g", g, checks[i].name, checks[i].analytic,
+                  checks[i].numeric);
+            CHECK(strcmp(checks[i].name, x.name) == 0);
+            double size = fmax(fmax(fabs(checks[i].analytic), fabs(checks[i].numeric)),
+                               1e-3);
+            CHECK_CLOSE(checks[i].analytic, checks[i].numeric, 0.05 * size + 0.02);
+            CHECK_CLOSE(fabs(checks[i].analytic - checks[i].numeric) / size,
+                        checks[i].error, 1e-6);
+        }
+        LABEL("case %d", g);
+        CHECK(memcmp(kept, m->weights, m->n_params * sizeof(float)) == 0);
+        free(kept);
+        ce_close(&score);
+        dlm_trainer_free(tr);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+static void ce_apply_wrong(void *user, int i, float *logits)
+{
+    ce_apply(user, i, logits);
+    logits[0] += 0.5f;
+}
+
+TEST(gradcheck_notices_a_wrong_gradient)
+{
+    static test_batch t;
+    static dlm_check checks[64];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[0], 64);
+    dlm_model *m = test_model(ctx, &c);
+    const dlm_batch *b = case_batch(&t, &m->config, 0);
+    ce_score score;
+    ce_open(&score, b, c.vocab);
+    dlm_trainer *tr = test_trainer(ctx, m, NULL);
+    CHECK_OK(dlm_gradcheck(tr, b, ce_apply_wrong, ce_total, &score, 1e-2, checks));
+    double worst = 0;
+    for (int i = 0; i < dlm_model_tensors(m); i++)
+        if (checks[i].error > worst) worst = checks[i].error;
+    CHECK(worst > 0.3);
+    ce_close(&score);
+    dlm_trainer_free(tr);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* ==[ memory ]===============================================================
+   One block per object, of the predicted size; none in the steady state; and a failing
+   allocator at every call. */
+
+static dlm_ctx *heap_open(test_heap *heap, int threads)
+{
+    dlm_ctx *ctx = NULL;
+    dlm_options o = {0};
+    o.threads = threads;
+    o.allocator.alloc = test_heap_alloc;
+    o.allocator.release = test_heap_release;
+    o.allocator.user = heap;
+    (void)dlm_init(&ctx, &o);
+    test_ctx = ctx;
+    return ctx;
+}
+
+/* The objects of one program, made in this order and freed in the reverse one. */
+typedef struct heap_objects {
+    dlm_ctx     *ctx;
+    dlm_model   *m;
+    dlm_session *s;
+    dlm_sampler *sm;
+    dlm_trainer *t;
+} heap_objects;
+
+static dlm_config heap_config(int pattern)
+{
+    dlm_config c = test_config(21, 24, 2, 4, 32);
+    c.kv_heads = 2; c.pattern = pattern; c.qkv_bias = 1;
+    return c;
+}
+
+static dlm_limits heap_limits(int pattern)
+{
+    dlm_limits lim = {0};
+    lim.seqs = 3;
+    lim.slots = pattern == DLM_PATTERN_BLOCK ? 64 : 32;
+    lim.cached = pattern != DLM_PATTERN_FULL;
+    return lim;
+}
+
+static void heap_free(heap_objects *o)
+{
+    dlm_trainer_free(o->t);
+    dlm_sampler_free(o->sm);
+    dlm_session_free(o->s);
+    dlm_model_free(o->m);
+    test_close(o->ctx);
+}
+
+/* Everything, each in memory of its own if mem is not NULL (4 of them). */
+static dlm_error heap_make(heap_objects *o, test_heap *heap, int pattern,
+                           const dlm_memory *mem)
+{
+    dlm_config c = heap_config(pattern);
+    dlm_limits lim = heap_limits(pattern);
+    memset(o, 0, sizeof *o);
+    o->ctx = heap_open(heap, 2);
+    if (!o->ctx) return DLM_E_NOMEM;
+    dlm_error e = dlm_model_create(&o->m, o->ctx, &c, 1, mem ? &mem[0] : NULL);
+    if (!e) e = dlm_session_create(&o->s, o->ctx, o->m, &lim, mem ? &mem[1] : NULL);
+    if (!e) e = dlm_sampler_create(&o->sm, o->s, NULL, mem ? &mem[2] : NULL);
+    if (!e) e = dlm_trainer_create(&o->t, o->ctx, o->m, NULL, mem ? &mem[3] : NULL);
+    return e;
+}
+
+/* A forward, a training step, an evaluation and a generation. */
+static void heap_work(heap_objects *o)
+{
+    static test_batch t;
+    static float logits[TEST_ROWS * 21];
+    int canvas[3 * 64], lengths[3] = { 32, 7, 20 };
+    batch_clear(&t);
+    batch_add(&t, 20, 21, o->m->config.pattern, 8, 0);
+    batch_add(&t, 32, 21, o->m->config.pattern, 8, 3);
+    batch_close(&t, 0.5);
+    CHECK_OK(dlm_logits(o->s, &t.b, logits));
+    CHECK_OK(dlm_forward(o->s, &t.b, NULL, NULL));
+    dlm_example e[4];
+    run_examples(e, 4, 20);
+    for (int i = 0; i < 4; i++) if (e[i].length > 32) e[i].length = 32;
+    CHECK_OK(dlm_trainer_step(o->t, e, 4, NULL));
+    CHECK_OK(dlm_trainer_step_text(o->t, train_tokens[0], 64, 16, 3, NULL));
+    dlm_report report;
+    CHECK_OK(dlm_trainer_evaluate(o->t, e, 4, 1, &report));
+    int slots = heap_limits(o->m->config.pattern).slots;
+    for (int i = 0; i < 3 * slots; i++)
+        canvas[i] = i % slots < 3 ? 1 : o->m->config.mask_id;
+    CHECK_OK(dlm_sampler_begin(o->sm, canvas, lengths, 3));
+    while (!dlm_sampler_done(o->sm)) {
+        dlm_error failed = dlm_sampler_step(o->sm);
+        CHECK_OK(failed);
+        if (failed) return;
+    }
+}
+
+TEST(memory_predicted_equals_memory_requested)
+{
+    for (int pattern = 0; pattern < 3; pattern++) {
+        test_heap heap = {0};
+        heap_objects o = {0};
+        dlm_config c = heap_config(pattern);
+        dlm_limits lim = heap_limits(pattern);
+        o.ctx = heap_open(&heap, 1);
+        int calls = heap.calls;
+        LABEL("pattern %d", pattern);
+        CHECK_OK(dlm_model_create(&o.m, o.ctx, &c, 1, NULL));
+        CHECK(heap.last == dlm_model_bytes(&c) && heap.calls == ++calls);
+        CHECK_OK(dlm_session_create(&o.s, o.ctx, o.m, &lim, NULL));
+        CHECK(heap.last == dlm_session_bytes(o.ctx, o.m, &lim) && heap.calls == ++calls);
+        CHECK_OK(dlm_sampler_create(&o.sm, o.s, NULL, NULL));
+        CHECK(heap.last == dlm_sampler_bytes(o.s) && heap.calls == ++calls);
+        CHECK_OK(dlm_trainer_create(&o.t, o.ctx, o.m, NULL, NULL));
+        CHECK(heap.last == dlm_trainer_bytes(o.ctx, o.m, NULL) && heap.calls == ++calls);
+        heap_free(&o);
+        CHECK(heap.live == 0);
+    }
+}
+
+TEST(steady_state_makes_no_allocation)
+{
+    for (int pattern = 0; pattern < 3; pattern++) {
+        test_heap heap = {0};
+        heap_objects o;
+        LABEL("pattern %d", pattern);
+        CHECK_OK(heap_make(&o, &heap, pattern, NULL));
+        int calls = heap.calls;
+        heap_work(&o);
+        CHECK(heap.calls == calls);
+        heap_free(&o);
+        CHECK(heap.live == 0);
+    }
+}
+
+/* Four objects in memory of exactly the predicted size, with guards behind them; then
+   each of them in one byte less. */
+TEST(objects_live_in_memory_of_exactly_the_predicted_size)
+{
+    for (int pattern = 0; pattern < 3; pattern++) {
+        test_heap heap = {0};
+        heap_objects o;
+        dlm_memory mem[4];
+        float *block[4];
+        dlm_limits lim = heap_limits(pattern);
+        CHECK_OK(heap_make(&o, &heap, pattern, NULL));
+        mem[0].size = dlm_model_bytes(&o.m->config);
+        mem[1].size = dlm_session_bytes(o.ctx, o.m, &lim);
+        mem[2].size = dlm_sampler_bytes(o.s);
+        mem[3].size = dlm_trainer_bytes(o.ctx, o.m, NULL);
+        heap_free(&o);
+        for (int i = 0; i < 4; i++) {
+            block[i] = test_floats(mem[i].size / sizeof(float) + 32);
+            mem[i].base = (char *)block[i] + 1;                /* any alignment    */
+            memset(mem[i].base, 0xFF, mem[i].size + 63);    /* all NaN */
+        }
+        LABEL("pattern %d", pattern);
+        for (int lacking = 3; lacking >= -1; lacking--) {
+            if (lacking >= 0) mem[lacking].size--;
+            dlm_error made = heap_make(&o, &heap, pattern, mem);
+            CHECK(made == (lacking < 0 ? DLM_OK : DLM_E_NOMEM));
+            int calls = heap.calls;
+            if (made == DLM_OK) heap_work(&o);
+            CHECK(heap.calls == calls);
+            const void *made_objects[4] = { o.m, o.s, o.sm, o.t };
+            for (int i = lacking < 0 ? 4 : lacking; i < 4; i++)
+                CHECK(made_objects[i] == NULL);
+            heap_free(&o);
+            if (lacking >= 0) mem[lacking].size++;
+        }
+        CHECK(heap.live == 0);
+        for (int i = 0; i < 4; i++) {
+            const unsigned char *end = (unsigned char *)mem[i].base + mem[i].size;
+            for (int j = 0; j < 63; j++) CHECK(end[j] == 0xFF);
+            free(block[i]);
+        }
+    }
+}
+
+TEST(every_failing_allocation_leaves_nothing_behind)
+{
+    for (int pattern = 0; pattern < 3; pattern++) {
+        for (int n = 1; n < 100; n++) {
+            test_heap heap = {0};
+            heap_objects o;
+            heap.fail_at = n;
+            LABEL("pattern %d, allocation %d", pattern, n);
+            dlm_error e = heap_make(&o, &heap, pattern, NULL);
+            CHECK(e == (heap.calls < n ? DLM_OK : DLM_E_NOMEM));
+            CHECK((e != DLM_OK) == (o.t == NULL));
+            CHECK(!o.ctx || e == DLM_OK || dlm_last_error(o.ctx)[0]);
+            heap_free(&o);
+            CHECK(heap.live == 0);
+            if (heap.calls < n) break;
+            CHECK(n < 99);
+        }
+    }
+}
+
+/* The calls that need memory of their own for a while: 0 dlm_sample, 1 likelihood,
+   2 gradient check. */
+static dlm_error heap_call(heap_objects *o, int which)
+{
+    static test_batch t;
+    static dlm_check checks[64];
+    int tokens[32];
+    double nats;
+    for (int i = 0; i < 32; i++) tokens[i] = i < 3 ? i : o->m->config.mask_id;
+    if (which == 0) return dlm_sample(o->ctx, o->m, tokens, 32, NULL);
+    if (which == 1) return dlm_log_likelihood(o->s, tokens, 20, 4, 2, 1, &nats);
+    ce_score score;
+    batch_clear(&t);
+    batch_add(&t, 10, 20, DLM_PATTERN_FULL, 0, 0);
+    batch_close(&t, 2);
+    ce_open(&score, &t.b, 21);
+    dlm_error e = dlm_gradcheck(o->t, &t.b, ce_apply, ce_total, &score, 1e-2, checks);
+    ce_close(&score);
+    return e;
+}
+
+TEST(calls_that_allocate_survive_every_failing_allocation)
+{
+    for (int which = 0; which < 3; which++) {
+        test_heap heap = {0};
+        heap_objects o;
+        CHECK_OK(heap_make(&o, &heap, DLM_PATTERN_BLOCK, NULL));
+        float *kept = test_floats(o.m->n_params);
+        memcpy(kept, o.m->weights, o.m->n_params * sizeof(float));
+        for (int n = 1; n < 100; n++) {
+            int before = heap.live;
+            heap.fail_at = heap.calls + n;
+            dlm_error e = heap_call(&o, which);
+            LABEL("call %d, allocation %d", which, n);
+            CHECK(e == (heap.calls < heap.fail_at ? DLM_OK : DLM_E_NOMEM));
+            CHECK(heap.live == before);
+            CHECK(memcmp(kept, o.m->weights, o.m->n_params * sizeof(float)) == 0);
+            if (e == DLM_OK) break;
+            CHECK(n < 99);
+        }
+        heap_free(&o);
+        CHECK(heap.live == 0);
+        free(kept);
+    }
+}
+
+
+/* ==[ table ]=================================================================
+   In the order of the header. */
+
+typedef struct test_case {
+    const char *name;
+    void      (*run)(void);
+} test_case;
+
+#define RUN(name) { #name, name }
+static const test_case test_cases[] = {
+    RUN(context_defaults_to_one_thread_and_a_supported_isa),
+    RUN(context_uses_the_isa_and_threads_it_was_asked_for),
+    RUN(context_lives_in_memory_of_exactly_the_predicted_size),
+    RUN(context_refuses_options_that_make_no_sense),
+    RUN(context_refuses_an_isa_this_cpu_lacks),
+    RUN(error_strings_and_isa_names_exist_and_differ),
+    RUN(random_bits_match_the_known_answer_of_philox),
+    RUN(random_bits_depend_on_every_part_of_the_address),
+    RUN(uniform_is_uniform_along_every_part_of_the_address),
+    RUN(uniform_has_53_bits),
+    RUN(shuffled_visits_every_index_once),
+    RUN(shuffled_differs_between_epochs_and_seeds),
+    RUN(shuffled_puts_every_index_anywhere),
+    RUN(matmul_equals_double_reference_on_every_isa),
+    RUN(matmul_is_one_chain_of_fused_multiply_adds),
+    RUN(matmul_rows_do_not_depend_on_sizes_or_threads),
+    RUN(matmul_does_not_depend_on_scratch),
+    RUN(model_tensors_tile_the_weights_in_order),
+    RUN(model_starts_with_the_documented_distribution),
+    RUN(config_refuses_absurd_sizes_by_name),
+    RUN(config_refuses_contradictions_by_name),
+    RUN(config_refuses_more_parameters_than_can_be_counted),
+    RUN(config_fills_in_the_documented_defaults),
+    RUN(session_limits_are_checked_by_name),
+    RUN(trainer_options_are_checked_by_name),
+    RUN(keys_fill_shows_what_the_pattern_says),
+    RUN(keys_doubled_shows_what_block_diffusion_says),
+    RUN(forward_refuses_bad_batches_by_name),
+    RUN(logits_equal_double_reference_for_every_feature_on_every_isa),
+    RUN(logits_agree_between_isas_and_packings),
+    RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
+    RUN(cached_forward_equals_one_whole_forward_bit_for_bit),
+    RUN(session_in_used_memory_packs_its_own_weights),
+    RUN(unseen_slots_do_not_matter),
+    RUN(doubled_row_equals_cached_block_at_the_same_state),
+    RUN(session_renews_packed_weights_after_a_change),
+    RUN(model_wrap_borrows_weights_and_checks_their_number),
+    RUN(forward_flops_count_what_is_computed),
+    RUN(sampler_fills_masks_and_only_masks_in_every_order),
+    RUN(sampler_same_seed_same_tokens_for_any_thread_count),
+    RUN(sampler_result_does_not_depend_on_batch_neighbours),
+    RUN(sampler_cached_blocks_equal_uncached_ones_token_for_token),
+    RUN(sampler_confidence_is_the_untempered_probability_from_scratch),
+    RUN(sampler_orders_reproduce_naive_trajectories_at_temperature_0),
+    RUN(sampler_greedy_causal_equals_an_argmax_loop),
+    RUN(sampler_threshold_1_is_the_plan_and_a_tiny_one_takes_the_block),
+    RUN(sampler_threshold_is_strict),
+    RUN(sampler_plan_is_masks_over_steps_remainder_first),
+    RUN(sampler_random_and_first_hitting_orders_are_uniform),
+    RUN(sampler_ancestral_steps_are_uniform_and_independent),
+    RUN(sampler_draws_follow_the_tempered_and_filtered_softmax),
+    RUN(sampler_draws_of_different_steps_are_independent),
+    RUN(sampler_never_emits_suppressed_tokens),
+    RUN(sampler_constraint_decides_what_stands_where),
+    RUN(sampler_stop_token_ends_a_sequence_and_leaves_the_rest_masked),
+    RUN(sampler_step_callback_sees_the_trace),
+    RUN(sampler_begin_resets_and_the_one_call_form_agrees),
+    RUN(sampler_causal_mark_may_lie_outside_the_vocabulary),
+    RUN(sampler_shifted_model_reads_row_0_for_position_0),
+    RUN(sampler_begin_refuses_bad_canvases),
+    RUN(sampler_options_are_checked_by_name),
+    RUN(sampler_reports_when_nothing_is_allowed),
+    RUN(sampler_refuses_a_canvas_longer_than_its_rows),
+    RUN(sampler_refuses_a_session_too_small_for_a_step),
+    RUN(noise_levels_stay_in_range_and_spread),
+    RUN(stratified_noise_levels_of_every_row_are_uniform),
+    RUN(mask_tokens_masks_a_fraction_t_after_first),
+    RUN(cross_entropy_equals_double_on_every_isa),
+    RUN(exp_is_within_its_bound_of_libm_on_every_isa),
+    RUN(log_likelihood_expectation_is_the_exact_bound),
+    RUN(log_likelihood_of_blocks_is_the_sum_of_their_bounds),
+    RUN(log_likelihood_of_a_causal_model_is_exact),
+    RUN(gradients_match_finite_differences_of_the_reference),
+    RUN(gradients_of_long_sequences_match_finite_differences),
+    RUN(gradients_of_passes_add_up_until_the_update),
+    RUN(trainer_pass_refuses_bad_batches_by_name),
+    RUN(adamw_update_equals_double_reference_on_every_isa),
+    RUN(schedules_warm_up_and_fall_as_documented),
+    RUN(untrained_models_lose_ln_v_nats_per_token),
+    RUN(objective_expectation_is_the_exact_bound),
+    RUN(report_counts_the_tokens_that_could_carry_loss),
+    RUN(training_levels_keep_to_their_range),
+    RUN(ar_objective_is_next_token_cross_entropy),
+    RUN(masked_objectives_weigh_the_gradient_as_the_loss),
+    RUN(training_is_bit_identical_for_any_threads_and_order),
+    RUN(tokenizer_bytes_round_trip_all_bytes),
+    RUN(tokenizer_chars_round_trip_and_stand_by_code_point),
+    RUN(tokenizer_names_an_unknown_character),
+    RUN(tokenizer_says_sizes_and_truncates),
+    RUN(tokenizer_survives_invalid_utf8),
+    RUN(safetensors_reads_hand_made_files),
+    RUN(safetensors_widens_every_half_and_bfloat),
+    RUN(safetensors_widens_singles_and_doubles),
+    RUN(safetensors_rejects_metadata_twice),
+    RUN(safetensors_rejects_malformed_headers),
+    RUN(safetensors_rejects_headers_that_are_not_utf8),
+    RUN(safetensors_errors_name_the_tensor),
+    RUN(safetensors_rejects_long_names_and_deep_nesting),
+    RUN(safetensors_rejects_absurd_header_lengths),
+    RUN(safetensors_rejects_every_truncation),
+    RUN(safetensors_survives_every_changed_header_byte),
+    RUN(safetensors_parses_a_released_layout),
+    RUN(safetensors_open_reports_unreadable_files),
+    RUN(checkpoint_round_trip_is_bit_exact_with_every_feature),
+    RUN(checkpoint_does_not_depend_on_the_locale),
+    RUN(checkpoint_carries_its_tokenizer),
+    RUN(checkpoint_carries_every_character),
+    RUN(checkpoint_rejects_every_truncation),
+    RUN(checkpoint_survives_every_changed_header_byte),
+    RUN(checkpoint_mismatch_names_the_tensor),
+    RUN(checkpoint_failing_save_keeps_the_old_file_and_leaves_no_other),
+    RUN(trainer_resumes_bit_exactly),
+    RUN(trainer_load_refuses_wrong_files_and_stays_unharmed),
+    RUN(trainer_failed_steps_change_nothing),
+    RUN(trainer_takes_examples_without_a_response),
+    RUN(trainer_accumulates_over_passes),
+    RUN(trainer_learns_a_sentence_by_heart),
+    RUN(gradcheck_passes_for_every_feature),
+    RUN(gradcheck_notices_a_wrong_gradient),
+    RUN(memory_predicted_equals_memory_requested),
+    RUN(steady_state_makes_no_allocation),
+    RUN(objects_live_in_memory_of_exactly_the_predicted_size),
+    RUN(every_failing_allocation_leaves_nothing_behind),
+    RUN(calls_that_allocate_survive_every_failing_allocation),
+    { NULL, NULL }
+};
+
+static void test_print_context(void)
+{
+    printf("seed %llu, isa", (unsigned long long)test_seed);
+    FOR_EACH_ISA(isa) printf(" %s", dlm_isa_name((dlm_isa)isa));
+#if defined(__clang__)
+    printf(", clang %s", __clang_version__);
+#elif defined(__GNUC__)
+    printf(", gcc %s", __VERSION__);
+#elif defined(_MSC_VER)
+    printf(", msvc %d", _MSC_VER);
+#endif
+#ifdef __cplusplus
+    printf(", C++ %ld\n", (long)__cplusplus);
+#else
+    printf(", C %ld\n", (long)__STDC_VERSION__);
+#endif
+}
+
+/* 1: passed, 0: failed, -1: skipped. */
+static int test_run(const test_case *t)
+{
+    test_failed_lines = test_was_skipped = 0;
+    test_label_text[0] = 0;
+    test_state = test_seed;
+    for (const char *c = t->name; *c; c++) test_state = test_state * 31 + (uint64_t)*c;
+    clock_t begin = clock();
+    t->run();
+    if (getenv("DLM_TEST_TIME"))
+        printf("%6.2f s  %s\n", (double)(clock() - begin) / CLOCKS_PER_SEC, t->name);
+    for (int i = 0; i < test_failed_lines; i++) {
+        const test_failure *f = &test_failed[i];
+        printf("%s:%d: %s: %s\n    %s\n    %d times, largest error %.3g\n", f->file,
+               f->line, t->name, f->label, f->detail, f->count, f->error);
+    }
+    if (test_failed_lines) return 0;
+    if (test_was_skipped) printf("      (%s)\n", t->name);
+    return test_was_skipped ? -1 : 1;
+}
+
+int main(int argc, char **argv)
+{
+    int passed = 0, failed = 0, skipped = 0;
+    const char *only = argc > 1 ? argv[1] : "";
+    if (argc > 2) test_seed = strtoull(argv[2], NULL, 0);
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    test_print_context();
+    for (const test_case *t = test_cases; t->name; t++) {
+        if (!strstr(t->name, only)) continue;
+        int result = test_run(t);
+        passed += result > 0;
+        failed += result == 0;
+        skipped += result < 0;
+    }
+    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
+    return failed != 0;
+}
