@@ -51,8 +51,10 @@
        sessions                    inference
        objectives lift optimizer   states and losses; LIFT; trainer, clipping, AdamW
        sampler likelihood          filling in a canvas; scoring a text
-       json tokenizers             a reader; bytes and characters
+       distill                     OPDLM: teacher, divergences, step maps
+       json tokenizers             a reader; bytes, characters, scored pieces
        safetensors checkpoints     files
+       llama2c                     models of another program
        gradcheck                   finite differences
        history license
 
@@ -214,7 +216,7 @@ DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_IS
 typedef enum dlm_purpose {                 /* one stream of randomness each        */
     DLM_RANDOM_INIT = 1, DLM_RANDOM_DATA, DLM_RANDOM_LEVEL, DLM_RANDOM_MASK,
     DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD, DLM_RANDOM_CHECK,
-    DLM_RANDOM_LIFT,
+    DLM_RANDOM_LIFT, DLM_RANDOM_DISTILL,
     DLM_RANDOM_USER = 64                   /* and above: yours                     */
 } dlm_purpose;
 
@@ -450,6 +452,12 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
     void   (*on_step)(void *user, const dlm_event *events, int n_events);
     void    *user;
     uint64_t seed;                         /* 0 is a seed like any other           */
+    float    guidance;                     /* classifier-free: logits u + (s+1)(c - u), u
+                                              with the prompt masked; needs a session of
+                                              twice the sequences; 0: none         */
+    float    remask_below;                 /* a token of the active block is masked again,
+                                              once, when its probability falls below this;
+                                              0: never                             */
     const uint32_t *ids;                   /* (n_seqs) who each sequence is to the random
                                               numbers; NULL: its index in the batch */
 } dlm_sample_options;
@@ -459,7 +467,7 @@ typedef struct dlm_sampler dlm_sampler;
 /* A sampler drives a session that outlives it.  For BLOCK and CAUSAL models the
    session should be cached; each step then runs only the rows of the current block
    and the commit of a finished block rides along with the next one's first step. */
-DLM_API size_t    dlm_sampler_bytes(const dlm_session *s);
+DLM_API size_t    dlm_sampler_bytes(const dlm_session *s, const dlm_sample_options *opt);
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_sample_options *opt,
                                      const dlm_memory *mem);
@@ -656,34 +664,115 @@ DLM_API float    *dlm_trainer_gradients(dlm_trainer *t);           /* (n_params)
 DLM_API float    *dlm_trainer_ema(dlm_trainer *t);                 /* (n_params), NULL */
 DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates done   */
 
+/* --[ distillation ]----------------------------------------------------------
+   OPDLM (arXiv 2606.06712): an autoregressive model becomes a block-diffusion model by
+   learning, on its own rollouts, what the frozen original would have said. */
+
+/* A copy of an AR model as a block-diffusion student: causal becomes BLOCK, shifted
+   becomes same-position.  mask_id 0: the vocabulary grows by one token, whose embedding
+   is the mean of the others; else an existing, unused id.  block * = 4. */
+DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
+                              int block, int mask_id, const dlm_memory *mem);
+
+typedef enum dlm_divergence_kind {         /* p teacher, s student (methods B.7)   */
+    DLM_FORWARD_KL = 0,                    /* sum p (log p - log s)                */
+    DLM_REVERSE_KL,                        /* sum s (log s - log p)                */
+    DLM_MIXED_KL,                          /* (1-w) forward + w reverse            */
+    DLM_JSD                                /* w KL(p||m) + (1-w) KL(s||m),
+                                              m = w p + (1-w) s                    */
+} dlm_divergence_kind;
+
+typedef struct dlm_divergence_options {    /* 0 in a field marked * = the default  */
+    float weight;                          /* w of MIXED_KL and JSD; * = 0.5       */
+    dlm_divergence_kind kind;
+    int   sparse;                          /* K: only the teacher's K best tokens enter
+                                              the sums, not renormalised; 0: all   */
+    float temperature;                     /* * = 1: of the teacher, before        */
+    int   top_k;                           /* its renormalisation by top-k,        */
+    float top_p, min_p;                    /* top-p, min-p; 0: off                 */
+} dlm_divergence_options;
+
+/* The teacher's logits (V) become probabilities, renormalised as o says. */
+DLM_API void   dlm_teacher_probs(dlm_ctx *ctx, float *logits, int V,
+                                 const dlm_divergence_options *o);
+/* The divergence, and the student's logits (V) become weight * d/dlogits.  teacher (V)
+   are probabilities. */
+DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher, int V,
+                              double weight, const dlm_divergence_options *o);
+
+typedef enum dlm_states {    /* which of a rollout's states the student learns on  */
+    DLM_STATES_TRAJECTORY = 0,             /* per block one of its rounds, uniformly */
+    DLM_STATES_RANDOM,                     /* random masks, at least one per block
+                                              (OPDLM_off; off-policy distillation) */
+    DLM_STATES_ALL                         /* every round, a row each              */
+} dlm_states;
+
+typedef struct dlm_distill_options {
+    int        max_targets;                /* * = what 64 MiB hold: teacher rows (V) kept
+                                              at a time                            */
+    dlm_states states;
+    dlm_divergence_options divergence;
+    int        exclude_stop;               /* 1: no loss on the token `stop`       */
+    int        stop;
+} dlm_distill_options;
+
+typedef struct dlm_distiller dlm_distiller;
+
+/* Joins a trainer, whose model is the student (BLOCK), with a frozen teacher (CAUSAL)
+   of at least the same tokens.  Both outlive it. */
+DLM_API size_t    dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teacher,
+                                      const dlm_distill_options *o);
+DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
+                                       const dlm_model *teacher,
+                                       const dlm_distill_options *o,
+                                       const dlm_memory *mem);
+DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL is ok */
+/* One update on n finished sequences: loss is the mean over sequences of the mean
+   divergence over masked tokens.  steps[i] (length) is the step map of example i, 0
+   where a token was given; not read for RANDOM (may be NULL). */
+DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples,
+                                     const int *const *steps, int n, dlm_report *report);
+/* The step at which each token of a sequence was filled in, 0 where it was given.  steps
+   (session slots) of which dlm_sampler_length are written. */
+DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
+/* Length cap of rollout `step`: from start to end over `ramp` rollouts, along 1 - cos
+   (kind 0) or linearly (kind 1), in whole blocks. */
+DLM_API int       dlm_curriculum(int step, int ramp, int start, int end, int kind,
+                                 int block);
+
 /* --[ tokenizers ]------------------------------------------------------------
    Text to ids and back.  After the ordinary tokens come a stop token and, last, the
    mask token. */
 
 typedef enum dlm_tokenizer_kind {
     DLM_TOKENIZER_BYTES = 0,               /* 256 bytes + stop + mask              */
-    DLM_TOKENIZER_CHARS                    /* the UTF-8 characters of a corpus, by
+    DLM_TOKENIZER_CHARS,                   /* the UTF-8 characters of a corpus, by
                                               code point, + stop + mask            */
+    DLM_TOKENIZER_PIECES                   /* a llama2.c tokenizer file: scored pieces;
+                                              stop is its BOS (1), which separates
+                                              texts, mask is vocab, outside        */
 } dlm_tokenizer_kind;
 
 typedef struct dlm_tokenizer dlm_tokenizer;
 
-/* text (size) is the corpus for CHARS, ignored for BYTES. */
+/* text (size) is the corpus for CHARS, the bytes of the file for PIECES, ignored for
+   BYTES.  It is copied. */
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size);
 DLM_API void      dlm_tokenizer_free(dlm_tokenizer *t);                /* NULL is ok */
 DLM_API int       dlm_tokenizer_vocab(const dlm_tokenizer *t);         /* ids in all */
-DLM_API int       dlm_tokenizer_mask(const dlm_tokenizer *t);          /* vocab - 1  */
-DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);          /* vocab - 2  */
+DLM_API int       dlm_tokenizer_mask(const dlm_tokenizer *t);
+DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
    exceeds max (ids may be NULL to ask).  A character outside the vocabulary is
-   DLM_E_INPUT and is named. */
+   DLM_E_INPUT and is named.  PIECES begins with a space, as llama2.c does, and merges
+   the neighbours of best score until none are left; it adds no BOS. */
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n);
 /* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
    zero (out may be NULL to ask).  Stop tokens vanish, masks and ids outside the
-   vocabulary become '_'. */
+   vocabulary become '_'.  PIECES drops the space that begins a text. */
 DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                              size_t size);
 
@@ -727,7 +816,16 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t,
 DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                                   const void *data, size_t size);
 
+/* A model in llama2.c's .bin format (version 0): LLaMA layout, f32, causal.  Rotary pairs
+   stand next to each other there and are moved apart; weights are copied. */
+DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *data,
+                                     size_t size);
+
 #ifndef DLM_NO_STDIO
+DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path);
+/* A tokenizer whose corpus, or pieces, are the content of a file. */
+DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     dlm_tokenizer_kind kind, const char *path);
 /* As parse, from a file: mapped where the platform can, else read. */
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path);
@@ -5129,6 +5227,7 @@ typedef struct dlm__candidate {     /* one masked position whose logits are want
     int   out;                      /* which out row predicts it                   */
     float confidence, score;        /* probability; what the order sorts by        */
     int   taken;
+    int   check;                    /* already filled in; is it still likely?      */
 } dlm__candidate;
 
 struct dlm_sampler {
@@ -5138,6 +5237,8 @@ struct dlm_sampler {
     int                n_seqs;
     int               *canvas;      /* the caller's, (n_seqs, slots)               */
     unsigned char     *fixed;       /* (n_seqs, slots) visible from the beginning  */
+    unsigned char     *remasked;    /* (n_seqs, slots) once is enough              */
+    float             *unguided;    /* (out, V) logits without the prompt          */
     dlm__lane         *lanes;       /* (seqs)                                      */
     dlm__candidate    *cands;       /* (n_seqs, slots)                             */
     int               *out_cand;    /* (out) first candidate of an out row         */
@@ -5159,11 +5260,15 @@ static int dlm__order_is_blind(dlm_order o)
         || o == DLM_ORDER_FIRST_HITTING;
 }
 
-static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *w)
+static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *w,
+                               const dlm_sample_options *o)
 {
     const size_t rows = (size_t)w->rows, seqs = (size_t)w->seqs;
     const size_t cells = seqs * (size_t)w->slots;
     sm->fixed = (unsigned char *)dlm__push(a, cells, 1);
+    sm->remasked = (unsigned char *)dlm__push(a, cells, 1);
+    sm->unguided = dlm__push_floats(a, o && o->guidance != 0.0f ? (size_t)w->out : 0,
+                                    (size_t)w->c.vocab);
     sm->lanes = (dlm__lane *)dlm__push(a, seqs, sizeof(dlm__lane));
     sm->cands = (dlm__candidate *)dlm__push(a, cells, sizeof(dlm__candidate));
     sm->out_cand = dlm__push_ints(a, rows);
@@ -5173,15 +5278,15 @@ static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *
     sm->slots = dlm__push_ints(a, rows);
     sm->keys = (dlm_keys *)dlm__push(a, rows, sizeof(dlm_keys));
     sm->out_rows = dlm__push_ints(a, rows);
-    sm->trace = (dlm_event *)dlm__push(a, cells, sizeof(dlm_event));
+    sm->trace = (dlm_event *)dlm__push(a, 2 * cells, sizeof(dlm_event));
 }
 
-DLM_API size_t dlm_sampler_bytes(const dlm_session *s)
+DLM_API size_t dlm_sampler_bytes(const dlm_session *s, const dlm_sample_options *opt)
 {
     dlm__arena a = { NULL, 0 };
     dlm_sampler sm;
     dlm__push(&a, 1, sizeof sm);
-    dlm__sampler_carve(&a, &sm, &s->w);
+    dlm__sampler_carve(&a, &sm, &s->w, opt);
     return dlm__arena_bytes(&a);
 }
 
@@ -5190,7 +5295,8 @@ static dlm_error dlm__sample_floats(dlm_ctx *ctx, const dlm_sample_options *o)
     const struct { const char *name; float value, hi; } fields[] = {
         { "threshold", o->threshold, 1.0f },     { "temperature", o->temperature, 1e4f },
         { "entropy_bound", o->entropy_bound, 1e6f }, { "top_p", o->top_p, 1.0f },
-        { "min_p", o->min_p, 1.0f },
+        { "min_p", o->min_p, 1.0f },             { "guidance", o->guidance, 1e3f },
+        { "remask_below", o->remask_below, 1.0f },
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (!(fields[i].value >= 0.0f && fields[i].value <= fields[i].hi))
@@ -5229,6 +5335,8 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
                                             c->vocab);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
     if (e != DLM_OK) return e;
+    if (o->guidance != 0.0f && c->mask_id >= c->vocab)
+        return dlm__fail(ctx, DLM_E_CONFIG, "guidance: the model has no mask token");
     if (o->block == 0) o->block = c->pattern == DLM_PATTERN_FULL ? 1 << 20 : c->block;
     if (c->pattern == DLM_PATTERN_CAUSAL) o->block = 1;
     if (o->threshold == 0.0f) o->threshold = 0.9f;
@@ -5247,14 +5355,14 @@ DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
     dlm_error e = dlm__sample_resolve(ctx, &s->w.c, opt, &o);
     *out = NULL;
     if (e != DLM_OK) return e;
-    e = dlm__place(ctx, "sampler", dlm_sampler_bytes(s), mem, &arena, &block);
+    e = dlm__place(ctx, "sampler", dlm_sampler_bytes(s, opt), mem, &arena, &block);
     if (e != DLM_OK) return e;
     sm = (dlm_sampler *)dlm__push(&arena, 1, sizeof *sm);
     sm->s = s;
     sm->opt = o;
     sm->c = &s->w.c;
     sm->block = block;
-    dlm__sampler_carve(&arena, sm, &s->w);
+    dlm__sampler_carve(&arena, sm, &s->w, opt);
     *out = sm;
     return DLM_OK;
 }
@@ -5305,9 +5413,10 @@ DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *len
 {
     const dlm__work *w = &sm->s->w;
     const dlm_config *c = sm->c;
-    if (n_seqs < 1 || n_seqs > w->seqs)
-        return dlm__fail(w->ctx, DLM_E_INPUT, "canvas: %d sequences, room for 1..%d",
-                         n_seqs, w->seqs);
+    const int room = sm->opt.guidance != 0.0f ? w->seqs / 2 : w->seqs;
+    if (n_seqs < 1 || n_seqs > room)
+        return dlm__fail(w->ctx, DLM_E_INPUT, "canvas: %d sequences, room for %d%s",
+                         n_seqs, room, room < w->seqs ? " (guidance doubles them)" : "");
     for (int s = 0; s < n_seqs; s++) {
         const int *row = canvas + (size_t)s * (size_t)w->slots;
         if (lengths[s] < 1 || lengths[s] > w->slots || lengths[s] > c->max_seq)
@@ -5335,6 +5444,7 @@ DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *len
         l->length = l->end = lengths[s];
         for (int i = 0; i < l->length; i++)
             sm->fixed[(size_t)s * (size_t)w->slots + (size_t)i] = row[i] != c->mask_id;
+        memset(sm->remasked + (size_t)s * (size_t)w->slots, 0, (size_t)w->slots);
         while (l->prompt < l->length && row[l->prompt] != c->mask_id) l->prompt++;
         dlm__next_block(sm, s);
     }
@@ -5430,8 +5540,16 @@ static void dlm__keep_ancestral(dlm_sampler *sm, dlm__lane *l, int seq)
     l->n = kept;
 }
 
+/* Tokens 0 and 1 of a shifted model share a row and are left alone. */
+static int dlm__may_remask(const dlm_sampler *sm, int seq, int i)
+{
+    const size_t at = (size_t)seq * (size_t)sm->s->w.slots + (size_t)i;
+    return sm->opt.remask_below > 0.0f && !dlm__order_is_blind(sm->opt.order)
+        && !sm->fixed[at] && !sm->remasked[at] && i >= 2 * sm->c->shifted;
+}
+
 /* The candidates of one sequence: all masks of its block, or those a blind order has
-   already settled on. */
+   already settled on; with remasking also the tokens that may be taken back. */
 static void dlm__find_candidates(dlm_sampler *sm, int seq)
 {
     dlm__lane *l = &sm->lanes[seq];
@@ -5440,8 +5558,14 @@ static void dlm__find_candidates(dlm_sampler *sm, int seq)
     const int most = sm->opt.order == DLM_ORDER_SEQUENTIAL ? plan : INT_MAX;
     l->first = sm->n_cands;
     l->n = 0;
-    for (int i = l->a; i < l->e && l->n < most; i++)
-        if (canvas[i] == sm->c->mask_id) dlm__add_candidate(sm, seq, i);
+    for (int i = l->a; i < l->e && l->n < most; i++) {
+        if (canvas[i] == sm->c->mask_id) {
+            dlm__add_candidate(sm, seq, i);
+        } else if (dlm__may_remask(sm, seq, i)) {
+            dlm__add_candidate(sm, seq, i);
+            sm->cands[sm->n_cands - 1].check = 1;
+        }
+    }
     if (sm->opt.order == DLM_ORDER_RANDOM) dlm__keep_random(sm, l, seq, plan);
     if (sm->opt.order == DLM_ORDER_ANCESTRAL) dlm__keep_ancestral(sm, l, seq);
     if (sm->opt.order == DLM_ORDER_FIRST_HITTING) {
@@ -5614,6 +5738,11 @@ static void dlm__pick(void *user, int i, float *logits)
     double sum, sum_x, p_max;
     float max;
     int argmax = 0;
+    if (o->guidance != 0.0f) {
+        const float *u = sm->unguided + (size_t)i * (size_t)V;
+        for (int v = 0; v < V; v++)
+            logits[v] = u[v] + (o->guidance + 1.0f) * (logits[v] - u[v]);
+    }
     dlm__restrict(sm, c, logits);
     max = k->max(logits, V);
     if (!(max > -INFINITY)) {                   /* nothing is allowed, or NaN      */
@@ -5623,6 +5752,11 @@ static void dlm__pick(void *user, int i, float *logits)
     while (logits[argmax] != max) argmax++;
     sum = k->sum_exp(logits, V, max, &sum_x);
     p_max = 1.0 / sum;
+    if (c->check) {
+        c->token = dlm__canvas_of(sm, c->seq)[c->position];
+        c->confidence = (float)(p_max * exp((double)logits[c->token] - (double)max));
+        return;
+    }
     c->token = argmax;
     c->confidence = (float)p_max;
     c->score = c->confidence;
@@ -5664,7 +5798,8 @@ static dlm__candidate *dlm__best_candidate(dlm_sampler *sm, const dlm__lane *l)
     dlm__candidate *best = NULL;
     for (int i = l->first; i < l->first + l->n; i++) {
         dlm__candidate *c = &sm->cands[i];
-        if (!c->taken && (best == NULL || c->score > best->score)) best = c;
+        if (c->taken || c->check) continue;
+        if (best == NULL || c->score > best->score) best = c;
     }
     return best;
 }
@@ -5681,6 +5816,7 @@ static void dlm__commit_lane(dlm_sampler *sm, int seq)
     for (int i = l->first; i < l->first + l->n; i++) sm->cands[i].taken = 0;
     for (; n < l->n; n++) {
         dlm__candidate *c = dlm__best_candidate(sm, l);
+        if (c == NULL) break;
         entropy -= (double)c->score;
         if (order == DLM_ORDER_ENTROPY_BOUND) {
             if (n > 0 && !(entropy < (double)sm->opt.entropy_bound)) break;
@@ -5692,6 +5828,12 @@ static void dlm__commit_lane(dlm_sampler *sm, int seq)
         if (order != DLM_ORDER_ANCESTRAL && order != DLM_ORDER_FIRST_HITTING)
             l->time = (float)(masks - n - 1) / (float)l->block_masks;
         dlm__commit(sm, c);
+    }
+    for (int i = l->first; i < l->first + l->n; i++) {
+        const dlm__candidate *c = &sm->cands[i];
+        if (!c->check || c->confidence >= sm->opt.remask_below) continue;
+        dlm__canvas_of(sm, seq)[c->position] = sm->c->mask_id;
+        sm->remasked[(size_t)seq * (size_t)sm->s->w.slots + (size_t)c->position] = 1;
     }
     l->step++;
     l->block_step++;
@@ -5719,15 +5861,36 @@ static void dlm__check_stop(dlm_sampler *sm, int seq)
     for (i++; i < l->length; i++) if (!fixed[i]) canvas[i] = sm->c->mask_id;
 }
 
+/* The same rows with the prompts masked, in lanes of their own; logits are kept. */
+static dlm_error dlm__unguided_forward(dlm_sampler *sm, const dlm_batch *b)
+{
+    const int twin = sm->s->w.seqs / 2;
+    dlm_error e = DLM_OK;
+    for (int pass = 0; pass < 2; pass++) {          /* there and back              */
+        for (int s = 0; s < sm->n_batch; s++) {
+            const int seq = pass ? sm->lane_of[s] - twin : sm->lane_of[s];
+            sm->lane_of[s] = pass ? seq : seq + twin;
+            for (int i = sm->start[s]; i < sm->start[s + 1]; i++)
+                if (sm->slots[i] < sm->lanes[seq].prompt)
+                    sm->tokens[i] = pass ? dlm__canvas_of(sm, seq)[sm->slots[i]]
+                                         : sm->c->mask_id;
+        }
+        if (pass == 0) e = dlm_logits(sm->s, b, sm->unguided);
+        if (e != DLM_OK) return e;
+    }
+    return e;
+}
+
 static dlm_error dlm__sampler_forward(dlm_sampler *sm)
 {
     dlm_batch b;
-    dlm_error e;
+    dlm_error e = DLM_OK;
     memset(&b, 0, sizeof b);
     b.n_seqs = sm->n_batch; b.start = sm->start; b.tokens = sm->tokens;
     b.slots = sm->slots; b.lanes = sm->lane_of; b.keys = sm->keys;
     b.out_rows = sm->out_rows; b.n_out = sm->n_out;
-    e = dlm_forward(sm->s, &b, dlm__pick, sm);
+    if (sm->opt.guidance != 0.0f) e = dlm__unguided_forward(sm, &b);
+    if (e == DLM_OK) e = dlm_forward(sm->s, &b, dlm__pick, sm);
     if (e != DLM_OK) return e;
     sm->forwards++;
     sm->flops += dlm_forward_flops(sm->c, &b);
@@ -5878,6 +6041,493 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
         e = dlm__likelihood_sample(&k, i, samples, seed);
     dlm__release(ctx, block);
     *nats = k.sum / samples;
+    return e;
+}
+
+/* ==[ distill ]===============================================================
+   OPDLM (arXiv 2606.06712; methods B).  The student fills in a text with its own block
+   sampler; the teacher then reads the finished text once, causally, and says at every
+   place what it would have written there given what stands before.  The student learns
+   to say the same from the state it was in: its block partly masked, nothing to the
+   right.  That state is taken from the step map of the rollout. */
+
+DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
+                              int block, int mask_id, const dlm_memory *mem)
+{
+    const int V = ar->config.vocab;
+    dlm_config c = ar->config;
+    dlm_error e;
+    *out = NULL;
+    if (c.pattern != DLM_PATTERN_CAUSAL)
+        return dlm__fail(ctx, DLM_E_CONFIG, "convert: the model is not causal");
+    c.pattern = DLM_PATTERN_BLOCK;
+    c.shifted = 0;
+    c.block = block ? block : 4;
+    c.vocab = V + (mask_id == 0);
+    c.mask_id = mask_id ? mask_id : V;
+    e = dlm__model_new(out, ctx, &c, 1, mem);
+    if (e != DLM_OK) return e;
+    for (int i = 0; i < dlm_model_tensors(ar); i++) {
+        dlm_tensor from, to;
+        dlm_model_tensor(ar, i, &from);
+        dlm_model_tensor(*out, i, &to);
+        memcpy(to.data, from.data, (size_t)from.rows * (size_t)from.cols * sizeof(float));
+        if (to.rows == from.rows) continue;     /* an embedding or head: one row more */
+        for (int j = 0; j < to.cols; j++) {
+            double sum = 0.0;
+            for (int v = 0; v < V; v++) sum += (double)from.data[v * from.cols + j];
+            to.data[(size_t)V * (size_t)to.cols + (size_t)j] = (float)(sum / V);
+        }
+    }
+    return DLM_OK;
+}
+
+DLM_API int dlm_curriculum(int step, int ramp, int start, int end, int kind, int block)
+{
+    const double x = ramp > 0 ? fmin(1.0, (double)step / ramp) : 1.0;
+    const double rise = kind == 0 ? 1.0 - cos(1.5707963267948966 * x) : x;
+    return dlm__max(block, (int)rint((start + (end - start) * rise) / block) * block);
+}
+
+DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
+{
+    memset(steps, 0, (size_t)sm->lanes[seq].end * sizeof *steps);
+    for (int i = 0; i < sm->n_events; i++) {
+        const dlm_event *e = &sm->trace[i];
+        if (e->seq == seq && e->position < sm->lanes[seq].end)
+            steps[e->position] = e->step;
+    }
+}
+
+/* --[ divergences ]-----------------------------------------------------------  */
+
+DLM_API void dlm_teacher_probs(dlm_ctx *ctx, float *logits, int V,
+                               const dlm_divergence_options *o)
+{
+    const float max = ctx->k->max(logits, V);
+    const float cold = o->temperature > 0.0f ? 1.0f / o->temperature : 1.0f;
+    dlm_sample_options keep;
+    double sum = 0.0;
+    for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) * cold;
+    ctx->k->exp_scaled(logits, logits, V, 0.0f, 1.0f);
+    memset(&keep, 0, sizeof keep);
+    keep.top_k = o->top_k; keep.top_p = o->top_p; keep.min_p = o->min_p;
+    dlm__filter(&keep, logits, V);
+    for (int v = 0; v < V; v++) sum += (double)logits[v];
+    for (int v = 0; v < V; v++) logits[v] = (float)((double)logits[v] / sum);
+}
+
+/* The value and slope of one token's term: f(p, s) and s df/ds, so that
+   dz_v = slope_v - s_v sum_u slope_u  (the derivative of the softmax).
+     forward   p (log p - log s)        slope -p
+     reverse   s (log s - log p)        slope s (log s - log p + 1)
+     JSD       w p log(p/m) + (1-w) s log(s/m)      slope (1-w) s log(s/m)        */
+static double dlm__divergence_term(const dlm_divergence_options *o, double p, double s,
+                                   double *slope)
+{
+    const double w = o->weight > 0.0f ? (double)o->weight : 0.5;
+    const double to_fwd = o->kind == DLM_FORWARD_KL ? 1.0
+        : o->kind == DLM_MIXED_KL ? 1.0 - w : 0.0;
+    const double m = w * p + (1.0 - w) * s;
+    double value = 0.0;
+    *slope = 0.0;
+    if (o->kind == DLM_JSD) {
+        if (s > 0.0) *slope = (1.0 - w) * s * log(s / m);
+        return *slope + (p > 0.0 ? w * p * log(p / m) : 0.0);
+    }
+    if (to_fwd > 0.0 && p > 0.0) {
+        value += to_fwd * p * log(p / s);
+        *slope -= to_fwd * p;
+    }
+    if (to_fwd < 1.0 && s > 0.0) {
+        value += (1.0 - to_fwd) * s * log(s / p);
+        *slope += (1.0 - to_fwd) * s * (log(s / p) + 1.0);
+    }
+    return value;
+}
+
+/* The smallest probability among the teacher's `sparse` best, and how many tokens of
+   exactly that probability belong to them (lower ids first). */
+static float dlm__sparse_limit(const float *p, int V, int sparse, int *ties)
+{
+    const float limit = dlm__bisect(p, V, (double)sparse, 0);
+    int above = 0;
+    for (int v = 0; v < V; v++) above += p[v] > limit;
+    *ties = sparse - above;
+    return limit;
+}
+
+DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher, int V,
+                              double weight, const dlm_divergence_options *o)
+{
+    const float max = ctx->k->max(student, V);
+    const double sum = ctx->k->sum_exp(student, V, max, NULL);
+    double value = 0.0, total = 0.0;
+    int ties = V;
+    float limit = 0.0f;
+    if (o->sparse > 0 && o->sparse < V)
+        limit = dlm__sparse_limit(teacher, V, o->sparse, &ties);
+    ctx->k->exp_scaled(student, student, V, max, (float)(1.0 / sum));
+    for (int pass = 0; pass < 2; pass++) {      /* sum the slopes, then use them   */
+        int left = ties;
+        for (int v = 0; v < V; v++) {
+            const double s = (double)student[v];
+            double slope = 0.0, term = 0.0;
+            if (teacher[v] > limit || (teacher[v] == limit && left-- > 0))
+                term = dlm__divergence_term(o, (double)teacher[v], fmax(s, 1e-37),
+                                            &slope);
+            if (pass == 0) { value += term; total += slope; }
+            else student[v] = (float)(weight * (slope - s * total));
+        }
+    }
+    return value;
+}
+
+/* --[ the distiller ]---------------------------------------------------------  */
+
+struct dlm_distiller {
+    dlm_trainer        *t;
+    dlm_session        *teacher;
+    dlm_distill_options opt;
+    int                 V;          /* of the teacher                              */
+    float              *targets;    /* (max_targets, V) teacher probabilities      */
+    int                *target_of;  /* (rows) by cell: which row of targets        */
+    int                *lengths;    /* (seqs+1) of the teacher's batch: starts     */
+    void               *block;
+};
+
+static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *teacher,
+                                      const dlm_distill_options *opt,
+                                      dlm_distill_options *o)
+{
+    const dlm_config *c = &teacher->config;
+    dlm_ctx *ctx = t->w.ctx;
+    dlm_error e;
+    memset(o, 0, sizeof *o);
+    if (opt) *o = *opt;
+    if (c->pattern != DLM_PATTERN_CAUSAL)
+        return dlm__fail(ctx, DLM_E_CONFIG, "distill: the teacher is not causal");
+    if (!t->kind->doubled)
+        return dlm__fail(ctx, DLM_E_CONFIG,
+                         "distill: the trainer's objective is %s, wants "
+                         "block", t->kind->name);
+    if (c->vocab > t->w.c.vocab || c->max_seq < t->w.c.max_seq)
+        return dlm__fail(ctx, DLM_E_MISMATCH,
+                         "distill: teacher of %d tokens, %d long; the "
+                         "student has %d and %d", c->vocab, c->max_seq, t->w.c.vocab,
+                         t->w.c.max_seq);
+    if (o->max_targets == 0)
+        o->max_targets = dlm__min(t->w.rows, dlm__max(t->w.c.max_seq,
+                                                      (1 << 24) / c->vocab));
+    e = dlm__in_range(ctx, "max_targets", o->max_targets, t->w.c.max_seq, 1 << 26);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "states", (int)o->states, 0, DLM_STATES_ALL);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.kind", (int)o->divergence.kind, 0,
+                                       DLM_JSD);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.sparse", o->divergence.sparse, 0,
+                                       c->vocab);
+    if (e != DLM_OK) return e;
+    if ((o->divergence.kind == DLM_REVERSE_KL || o->divergence.kind == DLM_MIXED_KL)
+        && (o->divergence.top_k > 0 || o->divergence.top_p > 0.0f
+            || o->divergence.min_p > 0.0f))
+        return dlm__fail(ctx, DLM_E_CONFIG, "divergence: reverse KL is infinite where a "
+                         "renormalised teacher is 0");
+    return DLM_OK;
+}
+
+static dlm_limits dlm__teacher_limits(const dlm_trainer *t, const dlm_distill_options *o)
+{
+    dlm_limits lim;
+    memset(&lim, 0, sizeof lim);
+    lim.seqs = t->w.seqs;
+    lim.slots = t->w.c.max_seq;
+    lim.rows = t->w.rows;
+    lim.out = dlm__min(o->max_targets, t->w.rows);
+    return lim;
+}
+
+static void dlm__distiller_carve(dlm__arena *a, dlm_distiller *d, size_t session_bytes,
+                                 dlm_memory *session)
+{
+    d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
+    d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
+    d->lengths = dlm__push_ints(a, (size_t)d->t->w.seqs + 1);
+    session->size = session_bytes;
+    session->base = dlm__push(a, session_bytes, 1);
+}
+
+static size_t dlm__distiller_size(const dlm_distiller *prepared, size_t session_bytes)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm_distiller d = *prepared;
+    dlm_memory session;
+    dlm__push(&a, 1, sizeof d);
+    dlm__distiller_carve(&a, &d, session_bytes, &session);
+    return dlm__arena_bytes(&a);
+}
+
+DLM_API size_t dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teacher,
+                                   const dlm_distill_options *o)
+{
+    dlm_distiller d;
+    dlm_limits lim;
+    memset(&d, 0, sizeof d);
+    if (dlm__distill_resolve(t, teacher, o, &d.opt) != DLM_OK) return 0;
+    d.t = (dlm_trainer *)(uintptr_t)t;
+    d.V = teacher->config.vocab;
+    lim = dlm__teacher_limits(t, &d.opt);
+    return dlm__distiller_size(&d, dlm_session_bytes(t->w.ctx, teacher, &lim));
+}
+
+DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
+                                       const dlm_model *teacher,
+                                       const dlm_distill_options *o,
+                                       const dlm_memory *mem)
+{
+    dlm_distiller prepared, *d;
+    dlm__arena arena;
+    dlm_memory session;
+    dlm_limits lim;
+    size_t session_bytes;
+    void *block;
+    dlm_error e;
+    *out = NULL;
+    memset(&prepared, 0, sizeof prepared);
+    e = dlm__distill_resolve(t, teacher, o, &prepared.opt);
+    if (e != DLM_OK) return e;
+    prepared.t = t;
+    prepared.V = teacher->config.vocab;
+    lim = dlm__teacher_limits(t, &prepared.opt);
+    session_bytes = dlm_session_bytes(t->w.ctx, teacher, &lim);
+    e = dlm__place(t->w.ctx, "distiller", dlm__distiller_size(&prepared, session_bytes),
+                   mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    d = (dlm_distiller *)dlm__push(&arena, 1, sizeof *d);
+    *d = prepared;
+    d->block = block;
+    dlm__distiller_carve(&arena, d, session_bytes, &session);
+    e = dlm_session_create(&d->teacher, t->w.ctx, teacher, &lim, &session);
+    if (e == DLM_OK) *out = d;
+    else dlm__release(t->w.ctx, block);
+    return e;
+}
+
+DLM_API void dlm_distiller_free(dlm_distiller *d)
+{
+    if (d == NULL) return;
+    dlm_session_free(d->teacher);
+    dlm__release(d->t->w.ctx, d->block);
+}
+
+/* --[ states of a rollout ]---------------------------------------------------
+   Round r of a block is the r-th of its distinct steps, in order.  In round r the cells
+   filled in at that step or later are masked. */
+
+/* The step value of round `round`, 0 when the block has fewer rounds. */
+static int dlm__round_value(const int *steps, int n, int round)
+{
+    int value = 0;
+    for (int r = 0; r <= round; r++) {
+        int next = INT_MAX;
+        for (int i = 0; i < n; i++)
+            if (steps[i] > value && steps[i] < next) next = steps[i];
+        if (next == INT_MAX) return 0;
+        value = next;
+    }
+    return value;
+}
+
+static int dlm__rounds(const int *steps, int n)
+{
+    int rounds = 0;
+    while (dlm__round_value(steps, n, rounds) != 0) rounds++;
+    return rounds;
+}
+
+/* Random masks: t uniform, each cell with probability t, at least one. */
+static void dlm__random_state(dlm__state *s, const dlm__unit *u, const dlm_address *at)
+{
+    const double t = dlm_uniform(at, 0);
+    int hits = 0;
+    for (int i = 0; i < u->n; i++)
+        hits += s->masked[u->cell + i] = dlm_uniform(at, (uint32_t)(3 + i)) < t;
+    if (hits == 0) s->masked[u->cell + (int)(dlm_uniform(at, 1) * u->n)] = 1;
+}
+
+/* Masks for every unit of the state; round < 0: a random one per block. */
+static void dlm__distill_masks(dlm_distiller *d, const int *const *steps, int first,
+                               int round)
+{
+    dlm__state *s = &d->t->state;
+    for (int k = 0; k < s->n_units; k++) {
+        const dlm__unit *u = &s->units[k];
+        const int r = u->cell - s->ex_cell[u->ex];
+        const dlm_address at = dlm__address(d->t->opt.seed, DLM_RANDOM_DISTILL,
+                                            (uint32_t)d->t->step,
+                                            (uint32_t)(first + u->ex), (uint32_t)r);
+        const int *map;
+        int value, pick = round;
+        if (d->opt.states == DLM_STATES_RANDOM) {
+            dlm__random_state(s, u, &at);
+            continue;
+        }
+        map = steps[first + u->ex] + s->ex[u->ex].prompt + r;
+        if (round < 0) pick = (int)(dlm_uniform(&at, 0) * dlm__rounds(map, u->n));
+        value = dlm__round_value(map, u->n, pick);
+        for (int i = 0; i < u->n; i++)
+            s->masked[u->cell + i] = value > 0 && map[i] >= value;
+    }
+}
+
+/* Weights: the mean over each sample's masked cells, then the mean over rows. */
+static int dlm__distill_weights(dlm_distiller *d, double per_row)
+{
+    dlm__state *s = &d->t->state;
+    int rows = 0;
+    for (int e = 0; e < s->n_ex; e++) {
+        int n = 0;
+        for (int pass = 0; pass < 2; pass++)
+            for (int i = s->ex_cell[e]; i < s->ex_cell[e + 1]; i++) {
+                const int position = s->ex[e].prompt + i - s->ex_cell[e];
+                const int counts = s->masked[i] && position > 0
+                    && !(d->opt.exclude_stop
+                         && s->ex[e].tokens[position] == d->opt.stop);
+                if (pass == 0) n += counts;
+                else s->weight[i] = counts ? (float)(per_row / n) : 0.0f;
+            }
+        rows += n > 0;
+    }
+    return rows;
+}
+
+static void dlm__keep_target(void *user, int i, float *logits)
+{
+    const dlm_distiller *d = (const dlm_distiller *)user;
+    float *row = d->targets + (size_t)i * (size_t)d->V;
+    memcpy(row, logits, (size_t)d->V * sizeof *row);
+    dlm_teacher_probs(d->t->w.ctx, row, d->V, &d->opt.divergence);
+}
+
+/* One causal pass over the finished texts; the row before a weighed cell is its target.
+   Uses the state's row arrays before the student's rows are laid out in them. */
+static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
+{
+    dlm__state *s = &d->t->state;
+    dlm_batch b;
+    dlm__layout_begin(s);
+    for (int e = 0; e < s->n_ex; e++) {
+        const dlm_example *x = &s->ex[e];
+        const int base = s->n_rows, rows = x->length - 1;
+        dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
+        for (int i = 0; i < rows; i++) s->tokens[base + i] = x->tokens[i];
+        for (int i = s->ex_cell[e]; i < s->ex_cell[e + 1]; i++) {
+            if (s->weight[i] == 0.0f) continue;
+            d->target_of[i] = s->n_out;
+            s->out_rows[s->n_out++] = base + x->prompt + i - s->ex_cell[e] - 1;
+        }
+        dlm__layout_close(s, rows);
+    }
+    b = dlm__state_batch(s);
+    b.positions = NULL;
+    r->flops += dlm_forward_flops(&d->teacher->w.c, &b);
+    return dlm_forward(d->teacher, &b, dlm__keep_target, d);
+}
+
+static void dlm__distill_score(void *user, int i, float *logits)
+{
+    const dlm_distiller *d = (const dlm_distiller *)user;
+    dlm_trainer *t = d->t;
+    const int V = t->w.c.vocab, cell = t->state.out_cell[i];
+    const double weight = (double)t->state.out_weight[i];
+    t->state.loss[i] = 0.0;
+    if (weight == 0.0) {
+        memset(logits, 0, (size_t)V * sizeof *logits);
+        return;
+    }
+    for (int v = d->V; v < V; v++) logits[v] = -INFINITY;   /* the teacher lacks these */
+    t->state.loss[i] = dlm_divergence(t->w.ctx, logits, d->targets
+                                      + (size_t)d->target_of[cell] * (size_t)d->V, d->V,
+                                      weight, &d->opt.divergence);
+    for (int v = d->V; v < V; v++) logits[v] = 0.0f;
+}
+
+static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
+{
+    dlm_trainer *t = d->t;
+    dlm__state *s = &t->state;
+    dlm_batch b;
+    dlm_error e = dlm__teacher_pass(d, r);
+    if (e != DLM_OK) return e;
+    dlm__layout_begin(s);
+    dlm__layout_all(t, 0);
+    b = dlm__state_batch(s);
+    e = dlm__pass(t, &b, dlm__distill_score, d, 1);
+    for (int i = 0; i < s->n_out && e == DLM_OK; i++) {
+        r->loss += s->loss[i] * (double)s->out_weight[i];
+        r->scored += s->out_weight[i] > 0.0f;
+    }
+    return e;
+}
+
+static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
+                            const int *steps)
+{
+    const int b = d->t->w.c.block;
+    int most = 1;
+    if (d->opt.states != DLM_STATES_ALL) return 1;
+    for (int i = e->prompt; i < e->length; i += b)
+        most = dlm__max(most, dlm__rounds(steps + i, dlm__min(b, e->length - i)));
+    return most;
+}
+
+static dlm_error dlm__check_steps(const dlm_distiller *d, const dlm_example *e,
+                                  const int *const *steps, int n)
+{
+    if (d->opt.states == DLM_STATES_RANDOM) return DLM_OK;
+    for (int k = 0; k < n; k++)
+        for (int i = e[k].prompt; i < e[k].length; i++)
+            if (steps == NULL || steps[k] == NULL || steps[k][i] < 0)
+                return dlm__fail(d->t->w.ctx, DLM_E_INPUT,
+                                 "example %d: no step map, or a "
+                                 "negative step at %d", k, i);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples,
+                                     const int *const *steps, int n, dlm_report *report)
+{
+    dlm_report local, *r = report ? report : &local;
+    dlm_trainer *t = d->t;
+    dlm__state *s = &t->state;
+    const int all = d->opt.states == DLM_STATES_ALL;
+    double rows = 0.0, teacher_flops;
+    dlm_error e = dlm__check_examples(t, examples, n);
+    memset(r, 0, sizeof *r);
+    if (e == DLM_OK) e = dlm__check_steps(d, examples, steps, n);
+    for (int i = 0; i < n && e == DLM_OK; i++) {
+        rows += dlm__most_rounds(d, &examples[i], steps ? steps[i] : NULL);
+        r->tokens += examples[i].length - examples[i].prompt;
+    }
+    for (int i = 0; i < n && e == DLM_OK; i += s->n_ex) {
+        int size = 0, cells = 0, most = 1;
+        dlm__state_begin(s, examples + i);
+        while (i + s->n_ex < n && s->n_ex < t->w.seqs) {
+            const dlm_example *x = &examples[i + s->n_ex];
+            size += dlm__rows_of(t->kind, x, 1);
+            cells += x->length - x->prompt;
+            if (size > t->w.rows || cells > d->opt.max_targets) break;
+            most = dlm__max(most, dlm__most_rounds(d, x, steps ? steps[i + s->n_ex]
+                                                               : NULL));
+            dlm__state_take(s, t->w.c.block);
+        }
+        for (int round = 0; round < most && e == DLM_OK; round++) {
+            dlm__distill_masks(d, steps, i, all ? round : -1);
+            if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
+        }
+    }
+    if (e != DLM_OK) return e;
+    teacher_flops = r->flops;
+    e = dlm_trainer_update(t, r);
+    r->flops += teacher_flops;
     return e;
 }
 
@@ -6104,7 +6754,15 @@ struct dlm_tokenizer {
     dlm_tokenizer_kind  kind;
     int                 n;          /* bytes or characters                         */
     uint32_t           *chars;      /* (n) code points, ascending; CHARS only      */
+    struct dlm__piece_entry *pieces;/* (n) by id; PIECES only                      */
+    int                *sorted;     /* (n) ids by their bytes                      */
+    char               *file;       /* the pieces' file, copied                    */
+    size_t              file_size;
+    int                 spaces;     /* 1: some piece has a space inside            */
 };
+
+typedef struct dlm__piece_entry { const char *text; int size; float score; }
+    dlm__piece_entry;
 
 /* Sets, or counts, the bit of every character; bits covers all code points. */
 static dlm_error dlm__collect_chars(dlm_ctx *ctx, unsigned char *bits, const char *text,
@@ -6128,6 +6786,7 @@ static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
     dlm_tokenizer *t = (dlm_tokenizer *)dlm__alloc(ctx, sizeof *t
                                                    + chars * sizeof *t->chars);
     if (t == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    memset(t, 0, sizeof *t);
     t->ctx = ctx;
     t->kind = kind;
     t->n = n;
@@ -6157,11 +6816,209 @@ static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx, const c
     return e;
 }
 
+/* --[ pieces ]----------------------------------------------------------------
+   i32 longest, then for every id f32 score, i32 length, bytes. */
+
+/* Reads the file into t, or with t NULL counts; -1 when it is malformed. */
+static int dlm__read_pieces(dlm_tokenizer *t, const char *file, size_t size)
+{
+    size_t at = 4;
+    int n = 0;
+    if (size < 4) return -1;
+    for (; at < size; n++) {
+        float score;
+        int32_t length;
+        if (size - at < 8) return -1;
+        memcpy(&score, file + at, 4);
+        memcpy(&length, file + at + 4, 4);
+        at += 8;
+        if (length < 0 || (size_t)length > size - at || score != score || n >= 1 << 22)
+            return -1;
+        if (t) {
+            t->pieces[n].text = file + at;
+            t->pieces[n].size = (int)length;
+            t->pieces[n].score = score;
+            for (int i = 1; i < length; i++) t->spaces |= file[at + (size_t)i] == ' ';
+        }
+        at += (size_t)length;
+    }
+    return n;
+}
+
+static int dlm__compare_pieces(const dlm__piece_entry *a, const char *text, int size)
+{
+    const int c = memcmp(a->text, text, (size_t)dlm__min(a->size, size));
+    return c ? c : (a->size > size) - (a->size < size);
+}
+
+/* The id of some bytes, -1 when no piece has them. */
+static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
+{
+    int lo = 0, hi = t->n;
+    while (lo < hi) {
+        const int mid = lo + (hi - lo) / 2;
+        if (dlm__compare_pieces(&t->pieces[t->sorted[mid]], text, size) < 0) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < t->n && dlm__compare_pieces(&t->pieces[t->sorted[lo]], text, size) == 0
+        ? t->sorted[lo] : -1;
+}
+
+/* Sorts ids by bytes, then by id, merging runs bottom up: qsort has no context. */
+static void dlm__sort_pieces(const dlm_tokenizer *t, int *ids, int *room)
+{
+    for (int i = 0; i < t->n; i++) ids[i] = i;
+    for (int run = 1; run < t->n; run *= 2) {
+        for (int first = 0; first < t->n; first += 2 * run) {
+            const int middle = dlm__min(t->n, first + run);
+            const int end = dlm__min(t->n, first + 2 * run);
+            int a = first, b = middle;
+            for (int k = first; k < end; k++) {
+                const int left = a < middle && (b >= end || dlm__compare_pieces(
+                    &t->pieces[ids[a]], t->pieces[ids[b]].text,
+                    t->pieces[ids[b]].size) <= 0);
+                room[k] = left ? ids[a++] : ids[b++];
+            }
+        }
+        memcpy(ids, room, (size_t)t->n * sizeof *ids);
+    }
+}
+
+static dlm_error dlm__tokenizer_pieces(dlm_tokenizer **out, dlm_ctx *ctx,
+                                       const char *file,
+                                       size_t size)
+{
+    const int n = dlm__read_pieces(NULL, file, size);
+    dlm__arena arena = { NULL, 0 };
+    dlm_tokenizer *t = NULL;
+    int *room = NULL;
+    if (n < 3)
+        return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: %.0f bytes are not scored pieces",
+                         (double)size);
+    for (int pass = 0; pass < 2; pass++) {
+        dlm_tokenizer sizes, *to;
+        t = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof *t);
+        to = t ? t : &sizes;
+        memset(to, 0, sizeof *to);
+        to->pieces = (dlm__piece_entry *)dlm__push(&arena, (size_t)n,
+                                                   sizeof(dlm__piece_entry));
+        to->sorted = dlm__push_ints(&arena, (size_t)n);
+        room = dlm__push_ints(&arena, (size_t)n);
+        to->file = (char *)dlm__push(&arena, size, 1);
+        if (pass == 1) break;
+        arena.base = arena.used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, arena.used);
+        if (arena.base == NULL)
+            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+        arena.used = 0;
+    }
+    t->ctx = ctx;
+    t->kind = DLM_TOKENIZER_PIECES;
+    t->n = n;
+    t->file_size = size;
+    memcpy(t->file, file, size);
+    dlm__read_pieces(t, t->file, size);
+    dlm__sort_pieces(t, t->sorted, room);
+    *out = t;
+    return DLM_OK;
+}
+
+/* One id per character, or, for characters without a piece, per byte (ids 3..258). */
+static int dlm__split_pieces(const dlm_tokenizer *t, const char *text, size_t size,
+                             int *ids)
+{
+    int n = 0;
+    for (size_t i = 0; i < size;) {
+        size_t next = i;
+        uint32_t c;
+        int id = -1;
+        if (dlm__utf8_get(text, size, &next, &c))
+            id = dlm__find_piece(t, text + i, (int)(next - i));
+        else
+            next = i + 1;
+        if (id >= 0) {
+            ids[n++] = id;
+        } else {
+            for (; i < next; i++) ids[n++] = 3 + (unsigned char)text[i];
+        }
+        i = next;
+    }
+    return n;
+}
+
+enum { DLM__RUN = 256 };            /* bytes merged at a time                      */
+
+/* Merges neighbours, best score first, leftmost of equals; returns how many are left. */
+static int dlm__merge_pieces(const dlm_tokenizer *t, int *ids, int n)
+{
+    for (;;) {
+        float best = -INFINITY;
+        int at = -1, merged = -1;
+        for (int i = 0; i + 1 < n; i++) {
+            const dlm__piece_entry *a = &t->pieces[ids[i]], *b = &t->pieces[ids[i + 1]];
+            char both[2 * DLM__RUN];
+            int id;
+            if (a->size + b->size > (int)sizeof both) continue;
+            memcpy(both, a->text, (size_t)a->size);
+            memcpy(both + a->size, b->text, (size_t)b->size);
+            id = dlm__find_piece(t, both, a->size + b->size);
+            if (id < 0 || !(t->pieces[id].score > best)) continue;
+            best = t->pieces[id].score;
+            at = i;
+            merged = id;
+        }
+        if (at < 0) return n;
+        ids[at] = merged;
+        memmove(ids + at + 1, ids + at + 2, (size_t)(n - at - 2) * sizeof *ids);
+        n--;
+    }
+}
+
+/* Words are merged on their own when no piece has a space inside: merges cannot cross. */
+static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, size_t size,
+                                    int *ids, size_t max, size_t *n)
+{
+    char run[DLM__RUN + 4];
+    int found[DLM__RUN + 4];
+    size_t i = 0;
+    if (t->n < 259)
+        return dlm__fail(t->ctx, DLM_E_INPUT, "tokenizer: %d pieces leave no room for "
+                         "bytes", t->n);
+    for (int first = 1; i < size; first = 0) {
+        size_t length = 0;
+        int k;
+        if (first) run[length++] = ' ';
+        do run[length++] = text[i++];
+        while (i < size && length < DLM__RUN
+               && (t->spaces || text[i] != ' ' || (first && length == 1)));
+        while (i < size && (text[i] & 0xC0) == 0x80 && length < DLM__RUN + 3)
+            run[length++] = text[i++];          /* never cut a character           */
+        k = dlm__merge_pieces(t, found, dlm__split_pieces(t, run, length, found));
+        for (int j = 0; j < k; j++, (*n)++)
+            if (ids && *n < max) ids[*n] = found[j];
+    }
+    return DLM_OK;
+}
+
+/* The bytes of a piece: "<0x0A>" stands for one byte. */
+static const char *dlm__piece_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
+{
+    const dlm__piece_entry *p = &t->pieces[id];
+    *n = (size_t)p->size;
+    if (p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>') {
+        const char hex[3] = { p->text[3], p->text[4], '\0' };
+        *byte = (char)strtol(hex, NULL, 16);
+        *n = 1;
+        return byte;
+    }
+    return p->text;
+}
+
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size)
 {
     *out = NULL;
+    if (kind == DLM_TOKENIZER_PIECES) return dlm__tokenizer_pieces(out, ctx, text, size);
     if (kind == DLM_TOKENIZER_BYTES) return dlm__tokenizer_new(out, ctx, kind, 256);
     if (kind == DLM_TOKENIZER_CHARS) return dlm__tokenizer_chars(out, ctx, text, size);
     return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
@@ -6172,9 +7029,20 @@ DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
     if (t) dlm__release(t->ctx, t);
 }
 
-DLM_API int dlm_tokenizer_vocab(const dlm_tokenizer *t) { return t->n + 2; }
-DLM_API int dlm_tokenizer_mask(const dlm_tokenizer *t) { return t->n + 1; }
-DLM_API int dlm_tokenizer_stop(const dlm_tokenizer *t) { return t->n; }
+DLM_API int dlm_tokenizer_vocab(const dlm_tokenizer *t)
+{
+    return t->kind == DLM_TOKENIZER_PIECES ? t->n : t->n + 2;
+}
+
+DLM_API int dlm_tokenizer_mask(const dlm_tokenizer *t)
+{
+    return t->kind == DLM_TOKENIZER_PIECES ? t->n : t->n + 1;
+}
+
+DLM_API int dlm_tokenizer_stop(const dlm_tokenizer *t)
+{
+    return t->kind == DLM_TOKENIZER_PIECES ? 1 : t->n;
+}
 
 /* -1 when the character is not in the vocabulary. */
 static int dlm__find_char(const dlm_tokenizer *t, uint32_t c)
@@ -6192,6 +7060,8 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
                              int *ids, size_t max, size_t *n)
 {
     *n = 0;
+    if (t->kind == DLM_TOKENIZER_PIECES)
+        return dlm__encode_pieces(t, text, size, ids, max, n);
     for (size_t i = 0; i < size;) {
         int id = (unsigned char)text[i];
         uint32_t c = 0;
@@ -6222,14 +7092,21 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
     size_t length = 0;
     for (size_t i = 0; i < n; i++) {
         char bytes[4] = { '_', 0, 0, 0 };
+        const char *from = bytes;
         size_t m = 1;
-        if (ids[i] == t->n) continue;           /* stop                            */
+        if (ids[i] == dlm_tokenizer_stop(t)) continue;
         if (ids[i] >= 0 && ids[i] < t->n) {
-            if (t->kind == DLM_TOKENIZER_BYTES) bytes[0] = (char)ids[i];
+            if (t->kind == DLM_TOKENIZER_PIECES) from = dlm__piece_bytes(t, ids[i], bytes,
+                                                                         &m);
+            else if (t->kind == DLM_TOKENIZER_BYTES) bytes[0] = (char)ids[i];
             else m = dlm__utf8_put(bytes, t->chars[ids[i]]);
         }
+        if (t->kind == DLM_TOKENIZER_PIECES && length == 0 && m > 0 && from[0] == ' ') {
+            from++;                             /* what encoding put in front      */
+            m--;
+        }
         for (size_t k = 0; k < m; k++, length++)
-            if (out && length + 1 < size) out[length] = bytes[k];
+            if (out && length + 1 < size) out[length] = from[k];
     }
     if (out && size) out[length < size ? length : size - 1] = '\0';
     return length;
@@ -6650,6 +7527,22 @@ static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f,
     return DLM_OK;
 }
 
+/* A file of pieces travels as hexadecimal digits. */
+static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const char *hex)
+{
+    const size_t size = strlen(hex) / 2;
+    char *file = (char *)dlm__alloc(ctx, size + 1);
+    dlm_error e;
+    if (file == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    for (size_t i = 0; i < size; i++) {
+        const char pair[3] = { hex[2 * i], hex[2 * i + 1], '\0' };
+        file[i] = (char)strtol(pair, NULL, 16);
+    }
+    e = dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, file, size);
+    dlm__release(ctx, file);
+    return e;
+}
+
 static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
                                      const dlm_safetensors *f)
 {
@@ -6661,6 +7554,8 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
         return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_BYTES, NULL, 0);
     if (strcmp(kind, "chars") == 0 && chars)
         return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, chars, strlen(chars));
+    if (strcmp(kind, "pieces") == 0 && chars)
+        return dlm__pieces_from_hex(tok, ctx, chars);
     return dlm__fail(ctx, DLM_E_UNSUPPORTED, "checkpoint: tokenizer \"%.40s\"", kind);
 }
 
@@ -6900,9 +7795,10 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
     t->n = 8;
     dlm__put(t, "{\"__metadata__\":{\"format\":\"pt\"");
     dlm__put_config(t, &c->m->config);
-    if (c->tok)
-        dlm__put_pair(t, "dlm.tokenizer",
-                      c->tok->kind == DLM_TOKENIZER_BYTES ? "bytes" : "chars");
+    if (c->tok) {
+        static const char *const kinds[] = { "bytes", "chars", "pieces" };
+        dlm__put_pair(t, "dlm.tokenizer", kinds[c->tok->kind]);
+    }
     if (c->chars) dlm__put_pair(t, "dlm.chars", c->chars);
     if (c->t) {
         snprintf(value, sizeof value, "%.0f", (double)c->t->step);
@@ -6949,12 +7845,33 @@ static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path, const char *b
     return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
 }
 
+/* A tokenizer's vocabulary as text: its characters, or its file in hexadecimal. */
+static size_t dlm__vocabulary_size(const dlm_tokenizer *tok)
+{
+    if (tok == NULL || tok->kind == DLM_TOKENIZER_BYTES) return 0;
+    return (tok->kind
+            == DLM_TOKENIZER_CHARS ? (size_t)tok->n * 4 : 2 * tok->file_size) + 1;
+}
+
+static void dlm__write_vocabulary(const dlm_tokenizer *tok, char *out)
+{
+    static const char digits[] = "0123456789abcdef";
+    if (tok->kind == DLM_TOKENIZER_CHARS) {
+        for (int i = 0; i < tok->n; i++) out += dlm__utf8_put(out, tok->chars[i]);
+    } else {
+        for (size_t i = 0; i < tok->file_size; i++) {
+            *out++ = digits[(unsigned char)tok->file[i] >> 4];
+            *out++ = digits[(unsigned char)tok->file[i] & 15];
+        }
+    }
+    *out = '\0';
+}
+
 static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c)
 {
     static const char suffix[] = ".part";
     const size_t path_size = strlen(path);
-    const size_t chars = c->tok && c->tok->kind == DLM_TOKENIZER_CHARS
-        ? (size_t)c->tok->n * 4 + 1 : 0;
+    const size_t chars = dlm__vocabulary_size(c->tok);
     dlm__text header = { NULL, 0 };
     char *block, *beside;
     dlm_error e;
@@ -6962,10 +7879,7 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c
     c->chars = chars ? (char *)dlm__alloc(ctx, chars) : NULL;
     if (chars && c->chars == NULL)
         return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
-    for (int i = 0, n = 0; chars && i <= c->tok->n; i++) {
-        if (i < c->tok->n) n += (int)dlm__utf8_put(c->chars + n, c->tok->chars[i]);
-        else c->chars[n] = '\0';
-    }
+    if (chars) dlm__write_vocabulary(c->tok, c->chars);
     dlm__put_header(&counted, c);
     block = (char *)dlm__alloc(ctx, counted.n + path_size + sizeof suffix);
     if (block == NULL) {
@@ -7081,6 +7995,128 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
     dlm_error e = dlm_safetensors_open(&f, t->w.ctx, path);
     if (e == DLM_OK) e = dlm__name_path(t->w.ctx, dlm__trainer_from(t, f), path);
     dlm_safetensors_close(f);
+    return e;
+}
+
+#endif /* !DLM_NO_STDIO */
+
+/* ==[ llama2c ]===============================================================
+   llama2.c's .bin: seven i32 {dim, hidden, layers, heads, kv_heads, vocab, seq}, vocab
+   negative when the head is its own; then f32 tensors, each for all layers. */
+
+typedef struct dlm__llama { const char *at, *end; int short_; } dlm__llama;
+
+/* The next rows*cols floats; with D > 0 rotary pairs (2j, 2j+1) of every head of D rows
+   go to (j, j + D/2). */
+static void dlm__llama_take(dlm__llama *f, float *out, int rows, int cols, int D)
+{
+    const size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
+    if (f->short_ || (size_t)(f->end - f->at) < bytes) {
+        f->short_ = 1;
+        return;
+    }
+    for (int r = 0; out && r < rows; r++) {
+        const int in_head = D ? r % D : 0;
+        const int to = D ? r - in_head + in_head / 2 + in_head % 2 * (D / 2) : r;
+        memcpy(out + (size_t)to * (size_t)cols, f->at + (size_t)r * (size_t)cols
+               * sizeof(float), (size_t)cols * sizeof(float));
+    }
+    f->at += bytes;
+}
+
+static void dlm__llama_weights(dlm__llama *f, dlm_model *m)
+{
+    /* in the file's order: place in dlm__layer, rotary */
+    static const struct { size_t offset; int turned; } list[] = {
+        { offsetof(dlm__layer, norm1), 0 }, { offsetof(dlm__layer, wq), 1 },
+        { offsetof(dlm__layer, wk), 1 },    { offsetof(dlm__layer, wv), 0 },
+        { offsetof(dlm__layer, wo), 0 },    { offsetof(dlm__layer, norm2), 0 },
+        { offsetof(dlm__layer, wgate), 0 }, { offsetof(dlm__layer, wdown), 0 },
+        { offsetof(dlm__layer, wup), 0 },
+    };
+    const dlm_config *c = &m->config;
+    const dlm__globals g = dlm__globals_at(c, m->weights);
+    dlm__llama_take(f, g.tok_emb, c->vocab, c->dim, 0);
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+        for (int l = 0; l < c->layers; l++) {
+            dlm__layer p = dlm__layer_at(c, m->weights, l);
+            for (int k = 0; k < DLM__N_LAYER; k++) {
+                const dlm__param *x = &dlm__layer_params[k];
+                if (x->offset != list[i].offset) continue;
+                dlm__llama_take(f, *(float **)(void *)((char *)&p + x->offset),
+                                dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols),
+                                list[i].turned ? c->head_dim : 0);
+            }
+        }
+    dlm__llama_take(f, g.norm_out, c->dim, 1, 0);
+    dlm__llama_take(f, NULL, c->max_seq, c->head_dim, 0);       /* tables of angles */
+    if (c->untied_head) dlm__llama_take(f, g.head, c->vocab, c->dim, 0);
+}
+
+DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *data,
+                                     size_t size)
+{
+    int32_t h[7];
+    dlm_config c;
+    dlm__llama f;
+    dlm_error e;
+    *out = NULL;
+    if (size < sizeof h)
+        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f bytes are too few",
+                         (double)size);
+    memcpy(h, data, sizeof h);
+    memset(&c, 0, sizeof c);
+    c.dim = h[0]; c.ffn = h[1]; c.layers = h[2]; c.heads = h[3]; c.kv_heads = h[4];
+    c.untied_head = h[5] < 0;
+    c.vocab = h[5] == INT32_MIN ? 0 : h[5] < 0 ? -h[5] : h[5];
+    c.max_seq = h[6];
+    c.mask_id = c.vocab;
+    c.pattern = DLM_PATTERN_CAUSAL;
+    c.no_qk_norm = 1;
+    c.norm_eps = 1e-5f;
+    e = dlm_config_resolve(ctx, &c);
+    if (e == DLM_OK && dlm__count_params(&c) > size / sizeof(float))
+        e = dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f parameters in %.0f bytes",
+                      (double)dlm__count_params(&c), (double)size);
+    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, 1, NULL);
+    if (e != DLM_OK) return e;
+    f.at = (const char *)data + sizeof h;
+    f.end = (const char *)data + size;
+    f.short_ = 0;
+    dlm__llama_weights(&f, *out);
+    if (!f.short_ && f.at == f.end) return DLM_OK;
+    dlm_model_free(*out);
+    *out = NULL;
+    return dlm__fail(ctx, DLM_E_FORMAT,
+                     "llama2.c model: its size does not fit its header");
+}
+
+#ifndef DLM_NO_STDIO
+
+DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path)
+{
+    void *data = NULL;
+    size_t size = 0;
+    dlm_error e = dlm__map_file(ctx, path, &data, &size);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__name_path(ctx, dlm_llama2c_memory(out, ctx, data, size), path);
+    dlm__unmap_file(ctx, data, size);
+    return e;
+}
+
+DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     dlm_tokenizer_kind kind, const char *path)
+{
+    void *data = NULL;
+    size_t size = 0;
+    dlm_error e = dlm__map_file(ctx, path, &data, &size);
+    *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__name_path(ctx, dlm_tokenizer_create(out, ctx, kind, (const char *)data,
+                                                 size),
+                       path);
+    dlm__unmap_file(ctx, data, size);
     return e;
 }
 
