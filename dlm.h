@@ -131,7 +131,9 @@
 #define DLM_VERSION_PATCH 0
 
 #ifndef DLM_API
-  #ifdef DLM_STATIC
+  #if defined(DLM_STATIC) && defined(__GNUC__)
+    #define DLM_API static __attribute__((unused))     /* clang has it, too        */
+  #elif defined(DLM_STATIC)
     #define DLM_API static
   #else
     #define DLM_API extern
@@ -184,7 +186,8 @@ typedef struct dlm_memory {
 } dlm_memory;
 
 typedef struct dlm_options {               /* all zero is right for most programs  */
-    int           threads;                 /* * = 1.  Never "all cores" unasked    */
+    int           threads;                 /* * = 1, never "all cores" unasked; at most
+                                              the cores there are                  */
     dlm_isa       isa;                     /* AUTO: env DLM_ISA, else the best     */
     dlm_allocator allocator;
     /* Your own pool: run job(arg, i) for every i in [0, n), in any order, on any
@@ -396,7 +399,7 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
-   Needs slots and rows >= 2T - P for BLOCK. */
+   Needs slots and rows >= 2T - P for BLOCK.  Allocates its work space and frees it. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -597,7 +600,8 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     int      warmup;                       /* steps from 0 to lr                   */
     int      total;                        /* steps in all; needed by the schedules */
     dlm_schedule schedule;                 /* after the warm-up; 0: constant       */
-    float    lr_min;                       /* where LINEAR and COSINE end          */
+    float    lr_min;                       /* where LINEAR and COSINE end, at update
+                                              total                                */
     float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8                  */
     float    weight_decay;                 /* decoupled; on matrices only          */
     float    clip;                         /* * = 1: largest global gradient norm  */
@@ -650,7 +654,8 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
                                         size_t n_tokens,
                                         int T, int B, dlm_report *report);
-/* The loss on examples without learning, over all noise levels; `draw` picks them. */
+/* The loss on examples without learning, over all noise levels; `draw` picks them.
+   report must be given. */
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
                                        uint32_t draw, dlm_report *report);
 
@@ -1802,7 +1807,7 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__vmax(a, b) _mm512_max_ps(a, b)
 #define dlm__vmin(a, b) _mm512_min_ps(a, b)
 #define dlm__vsqrt(a) _mm512_sqrt_ps(a)
-#define dlm__vround(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT)
+#define dlm__vround(a) _mm512_cvtepi32_ps(_mm512_cvtps_epi32(a))
 #define dlm__vpow2(n) _mm512_castsi512_ps(_mm512_slli_epi32( \
     _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
 #define dlm__vnotbelow(v, x, low) \
@@ -3613,6 +3618,11 @@ static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
         if (b->lanes && (b->lanes[s] < 0 || b->lanes[s] >= w->seqs))
             return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] = %d, wants 0..%d", s,
                              b->lanes[s], w->seqs - 1);
+        for (int r = 0; b->lanes && r < s; r++)
+            if (b->lanes[r] == b->lanes[s])
+                return dlm__fail(w->ctx, DLM_E_INPUT,
+                                 "batch: lanes[%d] and lanes[%d] are "
+                                 "both %d", r, s, b->lanes[s]);
     }
     return DLM_OK;
 }
@@ -6727,25 +6737,6 @@ static void dlm__json_skip(dlm__json *j, int depth)
     }
 }
 
-/* Appends text as a JSON string; out NULL counts.  Returns the bytes. */
-static size_t dlm__json_quote(char *out, const char *text)
-{
-    size_t n = 1;
-    char piece[8];
-    if (out) out[0] = '"';
-    for (; *text; text++) {
-        const unsigned char c = (unsigned char)*text;
-        int m = 1;
-        if (c == '"' || c == '\\') m = snprintf(piece, sizeof piece, "\\%c", c);
-        else if (c < 0x20) m = snprintf(piece, sizeof piece, "\\u%04x", (unsigned)c);
-        else piece[0] = *text;
-        if (out) memcpy(out + n, piece, (size_t)m);
-        n += (size_t)m;
-    }
-    if (out) out[n] = '"';
-    return n + 1;
-}
-
 /* ==[ tokenizers ]============================================================
    Bytes, or the characters of a corpus.  ids: characters by code point, stop, mask. */
 
@@ -7722,6 +7713,25 @@ DLM_API void dlm_safetensors_close(dlm_safetensors *f)
 /* --[ writing files ]---------------------------------------------------------
    The header is text built in two passes, counting and writing; the same calls do
    both.  The file goes beside its target and is renamed when it is safely there. */
+
+/* Appends text as a JSON string; out NULL counts.  Returns the bytes. */
+static size_t dlm__json_quote(char *out, const char *text)
+{
+    size_t n = 1;
+    char piece[8];
+    if (out) out[0] = '"';
+    for (; *text; text++) {
+        const unsigned char c = (unsigned char)*text;
+        int m = 1;
+        if (c == '"' || c == '\\') m = snprintf(piece, sizeof piece, "\\%c", c);
+        else if (c < 0x20) m = snprintf(piece, sizeof piece, "\\u%04x", (unsigned)c);
+        else piece[0] = *text;
+        if (out) memcpy(out + n, piece, (size_t)m);
+        n += (size_t)m;
+    }
+    if (out) out[n] = '"';
+    return n + 1;
+}
 
 typedef struct dlm__text { char *out; size_t n; } dlm__text;
 
