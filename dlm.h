@@ -49,7 +49,8 @@
        config parameters patterns  what a model is: sizes, the weight table, key ranges
        work forward backward       activations, a batch, one pass up, one pass down
        sessions                    inference
-       objectives lift optimizer   states and losses; LIFT; trainer, clipping, AdamW
+       objectives lift             states and losses; LIFT and what it is compared with
+       trainer optimizer           passes that learn; clipping, AdamW, averaging
        sampler likelihood          filling in a canvas; scoring a text
        distill                     OPDLM: teacher, divergences, step maps
        json tokenizers             a reader; bytes, characters, scored pieces
@@ -601,7 +602,7 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     int      total;                        /* steps in all; needed by the schedules */
     dlm_schedule schedule;                 /* after the warm-up; 0: constant       */
     float    lr_min;                       /* where LINEAR and COSINE end, at update
-                                              total                                */
+                                              number total                         */
     float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8                  */
     float    weight_decay;                 /* decoupled; on matrices only          */
     float    clip;                         /* * = 1: largest global gradient norm  */
@@ -4507,9 +4508,9 @@ DLM_API double dlm_gift_level(double t, double entropy, double mean_root)
     return 1.0 - pow(1.0 - t, sqrt(fmax(0.0, entropy)) / fmax(mean_root, 1e-12));
 }
 
-/* ==[ optimizer ]=============================================================
-   The trainer: passes that add up gradients, then clip, AdamW, averaging.  Gradients
-   and both moments are flat arrays in the order of the weights. */
+/* ==[ trainer ]===============================================================
+   What learns: passes that add up gradients, and what happens to masks before them.
+   Gradients and both moments are flat arrays in the order of the weights. */
 
 struct dlm_trainer {
     dlm__work         w;
@@ -5119,7 +5120,8 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
     return e;
 }
 
-/* --[ update ]----------------------------------------------------------------  */
+/* ==[ optimizer ]=============================================================
+   Learning rate, clipping by the global norm, AdamW with decoupled decay, averaging. */
 
 /* Learning rate of update n = 0, 1, ..: linear up to lr over warmup, then the
    schedule down to lr_min at total. */
