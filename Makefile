@@ -59,26 +59,26 @@ cxx:
 	@printf '%s\n' '#define DLM_IMPLEMENTATION' '#include "dlm.h"' 'int main() {' \
 	   'dlm_options o = {}; dlm_ctx *ctx = nullptr; o.threads = 2;' \
 	   'dlm_error e = dlm_init(&ctx, &o); dlm_shutdown(ctx); return e; }' > build/guest.cpp
-	$(STRICTXX) build/guest.cpp -o build/guest_cxx $(LDLIBS)
-	build/guest_cxx
+	$(STRICTXX) build/guest.cpp -o build/guest_cxx $(LDLIBS) && build/guest_cxx
 strict:
 	@for cc in gcc clang; do echo "== strict: $$cc, warnings are errors"; \
 	   command -v $$cc > /dev/null || { echo "$$cc is not here, skipped"; continue; }; \
 	   for f in $(SOURCES); do $$cc $(STRICT) -O2 -fsyntax-only $$f || exit 1; done; \
 	   $$cc $(STRICT) -O2 dlm_test.c -o build/dlm_test_$$cc $(LDLIBS) || exit 1; done
 readme:
-	@echo "== readme: its programs compile"
+	@echo "== readme: its programs and the one on top of dlm.h compile"
 	@mkdir -p build/readme && rm -f build/readme/*
 	@awk '/^```c$$/ { on = 1; text = ""; next } /^```/ { if (on && text ~ /int main/) { \
 	   f = "build/readme/" ++n ".c"; printf "%s", text > f; close(f) } on = 0; next } \
 	   on { text = text $$0 "\n" } END { print n + 0 " programs"; exit n == 0 }' README.md
+	@awk '/A WHOLE PROGRAM/ { on = 1; next } on && /^       / { print substr($$0, 8) } \
+	   on && /^       }/ { exit }' dlm.h > build/readme/top.c
 	@for f in build/readme/*.c; do $(BUILD) -Werror $$f -o $${f%.c} $(LDLIBS) || exit 1; done
 san:
 	@echo "== san: the tests under address and undefined-behaviour sanitizers"
 	@mkdir -p build
 	$(CC) -std=c99 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -I. \
-	   dlm_test.c -o build/dlm_test_san $(LDLIBS)
-	build/dlm_test_san
+	   dlm_test.c -o build/dlm_test_san $(LDLIBS) && build/dlm_test_san
 cross:
 	@echo "== cross: the tests on aarch64, emulated"
 	@if command -v $(CROSS) > /dev/null && command -v $(QEMU) > /dev/null; then \
@@ -87,5 +87,4 @@ cross:
 	 else echo "$(CROSS) or $(QEMU) is not here, skipped"; fi
 clean:
 	rm -rf build
-
 .PHONY: all test demo bench check lines hygiene cxx strict readme san cross clean

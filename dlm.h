@@ -6,7 +6,7 @@
        #include "dlm.h"
    and a plain #include "dlm.h" everywhere else.  Link with -lm (and -pthread on old
    systems).  No other flag is needed: the kernels of every instruction set are
-   compiled in, and the best one the CPU has is chosen when the program starts.
+   compiled in, and dlm_init chooses the best one that the CPU has.
 
    A diffusion language model reads a canvas of tokens of which some are masked,
    predicts all of them at once from both sides, and fills them in over a few steps.
@@ -64,7 +64,7 @@
        DLM_NO_SIMD                 scalar kernels only (small, portable, slow)
        DLM_NO_STDIO                no files: load from memory, nothing is saved
        DLM_NO_THREADS              no built-in pool; a hook still works
-       DLM_ASSERT(x)               default assert(x): contract broken by the caller
+       DLM_ASSERT(x)               default assert(x): a cheap check of a contract
        DLM_MALLOC(n) DLM_FREE(p)   both or none; dlm_allocator replaces them at run time
        DLM_SELF                    this file's name, if you renamed it: "my_dlm.h"
        DLM_ALLOW_FAST_MATH         -ffast-math is refused without it (NaN, infinity)
@@ -86,16 +86,19 @@
    Weights are (out, in).  dx is the gradient of x.  x_i means &x[i*...].
 
    MEMORY                          one block per object, from the allocator or from you
-       dlm_*_bytes() says how large.  After creation a training step, a forward pass
-       and a sampling step allocate nothing.  Threads need 300 KiB of stack.
+       dlm_*_bytes() says how large, for contexts, models, sessions, samplers, trainers
+       and distillers; tokenizers and files ask the allocator.  After creation a training
+       step, a forward pass and a sampling step allocate nothing.  Threads need 300 KiB
+       of stack.  An object must be freed before those it was made from.
 
    ERRORS                          nothing prints, exits or aborts
        The world failed (memory, files, data, options): a dlm_error, and a sentence in
        dlm_last_error(ctx).  Creators leave *out = NULL.  The caller broke a contract (a
-       NULL where none is allowed): DLM_ASSERT.  The numbers went wrong: reported as
-       data, grad_norm is then not finite and the weights stay as they were.
+       NULL where none is allowed): undefined.  The numbers went wrong: reported as data,
+       grad_norm is then not finite and the weights stay as they were.
 
    THREADS AND DETERMINISM         one context per thread of control; no globals
+       The built-in pool needs POSIX threads; elsewhere give a hook, or one thread works.
        Same binary, same ISA: bit-identical results for any number of threads and any
        neighbours in a batch, because work is shared out over outputs, never over sums.
        Different ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
@@ -172,12 +175,12 @@ typedef enum dlm_isa {
 } dlm_isa;
 
 typedef struct dlm_allocator {             /* all zero: DLM_MALLOC and DLM_FREE    */
-    void *(*alloc)(void *user, size_t size);        /* NULL when there is none left */
+    void *(*alloc)(void *user, size_t size);        /* aligned as malloc's; or NULL */
     void  (*release)(void *user, void *ptr);
     void   *user;
 } dlm_allocator;
 
-/* Where an object shall live.  Every create function takes one: NULL asks the
+/* Where an object shall live, for the create functions that take one: NULL asks the
    allocator for a single block of dlm_*_bytes(); otherwise the object is placed at
    base (any alignment), which must hold at least that.  Such an object must still be
    freed (its threads and files are released), base is not. */
@@ -220,7 +223,7 @@ DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_IS
 typedef enum dlm_purpose {                 /* one stream of randomness each        */
     DLM_RANDOM_INIT = 1, DLM_RANDOM_DATA, DLM_RANDOM_LEVEL, DLM_RANDOM_MASK,
     DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD, DLM_RANDOM_CHECK,
-    DLM_RANDOM_LIFT, DLM_RANDOM_DISTILL,
+    DLM_RANDOM_LIFT, DLM_RANDOM_SELECT, DLM_RANDOM_DISTILL,
     DLM_RANDOM_USER = 64                   /* and above: yours                     */
 } dlm_purpose;
 
@@ -242,8 +245,9 @@ DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i);
      _nn   out (M,N) = a (M,K) @ b (K,N)
      _nt   out (M,N) = a (M,K) @ b (N,K)^T     the layout linear layers keep
      _tn   out (M,N) = a (K,M)^T @ b (K,N)     the shape of a weight gradient
-   Each output is one chain of fused multiply-adds over k = 0 .. K-1, whatever M and N
-   are: a row of the result never depends on how many rows were asked for. */
+   Each output is one chain of multiply-adds (fused where the ISA can) over k = 0 .. K-1,
+   whatever M and N are: a row of the result never depends on how many rows were asked
+   for. */
 
 DLM_API void dlm_matmul_nn(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K);
@@ -353,11 +357,11 @@ typedef struct dlm_batch {
 
 /* Looks at the logits (V) of row out_rows[i].  In a training pass they must be
    overwritten with d(loss)/d(logits).  Runs once per i, on any thread, in any order:
-   touch only what belongs to i. */
+   touch only what belongs to i, and start no other work of the same context. */
 typedef void (*dlm_score_fn)(void *user, int i, float *logits);
 
-/* Keys of T rows standing in slots 0 .. T-1.  Blocks of `block` tokens start at slot
-   offset and every `block` after it; a shorter first block covers 0 .. offset-1. */
+/* Keys of T rows standing in slots 0 .. T-1.  Blocks of `block` tokens begin at every
+   slot congruent to offset modulo block; what is before the first is a shorter one. */
 DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
                            int offset);
 /* The doubled row of block diffusion (BD3-LM; methods B.4, blocks counted from the
@@ -400,7 +404,8 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
-   Needs slots and rows >= 2T - P for BLOCK.  Allocates its work space and frees it. */
+   Needs slots and rows >= 2T - P for BLOCK, out >= T - P, and overwrites the keys in
+   lane 0.  Allocates its work space and frees it. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -428,6 +433,7 @@ typedef struct dlm_event {                 /* one token that was filled in      
     float time;                            /* noise level left, 1 .. 0 in its block */
 } dlm_event;
 
+/* Pointers in it are borrowed until the sampler is freed. */
 typedef struct dlm_sample_options {        /* 0 in a field marked * = the default  */
     int      steps;                        /* * = one per token: steps per block   */
     int      block;                        /* * = config.block, or the whole canvas
@@ -486,9 +492,10 @@ DLM_API int       dlm_sampler_done(const dlm_sampler *sm);
    What had been filled in after a stop token is masked again. */
 DLM_API int       dlm_sampler_length(const dlm_sampler *sm, int seq);
 /* Every token filled in since begin, in order; replaying them redraws the run (also
-   what a stop token then cut off). */
+   what a stop token then cut off; a token that is masked again is listed again when it
+   is filled in again). */
 DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events);
-/* Forward passes and rows since begin: the honest cost of parallel decoding. */
+/* Forward passes and their operations since begin: the cost of parallel decoding. */
 DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
 
 /* One canvas (T), filled in, with a session made and freed on the way. */
@@ -550,23 +557,24 @@ typedef struct dlm_lift_options {          /* 0 in a field marked * = the defaul
                                               no second forward                    */
     int        complementary;              /* 1: a second view masks what the first does
                                               not; both count half                 */
-    int        no_time_scaling;            /* 1: weight 1 instead of 1/t           */
+    int        no_time_scaling;            /* 1: weight 1 instead of 1/t (not GIFT) */
     float      cart_p;                     /* * = 0.1                              */
     int        cart_time_scaling;          /* 1: divide by t, too (the LIFT code)  */
     int        gift_masked_mean;           /* 1: mean over the masked tokens instead of
                                               all response tokens (the GIFT code)  */
 } dlm_lift_options;
 
-/* The extra masked fraction: uniform in [0, 1-t] (figure of the paper). */
+/* The extra masked fraction: uniform in [0, 1 - t_raw], t = 0.999 t_raw + 0.001 (figure
+   of the paper). */
 DLM_API double     dlm_lift_rho(const dlm_address *at, double t, int code_form);
 /* How many of n masked tokens are kept: n t / (t + rho), half to even, 1 .. n. */
 DLM_API int        dlm_lift_count(int n, double t, double rho);
 /* Which ones.  components: 3 with random, or 2.  at: for the policies that draw. */
 DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
                                  const dlm_address *at);
-/* Unmasks all but k of the masked ones; score (n) is log p(gold), where masked; at is
-   used by RANDOM only.  Returns how many stay masked.  Of equal scores the lower index
-   is kept first. */
+/* Unmasks all but k of the masked ones; score (n) is log p(gold), read where masked; at
+   is used by RANDOM only, score by the others.  Returns how many stay masked.  Of equal
+   scores the lower index is kept first. */
 DLM_API int        dlm_lift_select(unsigned char *masked, const float *score, int n,
                                    int k,
                                    dlm_select mode, const dlm_address *at);
@@ -627,11 +635,13 @@ typedef struct dlm_report {
     int64_t step;                          /* updates done, this one included      */
     double  loss;                          /* nats per scored token (ELBO weighted) */
     double  grad_norm;                     /* before clipping; when it is not finite the
-                                              update leaves the weights alone      */
+                                              update leaves weights and moments alone, but
+                                              counts as a step                     */
     double  lr;
     int64_t tokens;                        /* tokens that could carry loss (D)     */
     int64_t scored;                        /* rows that did                        */
-    double  flops;                         /* forward and backward                 */
+    double  flops;                         /* forward and backward, scoring and teacher
+                                              passes; not rollouts                 */
     double  bin_loss[DLM_BINS];            /* mean CE by noise level, bin floor(8t) */
     int64_t bin_count[DLM_BINS];           /* masked tokens in the bin             */
     /* LIFT only: tokens masked before selection, and of the scored ones how many were
@@ -661,8 +671,7 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
                                        uint32_t draw, dlm_report *report);
 
 /* The same in pieces, for objectives of your own: any number of passes, each adding
-   to the gradients, then one update.  positions, slots and lanes: only positions is
-   read. */
+   to the gradients, then one update.  slots and lanes of the batch are not used. */
 DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                                    void *user);
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
@@ -773,7 +782,8 @@ DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
    exceeds max (ids may be NULL to ask).  A character outside the vocabulary is
    DLM_E_INPUT and is named.  PIECES begins with a space, as llama2.c does, and merges
-   the neighbours of best score until none are left; it adds no BOS. */
+   the neighbours of best score until none are left (within 256 bytes at a time, and
+   between spaces where no piece crosses one); it adds no BOS. */
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n);
 /* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
@@ -847,8 +857,9 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
 
 /* --[ gradient check ]--------------------------------------------------------
    Compares the gradients of a pass with central differences along one random
-   direction per tensor; loss must return the loss that score's gradients belong to,
-   from whatever score stored at its last call for every i. */
+   direction per tensor; pending gradients are cleared.  loss must return the loss that
+   score's gradients belong to, from whatever score stored at its last call for every
+   i. */
 
 typedef struct dlm_check {
     char   name[64];                       /* tensor                               */
@@ -1904,7 +1915,7 @@ typedef struct dlm__pool {
     void           *arg;
     int             n_jobs, next;   /* next: the first job nobody has taken        */
     int             busy;           /* workers that have not finished this round   */
-    int             round;          /* grows by one per dlm__parallel              */
+    unsigned        round;          /* grows by one per dlm__parallel              */
     int             stop;
 } dlm__pool;
 
@@ -1931,9 +1942,10 @@ static void dlm__pool_run(dlm__pool *p)
 static void *dlm__pool_thread(void *arg)
 {
     dlm__pool *p = (dlm__pool *)arg;
-    int seen = 0;
+    unsigned seen = 0;
     for (;;) {
-        for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->round) == seen; i++)
+        for (int i = 0; i < DLM__SPINS
+                        && __atomic_load_n(&p->round, __ATOMIC_ACQUIRE) == seen; i++)
             dlm__pause();
         pthread_mutex_lock(&p->lock);
         while (p->round == seen) pthread_cond_wait(&p->work, &p->lock);
@@ -2003,7 +2015,7 @@ static void dlm__pool_start(dlm__pool *p, int workers)
 static int dlm__cores(void)
 {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n > 0 && n < 1024 ? (int)n : 1;
+    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
 }
 
 #else /* no threads */
@@ -2169,7 +2181,10 @@ DLM_API void dlm_shutdown(dlm_ctx *ctx)
 }
 
 DLM_API dlm_isa dlm_active_isa(const dlm_ctx *ctx) { return ctx->opt.isa; }
-DLM_API int dlm_active_threads(const dlm_ctx *ctx) { return ctx->opt.threads; }
+DLM_API int dlm_active_threads(const dlm_ctx *ctx)
+{
+    return ctx->pool ? ctx->pool->n_threads + 1 : ctx->opt.threads;
+}
 
 /* ==[ matmul ]================================================================
    c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
@@ -2276,7 +2291,7 @@ static void dlm__gemm_run(dlm__gemm *g)
         }
 }
 
-/* c (M,N) (+)= a (M,K) b^T, b (N,K): linear layers, forward.  packed may be NULL. */
+/* c (M,N) = a (M,K) b^T, b (N,K): linear layers, forward.  packed may be NULL. */
 static void dlm__gemm_nt(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          const float *packed, int M, int N, int K)
 {
@@ -2584,7 +2599,7 @@ static void dlm__heads_backward(dlm__heads *q, float *dg, float *dbias, int rows
    gate and up are the halves of one row gu (2F).  (Shazeer 2020.) */
 typedef struct dlm__gated {
     dlm_ctx *ctx;
-    float *y;                       /* (rows, F); backward: dy                     */
+    float *y_or_dy;                 /* (rows, F) out; backward: in                 */
     float *gu, *dgu;                /* (rows, 2F); dgu NULL: forward               */
     int F;
 } dlm__gated;
@@ -2596,16 +2611,21 @@ static void dlm__gated_rows(void *arg, int first, int end)
     const size_t F = (size_t)s->F;
     for (int i = first; i < end; i++) {
         const float *gu = s->gu + (size_t)i * 2 * F;
-        float *y = s->y + (size_t)i * F, *dgu = s->dgu + (size_t)i * 2 * F;
-        if (s->dgu) k->swiglu_backward(dgu, dgu + F, y, gu, gu + F, s->F);
-        else k->swiglu(y, gu, gu + F, s->F);
+        float *y_i = s->y_or_dy + (size_t)i * F;
+        if (s->dgu) {
+            float *dgu = s->dgu + (size_t)i * 2 * F;
+            k->swiglu_backward(dgu, dgu + F, y_i, gu, gu + F, s->F);
+        } else {
+            k->swiglu(y_i, gu, gu + F, s->F);
+        }
     }
 }
 
-static void dlm__gated_run(dlm_ctx *ctx, float *y, float *gu, float *dgu, int rows, int F)
+static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, int rows,
+                           int F)
 {
     dlm__gated s;
-    s.ctx = ctx; s.y = y; s.gu = gu; s.dgu = dgu; s.F = F;
+    s.ctx = ctx; s.y_or_dy = y_or_dy; s.gu = gu; s.dgu = dgu; s.F = F;
     dlm__for_rows(ctx, rows, 30.0 * F, dlm__gated_rows, &s);
 }
 
@@ -3219,25 +3239,28 @@ static const dlm__param *dlm__nth_param(const dlm_config *c, const dlm__param *l
     }
 }
 
+/* Parameter i of a model: its entry in a table, its layer or -1, the floats before. */
+static const dlm__param *dlm__param_at(const dlm_config *c, int i, int *layer, size_t *at)
+{
+    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
+    const size_t first = dlm__param_size(c, dlm__global_params);
+    *layer = -1;
+    *at = 0;
+    if (i == 0) return dlm__global_params;
+    if (i - 1 < c->layers * per_layer) {
+        *layer = (i - 1) / per_layer;
+        *at = first + (size_t)*layer * dlm__layer_size(c);
+        return dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, at);
+    }
+    *at = first + (size_t)c->layers * dlm__layer_size(c);
+    return dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer, at);
+}
+
 DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
 {
     const dlm_config *c = &m->config;
-    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
-    const dlm__param *p;
-    size_t at = 0;
-    out->layer = -1;
-    if (i == 0) {
-        p = dlm__global_params;
-    } else if (i - 1 < c->layers * per_layer) {
-        out->layer = (i - 1) / per_layer;
-        at = dlm__param_size(c, dlm__global_params)
-             + (size_t)out->layer * dlm__layer_size(c);
-        p = dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, &at);
-    } else {
-        at = dlm__param_size(c, dlm__global_params)
-             + (size_t)c->layers * dlm__layer_size(c);
-        p = dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer, &at);
-    }
+    size_t at;
+    const dlm__param *p = dlm__param_at(c, i, &out->layer, &at);
     if (out->layer < 0) snprintf(out->name, sizeof out->name, "%s", p->name);
     else snprintf(out->name, sizeof out->name, "model.layers.%d.%s", out->layer, p->name);
     out->data = m->weights + at;
@@ -3264,18 +3287,10 @@ static void dlm__init_tensor(dlm_model *m, int i, dlm__init init, uint64_t seed)
 
 static void dlm__init_weights(dlm_model *m, uint64_t seed)
 {
-    const dlm_config *c = &m->config;
-    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
-    const int n = dlm_model_tensors(m);
-    for (int i = 0; i < n; i++) {
-        size_t ignored = 0;
-        const int in_layers = i > 0 && i - 1 < c->layers * per_layer;
-        const dlm__param *p = i == 0 ? dlm__global_params
-            : in_layers ? dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer,
-                                         &ignored)
-            : dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer,
-                             &ignored);
-        dlm__init_tensor(m, i, p->init, seed);
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        size_t at;
+        int layer;
+        dlm__init_tensor(m, i, dlm__param_at(&m->config, i, &layer, &at)->init, seed);
     }
 }
 
@@ -3362,18 +3377,24 @@ DLM_API void dlm_model_changed(dlm_model *m) { m->version++; }
 /* ==[ patterns ]==============================================================
    Key ranges for every row of the usual patterns. */
 
+/* The keys of row i of T; first < block is where the first whole block begins. */
+static dlm_keys dlm__keys_of(int i, int T, dlm_pattern pattern, int block, int first)
+{
+    dlm_keys k;
+    int end = T;
+    if (pattern == DLM_PATTERN_CAUSAL) end = i + 1;
+    if (pattern == DLM_PATTERN_BLOCK)
+        end = i < first ? first : first + ((i - first) / block + 1) * block;
+    k.lo0 = 0;
+    k.hi0 = k.lo1 = k.hi1 = dlm__min(end, T);
+    return k;
+}
+
 DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
                            int offset)
 {
     const int first = pattern == DLM_PATTERN_BLOCK ? offset % block : 0;
-    for (int i = 0; i < T; i++) {
-        int end = T;
-        if (pattern == DLM_PATTERN_CAUSAL) end = i + 1;
-        if (pattern == DLM_PATTERN_BLOCK)
-            end = i < first ? first : first + ((i - first) / block + 1) * block;
-        keys[i].lo0 = 0;
-        keys[i].hi0 = keys[i].lo1 = keys[i].hi1 = dlm__min(end, T);
-    }
+    for (int i = 0; i < T; i++) keys[i] = dlm__keys_of(i, T, pattern, block, first);
 }
 
 /* n rows of a noisy block in slots slot .. whose clean copy is at position first: they
@@ -4465,19 +4486,16 @@ DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, in
                             dlm_select mode, const dlm_address *at)
 {
     int kept = 0;
-    dlm_address a = *at;
     for (int i = 0; i < n; i++)                 /* 1: masked, 2: kept              */
         masked[i] = masked[i] != 0;
     for (; kept < k; kept++) {
         int best = -1;
         double best_score = 0.0;
         for (int i = 0; i < n; i++) {
-            double x = mode == DLM_SELECT_RANDOM ? 0.0 : (double)score[i];
+            double x;
             if (masked[i] != 1) continue;
-            if (mode == DLM_SELECT_RANDOM) {
-                a.position = (uint32_t)i;
-                x = dlm_uniform(&a, 0);
-            }
+            x = mode == DLM_SELECT_RANDOM ? dlm_uniform(at, (uint32_t)i)
+                                          : (double)score[i];
             if (best < 0 || dlm__kept_before(mode, x, best_score)) {
                 best = i;
                 best_score = x;
@@ -4520,7 +4538,7 @@ struct dlm_trainer {
     float            *grads, *adam_m, *adam_v, *ema;     /* (n_params) each        */
     double           *partial;      /* (n_params / 4096) sums of squares           */
     dlm__state        state;
-    dlm_example      *windows;      /* (seqs) for dlm_trainer_step_text            */
+    dlm_example      *windows;      /* (rows) for dlm_trainer_step_text            */
     unsigned char    *row_masked;   /* (max_seq) of one example, prompt and all    */
     float            *row_weight;   /* (max_seq)                                   */
     int64_t           step;
@@ -4571,14 +4589,22 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
                                        DLM_METHOD_COUNT - 1);
     if (e == DLM_OK) e = dlm__in_range(ctx, "lift.policy", (int)o->lift.policy, 0,
                                        DLM_POLICY_REVERSED);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.complementary", o->lift.complementary,
+                                       0,
+                                       1);
     if (e != DLM_OK) return e;
     if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
     if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
         return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
                          " together, in a model of their own");
-    if (o->lift.method != DLM_METHOD_VANILLA && !dlm__objectives[o->objective].masks)
+    if ((o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary)
+        && !dlm__objectives[o->objective].masks)
         return dlm__fail(ctx, DLM_E_CONFIG, "lift.method: %s has no masks to choose from",
                          dlm__objectives[o->objective].name);
+    if (o->lift.one_pass && o->lift.complementary)
+        return dlm__fail(ctx, DLM_E_CONFIG,
+                         "lift.one_pass and lift.complementary exclude "
+                         "each other");
     if (o->max_rows == 0)
         o->max_rows = (int)fmin(1 << 26, 16.0 * m->config.max_seq
                                 * (1 + dlm__objectives[o->objective].doubled));
@@ -4813,7 +4839,7 @@ static void dlm__lift_refill(dlm__state *s, const dlm__unit *u, const dlm__noise
 {
     dlm_address at = dlm__lift_address(s, u, noise);
     int n = 0;
-    at.step ^= 0x80000000U;                     /* not the bits that chose rho     */
+    at.purpose = DLM_RANDOM_SELECT;
     for (int i = u->cell; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
     dlm__lift_count_gold(s, u, r, 1);
     dlm_lift_select(s->masked + u->cell, s->score + u->cell, u->n,
@@ -4911,6 +4937,13 @@ static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm_
     return DLM_OK;
 }
 
+/* AR: every cell is a target, as if all were masked. */
+static void dlm__prepare_clean(dlm__state *s)
+{
+    for (int k = 0; k < s->n_units; k++) s->units[k].t = 1.0;
+    for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->weight[i] = 1.0f;
+}
+
 typedef dlm_error (*dlm__prepare_fn)(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
                                      dlm_report *r);
 static const dlm__prepare_fn dlm__methods[DLM_METHOD_COUNT] = {
@@ -4924,10 +4957,11 @@ static void dlm__complement(dlm_trainer *t)
     dlm__state *s = &t->state;
     for (int i = 0; i < s->n_out; i++) s->out_weight[i] *= 0.5f;
     for (int k = 0; k < s->n_units; k++) {
-        const dlm__unit *u = &s->units[k];
+        dlm__unit *u = &s->units[k];
+        u->t = fmax(1.0 - u->t, 1e-3);
         for (int i = u->cell; i < u->cell + u->n; i++) {
             s->masked[i] = !s->masked[i];
-            s->weight[i] = (float)(0.5 * dlm__time_weight(t, fmax(1.0 - u->t, 1e-3)));
+            s->weight[i] = (float)(0.5 * dlm__time_weight(t, u->t));
         }
     }
 }
@@ -4979,7 +5013,7 @@ static dlm_error dlm__run_state(dlm_trainer *t, dlm__noise *noise, dlm__ce *ce, 
     if (t->kind->masks)
         e = (learn ? dlm__methods[o->method] : dlm__prepare_vanilla)(t, noise, ce, r);
     else
-        for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->weight[i] = 1.0f;
+        dlm__prepare_clean(s);
     if (e != DLM_OK) return e;
     dlm__layout_begin(s);
     dlm__layout_all(t, 0);
@@ -5082,6 +5116,7 @@ DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
                                         size_t n_tokens,
                                         int T, int B, dlm_report *report)
 {
+    if (report) memset(report, 0, sizeof *report);
     if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
         return dlm__fail(t->w.ctx, DLM_E_INPUT,
                          "window: T = %d is not in 1..%d (max_seq), "
@@ -5347,6 +5382,9 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
                                             c->vocab);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
     if (e != DLM_OK) return e;
+    if (o->remask_below > 0.0f && dlm__order_is_blind(o->order))
+        return dlm__fail(ctx, DLM_E_CONFIG, "remask_below: order %d does not look at "
+                         "probabilities", (int)o->order);
     if (o->guidance != 0.0f && c->mask_id >= c->vocab)
         return dlm__fail(ctx, DLM_E_CONFIG, "guidance: the model has no mask token");
     if (o->block == 0) o->block = c->pattern == DLM_PATTERN_FULL ? 1 << 20 : c->block;
@@ -5622,15 +5660,10 @@ static dlm_error dlm__add_rows(dlm_sampler *sm, int seq)
                          "session has %d", sm->n_rows + end - first, sm->s->w.rows);
     for (int i = first; i < end; i++) {
         const int row = sm->n_rows + i - first;
-        dlm_keys *k = &sm->keys[row];
         sm->tokens[row] = canvas[i];
         sm->slots[row] = i;
-        k->lo0 = 0;
-        k->hi0 = sm->c->pattern == DLM_PATTERN_FULL ? l->length
-            : sm->c->pattern == DLM_PATTERN_CAUSAL ? i + 1
-            : i < offset ? offset : offset + ((i - offset) / b + 1) * b;
-        k->hi0 = dlm__min(k->hi0, l->length);
-        k->lo1 = k->hi1 = k->hi0;
+        sm->keys[row] = dlm__keys_of(i, l->length, (dlm_pattern)sm->c->pattern, b,
+                                     offset);
     }
     for (int i = l->first; i < l->first + l->n; i++) {
         const int row = sm->n_rows + dlm__predictor(sm, sm->cands[i].position) - first;
@@ -5895,6 +5928,7 @@ static dlm_error dlm__unguided_forward(dlm_sampler *sm, const dlm_batch *b)
 
 static dlm_error dlm__sampler_forward(dlm_sampler *sm)
 {
+    const int runs = sm->opt.guidance != 0.0f ? 2 : 1;
     dlm_batch b;
     dlm_error e = DLM_OK;
     memset(&b, 0, sizeof b);
@@ -5904,8 +5938,8 @@ static dlm_error dlm__sampler_forward(dlm_sampler *sm)
     if (sm->opt.guidance != 0.0f) e = dlm__unguided_forward(sm, &b);
     if (e == DLM_OK) e = dlm_forward(sm->s, &b, dlm__pick, sm);
     if (e != DLM_OK) return e;
-    sm->forwards++;
-    sm->flops += dlm_forward_flops(sm->c, &b);
+    sm->forwards += runs;
+    sm->flops += runs * dlm_forward_flops(sm->c, &b);
     for (int i = 0; i < sm->n_cands; i++) {
         dlm__candidate *c = &sm->cands[i];
         const dlm__candidate *predicted = &sm->cands[sm->out_cand[c->out]];
@@ -5954,6 +5988,7 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
     dlm_sampler *sm = NULL;
     dlm_error e;
     memset(&lim, 0, sizeof lim);
+    lim.seqs = opt && opt->guidance != 0.0f ? 2 : 1;
     lim.slots = T;
     lim.cached = m->config.pattern != DLM_PATTERN_FULL;
     if (T < 1) return dlm__fail(ctx, DLM_E_INPUT, "canvas: length %d", T);
@@ -6087,7 +6122,8 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
         if (to.rows == from.rows) continue;     /* an embedding or head: one row more */
         for (int j = 0; j < to.cols; j++) {
             double sum = 0.0;
-            for (int v = 0; v < V; v++) sum += (double)from.data[v * from.cols + j];
+            for (int v = 0; v < V; v++)
+                sum += (double)from.data[(size_t)v * (size_t)from.cols + (size_t)j];
             to.data[(size_t)V * (size_t)to.cols + (size_t)j] = (float)(sum / V);
         }
     }
@@ -6141,6 +6177,7 @@ static double dlm__divergence_term(const dlm_divergence_options *o, double p, do
     const double to_fwd = o->kind == DLM_FORWARD_KL ? 1.0
         : o->kind == DLM_MIXED_KL ? 1.0 - w : 0.0;
     const double m = w * p + (1.0 - w) * s;
+    const double floor_ = fmax(p, 1e-37);       /* exp rounds what is smaller to 0 */
     double value = 0.0;
     *slope = 0.0;
     if (o->kind == DLM_JSD) {
@@ -6152,8 +6189,8 @@ static double dlm__divergence_term(const dlm_divergence_options *o, double p, do
         *slope -= to_fwd * p;
     }
     if (to_fwd < 1.0 && s > 0.0) {
-        value += (1.0 - to_fwd) * s * log(s / p);
-        *slope += (1.0 - to_fwd) * s * (log(s / p) + 1.0);
+        value += (1.0 - to_fwd) * s * log(s / floor_);
+        *slope += (1.0 - to_fwd) * s * (log(s / floor_) + 1.0);
     }
     return value;
 }
@@ -6204,7 +6241,6 @@ struct dlm_distiller {
     int                 V;          /* of the teacher                              */
     float              *targets;    /* (max_targets, V) teacher probabilities      */
     int                *target_of;  /* (rows) by cell: which row of targets        */
-    int                *lengths;    /* (seqs+1) of the teacher's batch: starts     */
     void               *block;
 };
 
@@ -6231,13 +6267,19 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     if (o->max_targets == 0)
         o->max_targets = dlm__min(t->w.rows, dlm__max(t->w.c.max_seq,
                                                       (1 << 24) / c->vocab));
-    e = dlm__in_range(ctx, "max_targets", o->max_targets, t->w.c.max_seq, 1 << 26);
+    e = dlm__in_range(ctx, "max_targets", o->max_targets,
+                      dlm__min(t->w.c.max_seq, t->w.rows), 1 << 26);
     if (e == DLM_OK) e = dlm__in_range(ctx, "states", (int)o->states, 0, DLM_STATES_ALL);
     if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.kind", (int)o->divergence.kind, 0,
                                        DLM_JSD);
     if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.sparse", o->divergence.sparse, 0,
                                        c->vocab);
     if (e != DLM_OK) return e;
+    if (!(o->divergence.weight >= 0.0f && o->divergence.weight <= 1.0f)
+        || !(o->divergence.temperature >= 0.0f))
+        return dlm__fail(ctx, DLM_E_CONFIG, "divergence: weight %g is not in 0..1, or "
+                         "temperature %g negative", (double)o->divergence.weight,
+                         (double)o->divergence.temperature);
     if ((o->divergence.kind == DLM_REVERSE_KL || o->divergence.kind == DLM_MIXED_KL)
         && (o->divergence.top_k > 0 || o->divergence.top_p > 0.0f
             || o->divergence.min_p > 0.0f))
@@ -6262,7 +6304,6 @@ static void dlm__distiller_carve(dlm__arena *a, dlm_distiller *d, size_t session
 {
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
     d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
-    d->lengths = dlm__push_ints(a, (size_t)d->t->w.seqs + 1);
     session->size = session_bytes;
     session->base = dlm__push(a, session_bytes, 1);
 }
@@ -6361,7 +6402,8 @@ static void dlm__random_state(dlm__state *s, const dlm__unit *u, const dlm_addre
     const double t = dlm_uniform(at, 0);
     int hits = 0;
     for (int i = 0; i < u->n; i++)
-        hits += s->masked[u->cell + i] = dlm_uniform(at, (uint32_t)(3 + i)) < t;
+        s->masked[u->cell + i] = dlm_uniform(at, (uint32_t)(3 + i)) < t;
+    for (int i = 0; i < u->n; i++) hits += s->masked[u->cell + i];
     if (hits == 0) s->masked[u->cell + (int)(dlm_uniform(at, 1) * u->n)] = 1;
 }
 
@@ -6455,11 +6497,10 @@ static void dlm__distill_score(void *user, int i, float *logits)
         memset(logits, 0, (size_t)V * sizeof *logits);
         return;
     }
-    for (int v = d->V; v < V; v++) logits[v] = -INFINITY;   /* the teacher lacks these */
     t->state.loss[i] = dlm_divergence(t->w.ctx, logits, d->targets
                                       + (size_t)d->target_of[cell] * (size_t)d->V, d->V,
                                       weight, &d->opt.divergence);
-    for (int v = d->V; v < V; v++) logits[v] = 0.0f;
+    for (int v = d->V; v < V; v++) logits[v] = 0.0f;        /* unknown to the teacher */
 }
 
 static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
@@ -6494,6 +6535,12 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
 static dlm_error dlm__check_steps(const dlm_distiller *d, const dlm_example *e,
                                   const int *const *steps, int n)
 {
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < e[k].length; i++)
+            if (e[k].tokens[i] >= d->V)
+                return dlm__fail(d->t->w.ctx, DLM_E_INPUT,
+                                 "example %d: token %d at %d is "
+                                 "unknown to the teacher", k, e[k].tokens[i], i);
     if (d->opt.states == DLM_STATES_RANDOM) return DLM_OK;
     for (int k = 0; k < n; k++)
         for (int i = e[k].prompt; i < e[k].length; i++)
@@ -6594,7 +6641,7 @@ static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out
     const size_t more = first < 0x80 ? 0 : first < 0xC0 ? 9 : first < 0xE0 ? 1
         : first < 0xF0 ? 2 : first < 0xF8 ? 3 : 9;      /* 9: cannot begin one     */
     uint32_t c;
-    if (more >= left) return 0;
+    if (more > 3 || more >= left) return 0;
     c = more == 0 ? first : (uint32_t)(first & (0x3F >> more));
     for (size_t k = 1; k <= more; k++) {
         if ((p[k] & 0xC0) != 0x80) return 0;
@@ -6751,7 +6798,7 @@ struct dlm_tokenizer {
     int                *sorted;     /* (n) ids by their bytes                      */
     char               *file;       /* the pieces' file, copied                    */
     size_t              file_size;
-    int                 spaces;     /* 1: some piece has a space inside            */
+    int                 spaces;     /* 1: some piece has a space behind a letter   */
 };
 
 typedef struct dlm__piece_entry { const char *text; int size; float score; }
@@ -6831,7 +6878,8 @@ static int dlm__read_pieces(dlm_tokenizer *t, const char *file, size_t size)
             t->pieces[n].text = file + at;
             t->pieces[n].size = (int)length;
             t->pieces[n].score = score;
-            for (int i = 1; i < length; i++) t->spaces |= file[at + (size_t)i] == ' ';
+            for (size_t i = 1; i < (size_t)length; i++)
+                t->spaces |= file[at + i] == ' ' && file[at + i - 1] != ' ';
         }
         at += (size_t)length;
     }
@@ -6966,7 +7014,8 @@ static int dlm__merge_pieces(const dlm_tokenizer *t, int *ids, int n)
     }
 }
 
-/* Words are merged on their own when no piece has a space inside: merges cannot cross. */
+/* Words are merged on their own when no piece goes on behind a word: merges cannot
+   cross.  Runs of more than 256 bytes are cut there. */
 static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, size_t size,
                                     int *ids, size_t max, size_t *n)
 {
@@ -6982,7 +7031,7 @@ static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, si
         if (first) run[length++] = ' ';
         do run[length++] = text[i++];
         while (i < size && length < DLM__RUN
-               && (t->spaces || text[i] != ' ' || (first && length == 1)));
+               && (t->spaces || text[i] != ' ' || text[i - 1] == ' '));
         while (i < size && (text[i] & 0xC0) == 0x80 && length < DLM__RUN + 3)
             run[length++] = text[i++];          /* never cut a character           */
         k = dlm__merge_pieces(t, found, dlm__split_pieces(t, run, length, found));
@@ -7083,6 +7132,7 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
                           size_t size)
 {
     size_t length = 0;
+    int begun = 0;
     for (size_t i = 0; i < n; i++) {
         char bytes[4] = { '_', 0, 0, 0 };
         const char *from = bytes;
@@ -7094,10 +7144,11 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
             else if (t->kind == DLM_TOKENIZER_BYTES) bytes[0] = (char)ids[i];
             else m = dlm__utf8_put(bytes, t->chars[ids[i]]);
         }
-        if (t->kind == DLM_TOKENIZER_PIECES && length == 0 && m > 0 && from[0] == ' ') {
+        if (t->kind == DLM_TOKENIZER_PIECES && !begun && m > 0 && from[0] == ' ') {
             from++;                             /* what encoding put in front      */
             m--;
         }
+        begun = 1;
         for (size_t k = 0; k < m; k++, length++)
             if (out && length + 1 < size) out[length] = from[k];
     }
@@ -7853,6 +7904,9 @@ static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path, const char *b
     if (ok) remove(path);                       /* rename does not replace there   */
 #endif
     if (ok && rename(beside, path) == 0) return DLM_OK;
+#ifdef _WIN32
+    if (ok) return dlm__fail(ctx, DLM_E_IO, "cannot rename %s to %s", beside, path);
+#endif
     remove(beside);
     return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
 }

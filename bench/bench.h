@@ -113,12 +113,23 @@ static inline void bench_machine(char *out, size_t size)
     fclose(f);
 }
 
+/* What else the machine was doing at the start; "" where it does not say. */
+static inline void bench_load(char *out, size_t size)
+{
+    FILE *f = fopen("/proc/loadavg", "r");
+    out[0] = 0;
+    if (f == NULL) return;
+    if (fgets(out, (int)size, f) != NULL) out[strcspn(out, " ")] = 0;
+    fclose(f);
+}
+
 /* A number without these lines is not to be quoted. */
 static inline void bench_context(const char *program, const char *isa,
                                  const char *threads)
 {
-    char machine[256];
+    char machine[256], load[64];
     bench_machine(machine, sizeof machine);
+    bench_load(load, sizeof load);
 #ifdef __clang__
     const char *compiler = "";             /* its version text says what it is      */
 #else
@@ -126,7 +137,7 @@ static inline void bench_context(const char *program, const char *isa,
 #endif
     printf("# program  %s, dlm.h %d.%d.%d\n", program, DLM_VERSION_MAJOR,
            DLM_VERSION_MINOR, DLM_VERSION_PATCH);
-    printf("# machine  %s\n", machine);
+    printf("# machine  %s, load %s at the start\n", machine, load[0] ? load : "unknown");
     printf("# compiler %s%s\n", compiler, __VERSION__);
     printf("# flags    %s\n", DLM_BENCH_FLAGS);
     printf("# isa      %s\n", isa);

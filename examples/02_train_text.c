@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { THREADS = 2, T = 128, B = 8, WINDOWS = 64, MAX_TEXT = 1 << 25 };
+enum { THREADS = 2, T = 128, B = 4, WINDOWS = 64, MAX_TEXT = 1 << 25 };
 static char text[MAX_TEXT];
 static int ids[MAX_TEXT];
 
@@ -84,6 +84,7 @@ static dlm_error train(dlm_trainer *t, size_t n, int steps)
         double per_step = (now - t0) / (double)(r.step - first);
         printf("step %5d: loss %.3f nats/char, %.0f tokens/s, %.0f s left\n", (int)r.step,
                r.loss, tokens / (now - t0), (double)(steps - r.step) * per_step);
+        fflush(stdout);
         shown = now;
     }
     return DLM_OK;
@@ -119,15 +120,14 @@ int main(int argc, char **argv)
     if (!e && resumed) e = dlm_load(&model, &tok, ctx, path);
     else if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
     if (!e && !resumed) {
-        cfg.vocab = dlm_tokenizer_vocab(tok), cfg.max_seq = T;
-        cfg.dim = 128, cfg.layers = 5, cfg.heads = 4, cfg.block = 16;
+        cfg.vocab = dlm_tokenizer_vocab(tok), cfg.max_seq = T, cfg.block = 8;
+        cfg.dim = 160, cfg.layers = 3, cfg.heads = 5, cfg.ffn = 480, cfg.rope_theta = 100;
         e = dlm_model_create(&model, ctx, &cfg, 1, NULL);
     }
     if (!e) e = dlm_encode(tok, text, size, ids, MAX_TEXT, &n);
-    n_train = n - n / 10;
-
-    how.max_rows = 2 * B * T, how.lr = 3e-3f, how.warmup = steps / 20, how.total = steps;
-    how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 1e-4f, how.weight_decay = 0.01f;
+    n_train = n - n / 10;                    /* the rest is held out                 */
+    how.max_rows = 2 * B * T, how.lr = 1e-3f, how.warmup = steps / 10, how.total = steps;
+    how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 5e-5f, how.weight_decay = 0.01f;
     if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
     if (!e && resumed) e = dlm_trainer_load(trainer, state);
     if (!e) printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",

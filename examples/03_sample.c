@@ -28,7 +28,7 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, int T, int n_pro
     limits.cached = model->config.pattern != DLM_PATTERN_FULL;
     how.order = DLM_ORDER_THRESHOLD;         /* all the model is sure of, at once    */
     how.threshold = 0.9f;
-    how.temperature = 0.8f;
+    how.temperature = 0.5f;
     how.seed = (uint64_t)time(NULL);
 
     dlm_error e = dlm_session_create(&session, ctx, model, &limits, NULL);
@@ -52,7 +52,7 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, int T, int n_pro
 int main(int argc, char **argv)
 {
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
-    const char *prompt = argc > 2 ? argv[2] : "the ";
+    const char *prompt = argc > 2 ? argv[2] : "the ", *why = NULL;
     int T = argc > 3 ? atoi(argv[3]) : 100;
     size_t n = 0;
     dlm_ctx *ctx = NULL;
@@ -61,18 +61,12 @@ int main(int argc, char **argv)
 
     dlm_error e = dlm_init(&ctx, NULL);
     if (!e) e = dlm_load(&model, &tok, ctx, path);
-    if (!e && !tok) {
-        fprintf(stderr, "%s holds no tokenizer\n", path);
-        e = DLM_E_MISMATCH;
-    }
+    if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
     if (!e) e = dlm_encode(tok, prompt, strlen(prompt), canvas, MAX, &n);
     if (!e) {                                /* the canvas: the prompt, then masks   */
         int most = model->config.max_seq < MAX ? model->config.max_seq : MAX;
         if (T < 1 || T > most - (int)n) T = most - (int)n;
-        if (T < 1) {
-            fprintf(stderr, "the prompt leaves no room in %d tokens\n", most);
-            e = DLM_E_INPUT;
-        }
+        if (T < 1) e = DLM_E_INPUT, why = "the prompt leaves no room to go on";
         T += (int)n;
         for (int i = (int)n; i < T; i++) canvas[i] = model->config.mask_id;
     }
@@ -81,7 +75,8 @@ int main(int argc, char **argv)
         dlm_decode(tok, canvas, (size_t)T, text, sizeof text);
         printf("%s\n", text);
     } else {
-        fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+        fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   why ? why : dlm_last_error(ctx));
     }
     dlm_model_free(model);
     dlm_tokenizer_free(tok);

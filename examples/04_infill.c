@@ -35,7 +35,8 @@ int main(int argc, char **argv)
 {
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
     const char *form = argc > 2 ? argv[2]
-                     : "he finds ____________ at home. my sister _____ a letter here.";
+                     : "he finds __________ at home. my sister ______ a letter here. ";
+    const char *why = NULL;
     static int blank[MAX], canvas[MAX];
     static char text[4 * MAX + 1];
     int T = 0;
@@ -47,16 +48,15 @@ int main(int argc, char **argv)
     dlm_error e = dlm_init(&ctx, NULL);
     if (!e) e = dlm_load(&model, &tok, ctx, path);
     if (!e && tok) e = read_form(tok, form, blank, &T);
-    if (!e && (!tok || T > MAX || T > model->config.max_seq)) {
-        fprintf(stderr, tok ? "the form is too long\n" : "the file holds no tokenizer\n");
-        e = DLM_E_INPUT;
-    }
+    if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
+    if (!e && (T > MAX || T > model->config.max_seq))
+        e = DLM_E_INPUT, why = "the form is too long for this model";
     /* The surest character first.  One block over the whole canvas, so that a model
        trained in blocks also sees what stands to the right of a hole. */
     how.order = DLM_ORDER_CONFIDENCE;
     how.block = T;
     how.absolute_blocks = 1;
-    how.temperature = 0.7f;
+    how.temperature = 0.5f;
     if (!e) printf("%s\n", form);
     for (how.seed = 1; !e && how.seed <= 3; how.seed++) {
         memcpy(canvas, blank, sizeof canvas);
@@ -64,7 +64,8 @@ int main(int argc, char **argv)
         dlm_decode(tok, canvas, (size_t)T, text, sizeof text);
         if (!e) printf("%s\n", text);
     }
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   why ? why : dlm_last_error(ctx));
     dlm_model_free(model);
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);

@@ -10,7 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { T = 96, B = 8, STEPS = 250, SIZE = 60000, SAMPLES = 128 };
+enum { T = 64, B = 8, STEPS = 400, SIZE = 60000, SAMPLES = 128 };
 static char text[SIZE + 100];
 static int ids[SIZE + 100];
 
@@ -36,9 +36,9 @@ static dlm_error train(dlm_model **model, dlm_ctx *ctx, int vocab, dlm_pattern p
     dlm_trainer *trainer = NULL;
     dlm_config cfg = {0};
     dlm_train_options how = {0};
-    cfg.vocab = vocab, cfg.dim = 64, cfg.layers = 2, cfg.heads = 2, cfg.max_seq = T;
-    cfg.pattern = (int)pattern;
-    how.lr = 3e-3f, how.warmup = 20;
+    cfg.vocab = vocab, cfg.dim = 64, cfg.layers = 2, cfg.heads = 4, cfg.max_seq = T;
+    cfg.pattern = (int)pattern, cfg.rope_theta = 30;
+    how.lr = 3e-3f, how.warmup = 100;
     dlm_error e = dlm_model_create(model, ctx, &cfg, 1, NULL);
     if (!e) e = dlm_trainer_create(&trainer, ctx, *model, &how, NULL);
     for (int step = 0; step < STEPS && !e; step++)
@@ -80,8 +80,7 @@ int main(void)
     dlm_error e = dlm_init(&ctx, NULL);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
     if (!e) e = dlm_encode(tok, text, size, ids, size, &n);
-    limits.rows = 2 * T;                     /* the block estimate doubles the row   */
-    limits.seqs = 2;
+    limits.slots = 2 * T;                    /* blocks: sentence and its noisy copy  */
     for (int m = 0; m < 2; m++) {
         if (!e) e = train(&model[m], ctx, dlm_tokenizer_vocab(tok), patterns[m], n);
         if (!e) e = dlm_session_create(&session[m], ctx, model[m], &limits, NULL);
