@@ -1183,6 +1183,10 @@ typedef struct dlm__kernels {
        m <= mr, n <= nr; a row of b must be readable for nr floats. */
     void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
                  int m, int n, int k, int add);
+    /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
+       (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
+    void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
+                 const float *b, size_t b_k, size_t b_j, const int mnk[3], int add);
     void (*softmax_tile)(float *s, int rows, int lanes, float *max, float *sum,
                          float *rescale);
     void (*softmax_tile_backward)(float *s, float *ds, int rows, int lanes,
@@ -1245,7 +1249,8 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
        dlm__vf            a vector of floats, and words on it: dlm__vload vstore
                           (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
-                          vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax
+                          vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax;
+                          fma1: vfma of single floats
    and includes this file again; only this section is then visible, and it undefines
    all of them at its end.  The scalar instance is the same code with one lane. */
 #ifdef DLM__KERNEL_PASS
@@ -1379,6 +1384,19 @@ static DLM__TARGET void DLM__K(dlm__tile)(
     DLM__K(dlm__tile_full)(full, DLM__NR, a, lda, b, ldb, m, n, k, add);
     for (int i = 0; i < m; i++)
         memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
+}
+
+static DLM__TARGET void DLM__K(dlm__tiny)(
+    float *c, size_t ldc, const float *a, size_t a_i, size_t a_k, const float *b,
+    size_t b_k, size_t b_j, const int mnk[3], int add)
+{
+    for (size_t i = 0; i < (size_t)mnk[0]; i++)
+        for (size_t j = 0; j < (size_t)mnk[1]; j++) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (size_t k = 0; k < (size_t)mnk[2]; k++)
+                sum = dlm__fma1(a[i * a_i + k * a_k], b[k * b_k + j * b_j], sum);
+            c[i * ldc + j] = sum;
+        }
 }
 
 /* One chunk of keys of a running softmax, down the columns of s (rows, nr):
@@ -1627,7 +1645,8 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
 
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW,
-    DLM__K(dlm__tile), DLM__K(dlm__softmax_tile), DLM__K(dlm__softmax_tile_backward),
+    DLM__K(dlm__tile), DLM__K(dlm__tiny),
+    DLM__K(dlm__softmax_tile), DLM__K(dlm__softmax_tile_backward),
     DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward),
     DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward),
     DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot),
@@ -1653,6 +1672,7 @@ static const dlm__kernels DLM__K(dlm__table) = {
 #undef dlm__vmul
 #undef dlm__vdiv
 #undef dlm__vfma
+#undef dlm__fma1
 #undef dlm__vmax
 #undef dlm__vmin
 #undef dlm__vsqrt
@@ -1693,6 +1713,7 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define dlm__vmul(a, b) ((a) * (b))
 #define dlm__vdiv(a, b) ((a) / (b))
 #define dlm__vfma(a, b, c) ((a) * (b) + (c))
+#define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) ((a) > (b) ? (a) : (b))
 #define dlm__vmin(a, b) ((a) < (b) ? (a) : (b))
 #define dlm__vsqrt(a) sqrtf(a)
@@ -1747,6 +1768,7 @@ DLM__INLINE float dlm__hmax_sse2(__m128 v)
 #define dlm__vmul(a, b) _mm_mul_ps(a, b)
 #define dlm__vdiv(a, b) _mm_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+#define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) _mm_max_ps(a, b)
 #define dlm__vmin(a, b) _mm_min_ps(a, b)
 #define dlm__vsqrt(a) _mm_sqrt_ps(a)
@@ -1788,6 +1810,7 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__vmul(a, b) _mm256_mul_ps(a, b)
 #define dlm__vdiv(a, b) _mm256_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm256_max_ps(a, b)
 #define dlm__vmin(a, b) _mm256_min_ps(a, b)
 #define dlm__vsqrt(a) _mm256_sqrt_ps(a)
@@ -1816,6 +1839,7 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__vmul(a, b) _mm512_mul_ps(a, b)
 #define dlm__vdiv(a, b) _mm512_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm512_max_ps(a, b)
 #define dlm__vmin(a, b) _mm512_min_ps(a, b)
 #define dlm__vsqrt(a) _mm512_sqrt_ps(a)
@@ -1868,6 +1892,7 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define dlm__vmul(a, b) vmulq_f32(a, b)
 #define dlm__vdiv(a, b) vdivq_f32(a, b)
 #define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
+#define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) dlm__choose_neon(vcgtq_f32(a, b), a, b)
 #define dlm__vmin(a, b) dlm__choose_neon(vcltq_f32(a, b), a, b)
 #define dlm__vsqrt(a) vsqrtq_f32(a)
@@ -2204,26 +2229,55 @@ typedef struct dlm__gemm {
     int groups, per_group;  /* column panels are shared out in groups              */
 } dlm__gemm;
 
-/* dst[k*w + i] = src[i*s_i + k*s_k] for i < n, 0 for n <= i < w. */
+/* out (4 rows, ldo apart) = the transposed of in (4 rows, ldi apart), 4 by 4. */
+DLM__INLINE void dlm__transpose4(float *out, size_t ldo, const float *in, size_t ldi)
+{
+#if defined(DLM__X86)               /* SSE is part of x86-64: no dispatch          */
+    __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + ldi);
+    __m128 c = _mm_loadu_ps(in + 2 * ldi), d = _mm_loadu_ps(in + 3 * ldi);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, a);
+    _mm_storeu_ps(out + ldo, b);
+    _mm_storeu_ps(out + 2 * ldo, c);
+    _mm_storeu_ps(out + 3 * ldo, d);
+#else
+    for (size_t i = 0; i < 4; i++)
+        for (size_t j = 0; j < 4; j++) out[j * ldo + i] = in[i * ldi + j];
+#endif
+}
+
+/* out (cols, rows; ldo) = the transposed of in (rows, cols; ldi). */
+static void dlm__transpose(float *out, size_t ldo, const float *in, size_t ldi, int rows,
+                           int cols)
+{
+    for (int i = 0; i < rows; i += 4)
+        for (int j = 0; j < cols; j += 4) {
+            const float *from = in + (size_t)i * ldi + (size_t)j;
+            float *to = out + (size_t)j * ldo + (size_t)i;
+            if (i + 4 <= rows && j + 4 <= cols) {
+                dlm__transpose4(to, ldo, from, ldi);
+                continue;
+            }
+            for (int y = i; y < dlm__min(rows, i + 4); y++)
+                for (int x = j; x < dlm__min(cols, j + 4); x++)
+                    out[(size_t)x * ldo + (size_t)y] = in[(size_t)y * ldi + (size_t)x];
+        }
+}
+
+/* dst[k*w + i] = src[i*s_i + k*s_k] for i < n, 0 for n <= i < w; one of the strides
+   is 1. */
 static void dlm__pack_panel(float *dst, int w, int n, int k, const float *src, size_t s_i,
                             size_t s_k)
 {
     if (n < w) memset(dst, 0, (size_t)w * (size_t)k * sizeof *dst);
-    if (s_i == 1) {
-        for (int kk = 0; kk < k; kk++)
-            memcpy(dst + (size_t)kk * (size_t)w, src + (size_t)kk * s_k,
-                   (size_t)n * sizeof *dst);
+    if (s_i != 1) {
+        DLM_ASSERT(s_k == 1);
+        dlm__transpose(dst, (size_t)w, src, s_i, n, k);
         return;
     }
-    for (int k1 = 0; k1 < k; k1 += 16) {        /* 16: one cache line of src       */
-        const int end = dlm__min(k, k1 + 16);
-        for (int i = 0; i < n; i++) {
-            const float *s = src + (size_t)i * s_i;
-            float *d = dst + i;
-            for (int kk = k1; kk < end; kk++)
-                d[(size_t)kk * (size_t)w] = s[(size_t)kk * s_k];
-        }
-    }
+    for (int kk = 0; kk < k; kk++)
+        memcpy(dst + (size_t)kk * (size_t)w, src + (size_t)kk * s_k,
+               (size_t)n * sizeof *dst);
 }
 
 static void dlm__gemm_pack_job(void *arg, int p)
@@ -2291,40 +2345,48 @@ static void dlm__gemm_run(dlm__gemm *g)
         }
 }
 
+enum { DLM__TINY = 128 };           /* multiply-adds below which packing costs more */
+
+/* Any orientation; c has rows of N.  Tiny products are done here and now. */
+static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, size_t a_k,
+                          const float *b, size_t b_k, size_t b_j, const float *packed,
+                          const int mnk[3], int add)
+{
+    dlm__gemm g;
+    if (!packed && (double)mnk[0] * mnk[1] * mnk[2] <= DLM__TINY) {
+        ctx->k->tiny(c, (size_t)mnk[1], a, a_i, a_k, b, b_k, b_j, mnk, add);
+        return;
+    }
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx; g.c = c; g.ldc = (size_t)mnk[1];
+    g.M = mnk[0]; g.N = mnk[1]; g.K = mnk[2]; g.add = add;
+    g.a = a; g.a_i = a_i; g.a_k = a_k;
+    g.b = b; g.b_k = b_k; g.b_j = b_j; g.packed = packed;
+    dlm__gemm_run(&g);
+}
+
 /* c (M,N) = a (M,K) b^T, b (N,K): linear layers, forward.  packed may be NULL. */
 static void dlm__gemm_nt(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          const float *packed, int M, int N, int K)
 {
-    dlm__gemm g;
-    memset(&g, 0, sizeof g);
-    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K;
-    g.a = a; g.a_i = (size_t)K; g.a_k = 1;
-    g.b = b; g.b_k = 1; g.b_j = (size_t)K; g.packed = packed;
-    dlm__gemm_run(&g);
+    const int mnk[3] = { M, N, K };
+    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, 1, (size_t)K, packed, mnk, 0);
 }
 
 /* c (M,N) (+)= a (M,K) b (K,N): gradients of inputs. */
 static void dlm__gemm_nn(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          int M, int N, int K, int add)
 {
-    dlm__gemm g;
-    memset(&g, 0, sizeof g);
-    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K; g.add = add;
-    g.a = a; g.a_i = (size_t)K; g.a_k = 1;
-    g.b = b; g.b_k = (size_t)N; g.b_j = 1;
-    dlm__gemm_run(&g);
+    const int mnk[3] = { M, N, K };
+    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, (size_t)N, 1, NULL, mnk, add);
 }
 
 /* c (M,N) (+)= a^T b with a (K,M), b (K,N): gradients of weights. */
 static void dlm__gemm_tn(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          int M, int N, int K, int add)
 {
-    dlm__gemm g;
-    memset(&g, 0, sizeof g);
-    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.M = M; g.N = N; g.K = K; g.add = add;
-    g.a = a; g.a_i = 1; g.a_k = (size_t)M;
-    g.b = b; g.b_k = (size_t)N; g.b_j = 1;
-    dlm__gemm_run(&g);
+    const int mnk[3] = { M, N, K };
+    dlm__gemm_any(ctx, c, a, 1, (size_t)M, b, (size_t)N, 1, NULL, mnk, add);
 }
 
 DLM_API void dlm_matmul_nn(dlm_ctx *ctx, float *out, const float *a, const float *b,
@@ -2845,16 +2907,6 @@ static void dlm__attention_forward(dlm__attention *a)
    dk and dv are summed as columns [D][slot], so that p and ds, turned over, are the
    tile's b; one job owns all of them for its sequence and head. */
 
-/* out [lane][ld], from in [slot][nr]: rows n, columns m. */
-static void dlm__turn_over(float *out, int ld, const float *in, int nr, int lanes,
-                           int slots)
-{
-    for (int j0 = 0; j0 < slots; j0 += 16)
-        for (int i = 0; i < lanes; i++)
-            for (int j = j0; j < dlm__min(slots, j0 + 16); j++)
-                out[i * ld + j] = in[j * nr + i];
-}
-
 /* columns [D][ld] at slots [from, to) += sum over lanes of rows[lane][d] * p[lane][j]. */
 static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
                               float *columns, int ld, const float *rows, const float *p,
@@ -2920,9 +2972,9 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
         dlm__lanes_scores(a, l, w->ds, a->v_panels + head, w->d_o, chunk, from, to);
         k->softmax_tile_backward(w->s + at, w->ds + at, n, l->width, w->lse, w->delta);
         dlm__lanes_mix(a, l, w->dq, k_rows, a->ldk, w->ds, chunk, from, to);
-        dlm__turn_over(w->turned, DLM__CHUNK, w->ds + at, nr, l->n, n);
+        dlm__transpose(w->turned, DLM__CHUNK, w->ds + at, (size_t)nr, n, l->n);
         dlm__lanes_spread(a, l, dk + from, ld, w->q_rows, w->turned, n);
-        dlm__turn_over(w->turned, DLM__CHUNK, w->s + at, nr, l->n, n);
+        dlm__transpose(w->turned, DLM__CHUNK, w->s + at, (size_t)nr, n, l->n);
         dlm__lanes_spread(a, l, dv + from, ld, w->do_rows, w->turned, n);
     }
     for (int i = 0; i < l->n; i++) {
@@ -2948,12 +3000,10 @@ static void dlm__attention_backward_job(void *arg, int job)
         dlm__lanes_take(&l, a, seq, kv, first);
         dlm__attention_tile_backward(a, &l, seq, kv, &w);
     }
-    for (int j = 0; j < a->n_slots[seq]; j++) {
-        const size_t row = (size_t)(a->v_base[seq] + j) * a->lddk + (size_t)(kv * D);
-        for (int d = 0; d < D; d++) {
-            a->dk[row + (size_t)d] = dk[(size_t)d * (size_t)ld + (size_t)j];
-            a->dv[row + (size_t)d] = dv[(size_t)d * (size_t)ld + (size_t)j];
-        }
+    {
+        const size_t at = (size_t)a->v_base[seq] * a->lddk + (size_t)(kv * D);
+        dlm__transpose(a->dk + at, a->lddk, dk, (size_t)ld, D, a->n_slots[seq]);
+        dlm__transpose(a->dv + at, a->lddk, dv, (size_t)ld, D, a->n_slots[seq]);
     }
 }
 
