@@ -544,7 +544,9 @@ typedef enum dlm_method {    /* what a masked objective does beyond its masks   
     DLM_METHOD_LIFT3, DLM_METHOD_LIFT2,        /* easiest, hardest (and random)    */
     DLM_METHOD_TOP_K, DLM_METHOD_BOTTOM_K, DLM_METHOD_RANDOM_K,    /* at every t   */
     DLM_METHOD_CART,         /* vanilla masks, weights from the visible context    */
-    DLM_METHOD_GIFT,         /* masks where a fully masked forward is uncertain    */
+    DLM_METHOD_GIFT,         /* masks where a fully masked forward is uncertain; its
+                                mean is over the examples of one pass: give max_rows
+                                room for all of them                               */
     DLM_METHOD_COUNT
 } dlm_method;
 
@@ -4825,6 +4827,8 @@ static void dlm__layout_all(dlm_trainer *t, int scored_only)
 static dlm_error dlm__scoring_pass(dlm_trainer *t, dlm_score_fn score, dlm__ce *ce)
 {
     dlm_batch b;
+    for (int i = 0; i < t->state.ex_cell[t->state.n_ex]; i++)
+        t->state.score[i] = 0.0f;   /* also of a token that no row predicts        */
     dlm__layout_begin(&t->state);
     dlm__layout_all(t, 1);
     b = dlm__state_batch(&t->state);
@@ -4851,6 +4855,13 @@ static dlm_error dlm__prepare_vanilla(dlm_trainer *t, const dlm__noise *noise,
         dlm__mask_unit(s, &s->units[k], s->units[k].t,
                        dlm__time_weight(t, s->units[k].t), noise);
     return DLM_OK;
+}
+
+/* The plain bound, whatever the options: for evaluation. */
+static void dlm__prepare_bound(dlm__state *s, const dlm__noise *noise)
+{
+    for (int k = 0; k < s->n_units; k++)
+        dlm__mask_unit(s, &s->units[k], s->units[k].t, 1.0 / s->units[k].t, noise);
 }
 
 static dlm_address dlm__lift_address(const dlm__state *s, const dlm__unit *u,
@@ -4975,16 +4986,18 @@ static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm_
         dlm__mask_unit(s, &s->units[k], 2.0, 1.0, noise);
         s->units[k].scored = 1;
     }
-    for (int i = 0; i < cells; i++) s->score[i] = 0.0f;
     e = dlm__scoring_pass(t, dlm__entropy_score, ce);
     if (e != DLM_OK) return e;
     for (int i = 0; i < cells; i++) mean += sqrt((double)s->score[i]) / cells;
     for (int k = 0; k < s->n_units; k++)
         hits += dlm__gift_mask(s, &s->units[k], mean, noise);
-    if (hits == 0) return dlm__prepare_vanilla(t, noise, ce, r);
-    for (int i = 0; t->opt.lift.gift_masked_mean && i < cells; i++)
+    if (hits == 0) {                            /* nobody is uncertain: plain masks */
+        e = dlm__prepare_vanilla(t, noise, ce, r);
+        for (int i = 0; i < cells; i++) hits += s->masked[i];
+    }
+    for (int i = 0; t->opt.lift.gift_masked_mean && hits > 0 && i < cells; i++)
         s->weight[i] *= (float)cells / (float)hits;
-    return DLM_OK;
+    return e;
 }
 
 /* AR: every cell is a target, as if all were masked. */
@@ -5025,6 +5038,7 @@ static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, const dlm_batch *b,
     dlm__state *s = &t->state;
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK || b->n_out == 0) return e;
+    for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->score[i] = 0.0f;
     dlm__layers_forward(&t->w, t->m, t->w.acts);
     dlm__head(&t->w, t->m, NULL, dlm__gold_score, ce);
     for (int k = 0; k < s->n_units; k++)
@@ -5060,10 +5074,9 @@ static dlm_error dlm__run_state(dlm_trainer *t, dlm__noise *noise, dlm__ce *ce, 
     dlm_batch b;
     dlm_error e = DLM_OK;
     dlm__noise_levels(s, noise);
-    if (t->kind->masks)
-        e = (learn ? dlm__methods[o->method] : dlm__prepare_vanilla)(t, noise, ce, r);
-    else
-        dlm__prepare_clean(s);
+    if (!t->kind->masks) dlm__prepare_clean(s);
+    else if (!learn) dlm__prepare_bound(s, noise);
+    else e = dlm__methods[o->method](t, noise, ce, r);
     if (e != DLM_OK) return e;
     dlm__layout_begin(s);
     dlm__layout_all(t, 0);
@@ -6294,6 +6307,21 @@ struct dlm_distiller {
     void               *block;
 };
 
+static dlm_error dlm__divergence_ranges(dlm_ctx *ctx, const dlm_divergence_options *o)
+{
+    const struct { const char *name; float value, hi; } fields[] = {
+        { "weight", o->weight, 1.0f }, { "temperature", o->temperature, 1e4f },
+        { "top_p", o->top_p, 1.0f },   { "min_p", o->min_p, 1.0f },
+        { "top_k", (float)o->top_k, 1e9f },
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        if (!(fields[i].value >= 0.0f && fields[i].value <= fields[i].hi))
+            return dlm__fail(ctx, DLM_E_CONFIG, "divergence.%s: %g is not in 0..%g",
+                             fields[i].name, (double)fields[i].value,
+                             (double)fields[i].hi);
+    return DLM_OK;
+}
+
 static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *teacher,
                                       const dlm_distill_options *opt,
                                       dlm_distill_options *o)
@@ -6325,11 +6353,8 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.sparse", o->divergence.sparse, 0,
                                        c->vocab);
     if (e != DLM_OK) return e;
-    if (!(o->divergence.weight >= 0.0f && o->divergence.weight <= 1.0f)
-        || !(o->divergence.temperature >= 0.0f))
-        return dlm__fail(ctx, DLM_E_CONFIG, "divergence: weight %g is not in 0..1, or "
-                         "temperature %g negative", (double)o->divergence.weight,
-                         (double)o->divergence.temperature);
+    e = dlm__divergence_ranges(ctx, &o->divergence);
+    if (e != DLM_OK) return e;
     if ((o->divergence.kind == DLM_REVERSE_KL || o->divergence.kind == DLM_MIXED_KL)
         && (o->divergence.top_k > 0 || o->divergence.top_p > 0.0f
             || o->divergence.min_p > 0.0f))

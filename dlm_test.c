@@ -6089,6 +6089,2523 @@ TEST(calls_that_allocate_survive_every_failing_allocation)
 }
 
 
+/* ==[ lift ]==================================================================
+   What a step of every method must do is worked out here in double, from the formulas:
+   noise, scores, how many are kept, weights, the rows of both views.  Random choices and
+   near ties are read off the trainer, after a check that it was free to make them. */
+
+enum { LIFT_SEQS = 3, LIFT_STEPS = 3 };
+
+typedef struct lift_case {
+    const char      *name;
+    dlm_lift_options o;
+} lift_case;
+
+#define M(method) DLM_METHOD_##method
+#define P(policy) DLM_POLICY_##policy
+static const lift_case lift_cases[] = {    /* .. code rho, one pass, two views, unscaled,
+                                              cart p, cart over t, gift masked mean */
+    { "vanilla",                { 0, M(VANILLA),  P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "vanilla unscaled",       { 0, M(VANILLA),  P(TIME),     0, 0, 0, 1, 0, 0, 0 } },
+    { "vanilla, two views",     { 0, M(VANILLA),  P(TIME),     0, 0, 1, 0, 0, 0, 0 } },
+    { "lift3",                  { 0, M(LIFT3),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "lift3, H 4, rho coded",  { 4, M(LIFT3),    P(TIME),     1, 0, 0, 0, 0, 0, 0 } },
+    { "lift3 sampled",          { 0, M(LIFT3),    P(SAMPLED),  0, 0, 0, 0, 0, 0, 0 } },
+    { "lift3 random",           { 0, M(LIFT3),    P(RANDOM),   0, 0, 0, 0, 0, 0, 0 } },
+    { "lift3 reversed, H 2.5",  { 2.5f, M(LIFT3), P(REVERSED), 0, 0, 0, 0, 0, 0, 0 } },
+    { "lift3, two views",       { 0, M(LIFT3),    P(TIME),     0, 0, 1, 0, 0, 0, 0 } },
+    { "the same, unscaled",     { 0, M(LIFT3),    P(TIME),     0, 0, 1, 1, 0, 0, 0 } },
+    { "lift3, one pass",        { 0, M(LIFT3),    P(TIME),     0, 1, 0, 0, 0, 0, 0 } },
+    { "lift2",                  { 0, M(LIFT2),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "lift2 reversed",         { 0, M(LIFT2),    P(REVERSED), 0, 0, 0, 0, 0, 0, 0 } },
+    { "lift2 random, one pass", { 0, M(LIFT2),    P(RANDOM),   0, 1, 0, 1, 0, 0, 0 } },
+    { "top k",                  { 0, M(TOP_K),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "bottom k",               { 0, M(BOTTOM_K), P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "random k",               { 0, M(RANDOM_K), P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "cart",                   { 0, M(CART),     P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "cart over t, p 0.3",     { 0, M(CART),     P(TIME),     0, 0, 0, 0, 0.3f, 1, 0 } },
+    { "gift",                   { 0, M(GIFT),     P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
+    { "gift, masked mean",      { 0, M(GIFT),     P(TIME),     0, 0, 0, 0, 0, 0, 1 } },
+};
+#undef M
+#undef P
+enum { LIFT_CASES = sizeof lift_cases / sizeof *lift_cases };
+
+/* Under these a step leaves the weights alone and its gradient in adam_m. */
+static dlm_train_options lift_options(dlm_lift_options lift, float least, float most)
+{
+    dlm_train_options o = {0};
+    o.lr = o.beta1 = 1e-30f;
+    o.no_clip = 1;
+    o.seed = test_seed;
+    o.level_min = least; o.level_max = most;
+    o.lift = lift;
+    return o;
+}
+
+/* Three examples: a long one between two of the given length and prompt. */
+static void lift_examples(dlm_example *e, int length, int prompt)
+{
+    static int tokens[LIFT_SEQS][TOY_SLOTS];
+    for (int k = 0; k < LIFT_SEQS; k++) {
+        for (int i = 0; i < TOY_SLOTS; i++) tokens[k][i] = test_below(TOY_MASK);
+        e[k].tokens = tokens[k];
+        e[k].length = k == 1 ? TOY_SLOTS : length;
+        e[k].prompt = k == 1 ? 5 : prompt;
+    }
+}
+
+/* No kept one comes after a rejected one; of equals the lower position comes first. */
+static void lift_try_select(const unsigned char *masked, const float *score, int n, int k,
+                            dlm_select mode)
+{
+    unsigned char kept[40];
+    dlm_address at = { test_seed, DLM_RANDOM_LIFT, 3, 5, 7 };
+    int had = 0, has = 0;
+    memcpy(kept, masked, (size_t)n);
+    int random = mode == DLM_SELECT_RANDOM;
+    int returned = dlm_lift_select(kept, random ? NULL : score, n, k, mode,
+                                   random ? &at : NULL);
+    for (int i = 0; i < n; i++) {
+        had += masked[i] != 0;
+        has += kept[i];
+        CHECK(kept[i] == 0 || (kept[i] == 1 && masked[i]));
+        for (int j = 0; j < n; j++) {
+            if (!kept[i] || kept[j] || !masked[j] || random) continue;
+            double ahead = mode == DLM_SELECT_EASIEST ? score[i] - score[j]
+                                                      : score[j] - score[i];
+            CHECK(ahead > 0 || (ahead == 0 && i < j));
+        }
+    }
+    CHECK(returned == has && has == (k < had ? k : had));
+}
+
+TEST(lift_select_keeps_the_right_ones_and_of_equals_the_first)
+{
+    for (int n = 0; n <= 40; n += n < 6 ? 1 : 17)
+        for (int draw = 0; draw < 60; draw++) {
+            unsigned char masked[40];
+            float score[40];
+            for (int i = 0; i < n; i++) {
+                masked[i] = (unsigned char)(draw < 5 ? 63 * draw : test_below(3));
+                score[i] = draw % 2 ? test_float() : -(float)test_below(4);
+                if (!masked[i]) score[i] = NAN;         /* nobody may look         */
+            }
+            for (int k = 0; k <= n + 1; k += k < 2 || k >= n - 1 ? 1 : (n + 3) / 4)
+                for (int mode = 0; mode < 3; mode++) {
+                    LABEL("n %d, k %d, mode %d", n, k, mode);
+                    lift_try_select(masked, score, n, k, (dlm_select)mode);
+                }
+        }
+}
+
+TEST(lift_select_at_random_keeps_every_subset_alike)
+{
+    enum { DRAWS = 30000, N = 6 };
+    for (int along = 0; along < 3; along++) {
+        int counts[1 << N] = {0};
+        double p[1 << N] = {0};
+        dlm_address at = { test_seed, DLM_RANDOM_LIFT, 4, 5, 0 };
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < i; j++)
+                if (i != 3 && j != 3) p[1 << i | 1 << j] = 0.1; /* 3 is not masked */
+        for (uint32_t draw = 0; draw < DRAWS; draw++) {
+            unsigned char masked[N] = { 1, 1, 1, 0, 1, 1 };
+            int set = 0;
+            *(along == 0 ? &at.step : along == 1 ? &at.row : &at.purpose) = 70 + draw;
+            CHECK(dlm_lift_select(masked, NULL, N, 2, DLM_SELECT_RANDOM, &at) == 2);
+            for (int i = 0; i < N; i++) set |= masked[i] << i;
+            counts[set]++;
+        }
+        LABEL("along part %d of the address", along);
+        toy_check_counts(counts, p, 1 << N);
+    }
+}
+
+TEST(lift_count_rounds_half_to_even_and_keeps_at_least_one)
+{
+    static const struct { int n; double t, rho; int want; } cases[] = {
+        { 0, 0.5, 0.5, 0 }, { 0, 1, 0, 0 }, { 1, 0.5, 0.5, 1 }, { 1, 0.001, 0.999, 1 },
+        { 3, 0.5, 0.5, 2 }, { 5, 0.5, 0.5, 2 }, { 7, 0.5, 0.5, 4 }, { 9, 0.5, 0.5, 4 },
+        { 2, 0.25, 0.75, 1 }, { 6, 0.25, 0.75, 2 }, { 10, 0.25, 0.75, 2 },
+        { 10, 0.26, 0.74, 3 }, { 14, 0.25, 0.75, 4 }, { 10, 1, 0, 10 },
+        { 10, 0.3, 0, 10 }, { 5, 0, 0, 1 }, { 2000, 1e-6, 0.9, 2 }, { 4000, 0, 0, 4 },
+        { 9, 0.35, 0.55, 4 },              /* 3.5 in single precision, less in double */
+        { 8, 5e-4, 0, 4 },                 /* t + rho is taken for 1e-3 at least   */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        LABEL("n %d, t %g, rho %g", cases[i].n, cases[i].t, cases[i].rho);
+        CHECK(dlm_lift_count(cases[i].n, cases[i].t, cases[i].rho) == cases[i].want);
+    }
+}
+
+/* The table of methods A.2, by thirds of t, and where rho may lie. */
+TEST(lift_rho_and_kept_fractions_have_the_documented_means)
+{
+    enum { DRAWS = 240000 };
+    static const double want[2][6] = { { 0.418, 0.249, 0.083, 0.337, 0.690, 0.909 },
+                                       { 0.466, 0.300, 0.119, 0.285, 0.635, 0.874 } };
+    for (int code = 0; code < 2; code++) {
+        double sum[6] = {0}, n[3] = {0};                /* rho, then kept          */
+        for (uint32_t i = 0; i < DRAWS; i++) {
+            dlm_address at = { test_seed, DLM_RANDOM_LIFT, i, 0, i % 7 };
+            double raw = test_uniform(), t = 1e-3 + (1 - 1e-3) * raw;
+            double rho = dlm_lift_rho(&at, t, code);
+            int third = t < 1.0 / 3 ? 0 : t < 2.0 / 3 ? 1 : 2;
+            sum[third] += rho; sum[third + 3] += t / (t + rho); n[third]++;
+            LABEL("code form %d, t %.4f, rho %.6f", code, t, rho);
+            CHECK(rho >= (code && 1 - raw > 0.1 + 1e-9 ? 0.1 : 0));
+            CHECK(rho <= 1 - raw + 1e-12);
+        }
+        for (int k = 0; k < 6; k++) {
+            LABEL("code form %d, column %d", code, k);
+            CHECK_CLOSE(sum[k] / n[k % 3], want[code][k], 0.005);
+        }
+    }
+}
+
+TEST(lift_mode_changes_at_its_thresholds)
+{
+    for (int i = 0; i < 4; i++) {
+        static const double values[] = { 2, 3, 4, 1e4 };
+        double H = values[i], low = 1 / H, high = 1 - 1 / H;
+        double t[] = { 0.001, low - 1e-5, low, low + 1e-5, 0.5, high - 1e-5, high,
+                       high + 1e-5, 1 };
+        for (int k = 0; k < 18; k++) {
+            double at = t[k / 2];
+            dlm_policy policy = k % 2 ? DLM_POLICY_REVERSED : DLM_POLICY_TIME;
+            dlm_select easy = k % 2 ? DLM_SELECT_HARDEST : DLM_SELECT_EASIEST;
+            dlm_select hard = k % 2 ? DLM_SELECT_EASIEST : DLM_SELECT_HARDEST;
+            dlm_select two = at >= 0.5 ? easy : hard;
+            LABEL("H %g, t %.7f, reversed %d", H, at, k % 2);
+            CHECK(dlm_lift_mode(at, 2, H, policy, NULL) == two);
+            CHECK(dlm_lift_mode(at, 3, 1, policy, NULL) == two);
+            CHECK(dlm_lift_mode(at, 3, H, policy, NULL) ==
+                  (at < low ? hard : at > high ? easy : DLM_SELECT_RANDOM));
+        }
+    }
+}
+
+TEST(lift_mode_is_drawn_from_its_weights)
+{
+    enum { DRAWS = 20000 };
+    static const double levels[] = { 0.001, 0.2, 0.5, 0.9, 1 };
+    for (int i = 0; i < 20; i++) {
+        int components = 2 + i % 2, uniform = i / 2 % 2, counts[3] = {0};
+        double t = levels[i / 4], H = 4, p[3] = { H * t * (1 - t), t, 1 - t };
+        if (components == 2) p[DLM_SELECT_RANDOM] = 0;
+        double sum = p[0] + p[1] + p[2];
+        for (int k = 0; k < 3; k++)
+            p[k] = !uniform ? p[k] / sum : k || components == 3 ? 1.0 / components : 0;
+        for (uint32_t draw = 0; draw < DRAWS; draw++) {
+            dlm_address at = { test_seed, DLM_RANDOM_LIFT, 5, draw, 9 };
+            if (dlm_lift_rho(&at, 0.5, 0) < 0.25) continue;     /* other bits than rho */
+            counts[dlm_lift_mode(t, components, H, uniform ? DLM_POLICY_RANDOM
+                                 : DLM_POLICY_SAMPLED, &at)]++;
+        }
+        LABEL("t %g, %d components, uniform %d", t, components, uniform);
+        toy_check_counts(counts, p, 3);
+    }
+}
+
+/* The CART weight of token i of T. */
+static double lift_cart(const unsigned char *masked, int T, int i, double p)
+{
+    double sum = 0;
+    for (int j = 0; j < T; j++)
+        if (!masked[j] && j != i) sum += 0.5 * p * pow(1 - p, abs(i - j) - 1);
+    return sum;
+}
+
+TEST(cart_weights_and_gift_levels_are_their_formulas)
+{
+    static const double probabilities[] = { 0.1, 0.3, 1 };
+    unsigned char masked[60];
+    float weight[60];
+    for (int n = 0; n <= 60; n += n < 4 ? 1 : 28)
+        for (int k = 0; k < 3; k++) {
+            double p = probabilities[k];
+            for (int i = 0; i < n; i++) masked[i] = (unsigned char)test_below(2);
+            dlm_cart_weights(weight, masked, n, p);
+            LABEL("T %d, p %g", n, p);
+            for (int i = 0; i < n; i++)
+                if (masked[i]) CHECK_CLOSE(weight[i], lift_cart(masked, n, i, p), 1e-6);
+        }
+    for (double t = 0.001; t <= 1; t += 0.111)
+        for (double h = 0; h < 3; h += 0.3) {
+            LABEL("t %g, entropy %g", t, h);
+            CHECK_CLOSE(dlm_gift_level(t, h, 0.8), 1 - pow(1 - t, sqrt(h) / 0.8), 1e-12);
+        }
+    CHECK(dlm_gift_level(1, 0.1, 0.8) == 1 && dlm_gift_level(1, 0, 0.8) == 0);
+    CHECK(dlm_gift_level(0.5, 0, 0) == 0 && dlm_gift_level(0.5, -1e-9, 0.8) == 0);
+}
+
+/* --[ plan ]------------------------------------------------------------------
+   Everything by example and response token ("cell"). */
+
+typedef double        lift_values[LIFT_SEQS][TOY_SLOTS];
+typedef unsigned char lift_masks[LIFT_SEQS][TOY_SLOTS];
+
+typedef struct lift_plan {
+    dlm_config         c;
+    dlm_train_options  o;
+    const dlm_example *e;                  /* (LIFT_SEQS)                          */
+    uint32_t           step;
+    double             D;                  /* tokens that could carry loss         */
+    int                R[LIFT_SEQS], unit[LIFT_SEQS];   /* cells in all, of one level */
+    int                lift, n_kept;       /* is this a LIFT; cells kept in all    */
+    lift_values        t, rho, u;          /* u: masked where below level          */
+    lift_values        level, score;       /* log p(gold) or, GIFT, entropy        */
+    lift_values        weight, other;      /* of the two views                     */
+    lift_masks         wide, kept;         /* before and after selection           */
+    lift_masks         seen, rest;         /* masked in the two views              */
+    dlm_select         mode[LIFT_SEQS][TOY_SLOTS];
+} lift_plan;
+
+static dlm_select lift_mode_of(const lift_plan *p, double t, const dlm_address *at)
+{
+    const dlm_lift_options *o = &p->o.lift;
+    double H = o->H > 0 ? o->H : 3;
+    if (o->method == DLM_METHOD_TOP_K) return DLM_SELECT_EASIEST;
+    if (o->method == DLM_METHOD_BOTTOM_K) return DLM_SELECT_HARDEST;
+    if (o->method == DLM_METHOD_RANDOM_K || !p->lift) return DLM_SELECT_RANDOM;
+    if (o->policy == DLM_POLICY_RANDOM || o->policy == DLM_POLICY_SAMPLED)
+        return dlm_lift_mode(t, o->method == DLM_METHOD_LIFT3 ? 3 : 2, H, o->policy, at);
+    if (o->method == DLM_METHOD_LIFT3 && t >= 1 / H && t <= 1 - 1 / H)
+        return DLM_SELECT_RANDOM;
+    return (t >= 0.5) == (o->policy == DLM_POLICY_TIME) ? DLM_SELECT_EASIEST
+                                                        : DLM_SELECT_HARDEST;
+}
+
+/* Noise level, rho, mode and the mask before selection of every cell. */
+static void lift_draw(lift_plan *p)
+{
+    double lo = p->o.level_min > 0 ? p->o.level_min : 1e-3f;
+    double hi = p->o.level_max > 0 ? p->o.level_max : 1;
+    dlm_address at_level = { p->o.seed, DLM_RANDOM_LEVEL, p->step, 0, 0 };
+    int all = 0, unit = -1;
+    p->lift = p->o.lift.method > DLM_METHOD_VANILLA && p->o.lift.method < DLM_METHOD_CART;
+    for (int k = 0; k < LIFT_SEQS; k++) {
+        p->R[k] = p->e[k].length - p->e[k].prompt;
+        p->unit[k] = p->c.pattern == DLM_PATTERN_BLOCK ? p->c.block : p->R[k];
+        all += (p->R[k] + p->unit[k] - 1) / p->unit[k];
+        p->D += p->e[k].length - fmax(p->e[k].prompt, p->c.shifted);
+    }
+    for (int k = 0; k < LIFT_SEQS; k++)
+        for (int i = 0; i < p->R[k]; i++) {
+            dlm_address at = { p->o.seed, DLM_RANDOM_LIFT, p->step, (uint32_t)k,
+                               (uint32_t)(i - i % p->unit[k]) };
+            unit += i % p->unit[k] == 0;
+            double t = dlm_noise_level(&at_level, unit, all, 1, lo, hi);
+            double rest = 1 - fmax(0, (t - 1e-3) / (1 - 1e-3));
+            double least = p->o.lift.rho_code_form && rest > 0.1 ? 0.1 : 0;
+            double rho = p->lift ? least + (rest - least) * dlm_uniform(&at, 0) : 0;
+            p->t[k][i] = t;
+            p->rho[k][i] = rho;
+            p->mode[k][i] = lift_mode_of(p, t, &at);
+            at.purpose = DLM_RANDOM_MASK;
+            at.position = (uint32_t)i;
+            p->u[k][i] = dlm_uniform(&at, 0);
+            p->level[k][i] = t + rho;
+            p->wide[k][i] = p->u[k][i] < t + rho;
+        }
+}
+
+/* A batch and what its rows predict. */
+typedef struct lift_rows {
+    test_batch t;
+    int        ex[TEST_ROWS], cell[TEST_ROWS];          /* by row; ex -1: nothing  */
+    double     weight[TEST_ROWS];
+} lift_rows;
+
+/* View 0 or 1 of all examples. */
+static void lift_view(lift_rows *r, const lift_plan *p, int view, lift_masks masked,
+                      lift_values weight)
+{
+    if (view == 0) batch_clear(&r->t);
+    for (int i = 0; view == 0 && i < TEST_ROWS; i++) r->ex[i] = -1;
+    for (int k = 0; k < LIFT_SEQS; k++) {
+        const dlm_example *e = &p->e[k];
+        int first = r->t.start[r->t.b.n_seqs], P = e->prompt, R = p->R[k];
+        int block = p->c.pattern == DLM_PATTERN_BLOCK ? p->c.block : 0;
+        if (block) batch_add_doubled(&r->t, P, R, block, TOY_VOCAB);
+        else batch_add(&r->t, P + R, TOY_VOCAB, DLM_PATTERN_FULL, 0, 0);
+        for (int i = 0; i < P + R; i++) r->t.tokens[first + i] = e->tokens[i];
+        for (int i = 0; i < R; i++) {
+            int at = first + P + i + (block ? R : 0), row = at - p->c.shifted;
+            r->t.tokens[at] = masked[k][i] ? p->c.mask_id : e->tokens[P + i];
+            if (block && p->c.shifted && i % block == 0) row = first + P + i - 1;
+            if (!masked[k][i] || P + i < p->c.shifted) continue;
+            r->ex[row] = k;
+            r->cell[row] = i;
+            r->weight[row] = weight[k][i];
+        }
+    }
+}
+
+/* Looks at the rows that weigh something; c gets targets and weights. */
+static const dlm_batch *lift_rows_end(lift_rows *r, const lift_plan *p, ce_score *c)
+{
+    int n = 0, N = batch_close(&r->t, 2)->n_out;
+    for (int row = 0; row < N; row++)
+        if (r->ex[row] >= 0 && r->weight[row] != 0) r->t.out_rows[n++] = row;
+    r->t.b.n_out = n;
+    ce_open(c, &r->t.b, TOY_VOCAB);
+    for (int i = 0; i < n; i++) {
+        int row = r->t.out_rows[i];
+        const dlm_example *e = &p->e[r->ex[row]];
+        c->target[i] = e->tokens[e->prompt + r->cell[row]];
+        c->weight[i] = r->weight[row] / p->D;
+    }
+    return &r->t.b;
+}
+
+/* log p(gold) where masked before selection; GIFT: entropies with all masked, levels. */
+static void lift_score(lift_plan *p, const reference *ref)
+{
+    static lift_rows rows;
+    ce_score c;
+    lift_masks all;
+    int gift = p->o.lift.method == DLM_METHOD_GIFT, hits = 0;
+    memset(all, 1, sizeof all);
+    lift_view(&rows, p, 0, gift ? all : p->wide, p->t);
+    const dlm_batch *b = lift_rows_end(&rows, p, &c);
+    double *logits = ref_logits(ref, b), mean = 0;
+    for (int i = 0; i < b->n_out; i++) {
+        const double *x = logits + i * TOY_VOCAB;
+        double lse = ref_log_sum_exp(x, TOY_VOCAB), h = lse;
+        int row = b->out_rows[i];
+        for (int v = 0; v < TOY_VOCAB; v++) h -= exp(x[v] - lse) * x[v];
+        h = fmax(h, 0);
+        p->score[rows.ex[row]][rows.cell[row]] = gift ? h : x[c.target[i]] - lse;
+        mean += sqrt(h) / b->n_out;
+    }
+    for (int k = 0; gift && k < LIFT_SEQS; k++)
+        for (int i = 0; i < p->R[k]; i++) {
+            p->level[k][i] = 1 - pow(1 - p->t[k][i], sqrt(p->score[k][i]) / mean);
+            hits += p->u[k][i] < p->level[k][i];
+        }
+    if (gift && !hits) memcpy(p->level, p->t, sizeof p->t);     /* GIFT falls back */
+    free(logits);
+    ce_close(&c);
+}
+
+/* Cells [first, end) of example k: how many are kept, and none worse than a rejected. */
+static void lift_check_unit(const lift_plan *p, int k, int first, int end)
+{
+    int n = 0, kept = 0;
+    double best = -INFINITY, worst = INFINITY;
+    for (int i = first; i < end; i++) {
+        double x = p->mode[k][i] == DLM_SELECT_HARDEST ? -p->score[k][i] : p->score[k][i];
+        n += p->wide[k][i];
+        kept += p->kept[k][i];
+        CHECK(p->wide[k][i] || !p->kept[k][i]);
+        if (p->kept[k][i]) worst = fmin(worst, x);
+        else if (p->wide[k][i]) best = fmax(best, x);
+    }
+    double t = p->t[k][first], want = rint(n * (t / (t + p->rho[k][first])));
+    CHECK(kept == (n < 1 ? 0 : want < 1 ? 1 : (int)want));
+    if (p->mode[k][first] != DLM_SELECT_RANDOM) CHECK(worst >= best - 1e-4);
+}
+
+/* With two views the masks are those of either: the rows of the first view tell. */
+static int lift_kept(const dlm__state *s, int cell, int two_views)
+{
+    if (!two_views) return s->masked[cell];
+    for (int i = 0; i < s->n_out && s->out_rows[i] < s->n_rows / 2; i++)
+        if (s->out_cell[i] == cell) return s->out_weight[i] != 0;
+    return 0;
+}
+
+/* Takes over what the trainer kept, if it may be. */
+static void lift_check_kept(lift_plan *p, const dlm__state *s)
+{
+    for (int k = 0; k < LIFT_SEQS; k++) {
+        int R = p->R[k];
+        for (int i = 0; i < R; i++) {
+            int kept = lift_kept(s, s->ex_cell[k] + i, p->o.lift.complementary);
+            double ahead = p->level[k][i] - p->u[k][i];
+            p->kept[k][i] = (unsigned char)kept;
+            p->n_kept += kept;
+            if (!p->lift && fabs(ahead) > 1e-4) CHECK(kept == (ahead > 0));
+        }
+        for (int i = 0; p->lift && i < R; i += p->unit[k])
+            lift_check_unit(p, k, i, i + p->unit[k] < R ? i + p->unit[k] : R);
+    }
+}
+
+static void lift_weigh(lift_plan *p)
+{
+    const dlm_lift_options *o = &p->o.lift;
+    double half = o->complementary ? 0.5 : 1, p_cart = o->cart_p > 0 ? o->cart_p : 0.1f;
+    for (int k = 0; k < LIFT_SEQS; k++) {
+        unsigned char masked[TOY_SLOTS] = {0};
+        memcpy(masked + p->e[k].prompt, p->kept[k], (size_t)p->R[k]);
+        for (int i = 0; i < p->R[k]; i++) {
+            double t = p->t[k][i], w = o->no_time_scaling ? 1 : 1 / t;
+            if (o->method == DLM_METHOD_CART)
+                w = lift_cart(masked, p->e[k].length, p->e[k].prompt + i, p_cart)
+                    / (o->cart_time_scaling ? t : 1);
+            if (o->method == DLM_METHOD_GIFT)
+                w = (o->gift_masked_mean ? p->D / p->n_kept : 1) / p->level[k][i];
+            int wide = o->one_pass && p->mode[k][i] != DLM_SELECT_RANDOM;
+            p->seen[k][i] = wide ? p->wide[k][i] : p->kept[k][i];
+            p->rest[k][i] = !p->seen[k][i];
+            p->weight[k][i] = p->kept[k][i] ? half * w : 0;
+            p->other[k][i] = half / (o->no_time_scaling ? 1 : fmax(1 - t, 1e-3));
+        }
+    }
+}
+
+static double lift_mean(double sum, int64_t n) { return n ? sum / (double)n : 0; }
+
+static void lift_check_bins(const lift_plan *p, const lift_rows *rows, const ce_score *c,
+                            const dlm_report *r)
+{
+    double loss[DLM_BINS] = {0}, gold[2][DLM_BINS] = {{0}};
+    int64_t n[DLM_BINS] = {0}, wide[DLM_BINS] = {0}, count[2][DLM_BINS] = {{0}};
+    for (int i = 0; i < c->n_out; i++) {
+        int row = rows->t.out_rows[i];
+        double t = p->t[rows->ex[row]][rows->cell[row]];
+        if (p->rest[rows->ex[row]][rows->cell[row]]) t = fmax(1 - t,
+                                                              1e-3); /* other view */
+        int bin = (int)fmin(7, 8 * t);
+        n[bin]++;
+        loss[bin] += c->loss[i] / c->weight[i];
+    }
+    for (int k = 0; p->lift && k < LIFT_SEQS; k++)
+        for (int i = 0; i < p->R[k]; i++) {
+            int bin = (int)fmin(7, 8 * p->t[k][i]), kept = p->kept[k][i];
+            wide[bin] += p->wide[k][i];
+            if (p->mode[k][i] == DLM_SELECT_RANDOM || !p->wide[k][i]) continue;
+            count[kept][bin]++;
+            gold[kept][bin] += exp(p->score[k][i]);
+        }
+    for (int i = 0; i < DLM_BINS; i++) {
+        CHECK(r->bin_superset[i] == wide[i] && r->bin_kept[i] == count[1][i]);
+        CHECK(r->bin_rejected[i] == count[0][i]);
+        CHECK_CLOSE(r->bin_gold_kept[i], lift_mean(gold[1][i], count[1][i]), 1e-4);
+        CHECK_CLOSE(r->bin_gold_rejected[i], lift_mean(gold[0][i], count[0][i]), 1e-4);
+        CHECK(r->bin_count[i] == n[i]);
+        CHECK_CLOSE(r->bin_loss[i], lift_mean(loss[i], n[i]), 1e-4);
+    }
+}
+
+/* The gradient got is that of the weighted cross-entropy c on batch b, by a plain pass
+   and, in one direction, by differences of the reference. */
+static void lift_check_gradient(dlm_ctx *ctx, dlm_model *m, reference *ref,
+                                const dlm_batch *b, ce_score *c, const float *got)
+{
+    const double h = 1e-6;
+    size_t n = m->n_params;
+    float *want = grad_of_pass(ctx, m, b, c);
+    double scale = fabs((double)want[grad_largest(want, n)]), squares = 0;
+    double *kept = ref_doubles(n), *d = ref_doubles(n), slope = 0, loss[2];
+    for (size_t i = 0; i < n; i++) {
+        squares += (double)want[i] * want[i];
+        CHECK_CLOSE(got[i], want[i], 1e-4 * scale);
+        kept[i] = ref->w[i];
+    }
+    for (size_t i = 0; i < n; i++) {
+        d[i] = test_float() / sqrt((double)n) + got[i] / (sqrt(squares) + 1e-30);
+        slope += d[i] * got[i];
+    }
+    for (int side = 0; side < 2; side++) {
+        for (size_t i = 0; i < n; i++) ref->w[i] = kept[i] + (side ? h : -h) * d[i];
+        loss[side] = ce_reference(c, ref, b);
+    }
+    CHECK_CLOSE((loss[1] - loss[0]) / (2 * h), slope, 1e-3 * sqrt(squares));
+    memcpy(ref->w, kept, n * sizeof(double));
+    free(want); free(kept); free(d);
+}
+
+static void lift_check_step(dlm_ctx *ctx, dlm_model *m, reference *ref, dlm_trainer *t,
+                            const dlm_train_options *o, const dlm_example *e)
+{
+    static lift_plan p;
+    static lift_rows rows;
+    ce_score c;
+    dlm_report r;
+    double squares = 0;
+    memset(&p, 0, sizeof p);
+    p.c = m->config; p.o = *o; p.e = e; p.step = (uint32_t)dlm_trainer_steps(t);
+    memset(t->adam_m, 0, m->n_params * sizeof(float));
+    CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r));
+    lift_draw(&p);
+    if (p.lift || o->lift.method == DLM_METHOD_GIFT) lift_score(&p, ref);
+    lift_check_kept(&p, &t->state);
+    lift_weigh(&p);
+    lift_view(&rows, &p, 0, p.seen, p.weight);
+    if (o->lift.complementary) lift_view(&rows, &p, 1, p.rest, p.other);
+    const dlm_batch *b = lift_rows_end(&rows, &p, &c);
+    CHECK(t->state.n_rows == rows.t.start[b->n_seqs]);
+    for (int i = 0; i < t->state.n_rows; i++)
+        CHECK(t->state.tokens[i] == rows.t.tokens[i]);
+    lift_check_gradient(ctx, m, ref, b, &c, t->adam_m);
+    for (size_t i = 0; i < m->n_params; i++) squares += pow((double)t->adam_m[i], 2);
+    CHECK_CLOSE(r.grad_norm, sqrt(squares), 1e-5 * sqrt(squares));
+    CHECK_CLOSE(r.loss, ce_total(&c), 1e-5 * (1 + ce_total(&c)));
+    CHECK((double)r.tokens == p.D && r.scored == c.n_out);
+    if (o->lift.method == DLM_METHOD_RANDOM_K)          /* nothing is scored       */
+        CHECK_CLOSE(r.flops, 3 * dlm_forward_flops(&m->config, b), 1e-6 * r.flops);
+    lift_check_bins(&p, &rows, &c, &r);
+    ce_close(&c);
+}
+
+/* What is learnt from; shifted, a token more is given. */
+static const struct lift_setting {
+    int    length, prompt, steps;
+    float  level_min, level_max;
+    float  sharpness;                      /* of predictions; very: entropy 0, for GIFT */
+} lift_settings[] = {
+    { 17, 0, 3, 0, 0, 1 },
+    { 1, 0, 2, 0, 0, 1 },                  /* a response of one token              */
+    { 19, 18, 1, 1e-3f, 1e-3f, 1 },        /* hardly anything is masked            */
+    { 9, 1, 1, 1, 1, 1 },                  /* everything is masked                 */
+    { 17, 2, 2, 0, 0, 1e8f },
+};
+enum { LIFT_SETTINGS = sizeof lift_settings / sizeof *lift_settings };
+
+static void lift_check_case(dlm_ctx *ctx, int kind, const lift_case *c, int setting)
+{
+    const struct lift_setting *s = &lift_settings[setting];
+    dlm_model *m = toy_model(ctx, kind, 3);
+    dlm_train_options o = lift_options(c->o, s->level_min, s->level_max);
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    dlm_example e[LIFT_SEQS];
+    dlm_tensor norm;
+    reference ref;
+    dlm_model_tensor(m, dlm_model_tensors(m) - 1, &norm);
+    CHECK(strcmp(norm.name, "model.norm.weight") == 0);
+    for (int i = 0; i < norm.rows; i++) norm.data[i] *= s->sharpness;
+    dlm_model_changed(m);
+    ref_open(&ref, m);
+    for (int step = 0; step < s->steps; step++) {
+        lift_examples(e, s->length + kind % 2, s->prompt + kind % 2);
+        LABEL("%s, %s, setting %d.%d", toy_kind_names[kind], c->name, setting, step);
+        lift_check_step(ctx, m, &ref, t, &o, e);
+    }
+    ref_close(&ref);
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+}
+
+TEST(lift_steps_of_every_method_follow_their_formulas)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind++)
+        for (int i = 0; i < LIFT_CASES; i++)
+            for (int k = 0; k < LIFT_SETTINGS; k++)
+                if (lift_settings[k].sharpness < 2 ||
+                    lift_cases[i].o.method == DLM_METHOD_GIFT)
+                    lift_check_case(ctx, kind, &lift_cases[i], k);
+    test_close(ctx);
+}
+
+/* Selection with rho = 0, then the gradient, at the masks of the vanilla step before. */
+static double lift_again_without_rho(dlm_trainer *t, const dlm_report *before)
+{
+    dlm__state *s = &t->state;
+    dlm__noise noise;
+    dlm__ce ce;
+    dlm_report r;
+    memset(&noise, 0, sizeof noise);
+    memset(&r, 0, sizeof r);
+    ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
+    ce.scale = 1.0 / (double)before->tokens;
+    for (int k = 0; k < s->n_units; k++) {
+        s->units[k].mode = (dlm_select)(k % 3);
+        s->units[k].scored = s->units[k].mode != DLM_SELECT_RANDOM;
+    }
+    CHECK_OK(dlm__scoring_pass(t, dlm__gold_score, &ce));
+    for (int k = 0; k < s->n_units; k++) dlm__lift_refill(s, &s->units[k], &noise, &r);
+    dlm__layout_begin(s);
+    dlm__layout_all(t, 0);
+    dlm_batch b = dlm__state_batch(s);
+    CHECK_OK(dlm__pass(t, &b, dlm__ce_score, &ce, 1));
+    dlm__report_state(&r, s, ce.scale);
+    return r.loss;
+}
+
+/* With rho set to 0, and at t = 1, which leaves no room for it. */
+TEST(lift_without_extra_masks_is_vanilla_bit_for_bit)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind++) {
+        dlm_model *m = toy_model(ctx, kind, 2);
+        dlm_train_options o = lift_options(lift_cases[0].o, 0, 0);
+        dlm_trainer *t = test_trainer(ctx, m, &o);
+        dlm_example e[LIFT_SEQS];
+        dlm_report want, got;
+        size_t size = m->n_params * sizeof(float);
+        float *g = test_floats(m->n_params);
+        lift_examples(e, 13, 2);
+        LABEL("%s", toy_kind_names[kind]);
+        CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &want));
+        CHECK(want.scored > 0 && want.loss == lift_again_without_rho(t, &want));
+        CHECK(memcmp(t->adam_m, t->grads, size) == 0);
+        dlm_trainer_free(t);
+        o.level_min = o.level_max = 1;
+        for (int i = DLM_METHOD_VANILLA; i <= DLM_METHOD_RANDOM_K; i++) {
+            o.lift.method = (dlm_method)i;
+            t = test_trainer(ctx, m, &o);
+            CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &got));
+            if (i == DLM_METHOD_VANILLA) { want = got; memcpy(g, t->adam_m, size); }
+            CHECK(want.scored == got.scored && want.loss == got.loss);
+            CHECK(memcmp(g, t->adam_m, size) == 0);
+            dlm_trainer_free(t);
+        }
+        free(g);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* With one pass the scores come from the activations that learn, otherwise from a pass
+   that keeps none; the cross-entropies of the former stand beside them. */
+TEST(lift_scores_equal_those_of_the_learning_pass_bit_for_bit)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int kind = 0; kind < 4; kind++) {
+            dlm_model *m = toy_model(ctx, kind, 4);
+            dlm_example e[LIFT_SEQS];
+            dlm_trainer *t[2];
+            lift_examples(e, 13, 3);
+            for (int one = 0; one < 2; one++) {
+                dlm_train_options o = lift_options(lift_cases[0].o, 0.1f, 0.6f);
+                o.lift.method = DLM_METHOD_TOP_K;
+                o.lift.one_pass = one;
+                t[one] = test_trainer(ctx, m, &o);
+                CHECK_OK(dlm_trainer_step(t[one], e, LIFT_SEQS, NULL));
+            }
+            const dlm__state *s = &t[1]->state;
+            LABEL("%s, %s", dlm_isa_name((dlm_isa)isa), toy_kind_names[kind]);
+            CHECK(s->n_out > 15);
+            for (int i = 0; i < s->n_out; i++) {
+                int cell = s->out_cell[i];
+                CHECK(t[0]->state.score[cell] == s->score[cell]);
+                CHECK(s->score[cell] == (float)-s->loss[i]);
+            }
+            dlm_trainer_free(t[0]);
+            dlm_trainer_free(t[1]);
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
+}
+
+/* Of blocks of four one token stays masked: which one says nothing about which one does
+   in the next block of the same example. */
+TEST(lift_blocks_choose_independently)
+{
+    enum { STEPS = 60, BLOCKS = 6 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1);
+    dlm_train_options o = lift_options(lift_cases[0].o, 0.25f, 0.25f);
+    o.lift.method = DLM_METHOD_RANDOM_K;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    dlm_example e[LIFT_SEQS];
+    int pairs = 0, alike = 0;
+    lift_examples(e, TOY_SLOTS, 0);
+    e[1].prompt = 0;
+    for (int step = 0; step < STEPS; step++) {
+        CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, NULL));
+        for (int k = 0, before = -1; k < LIFT_SEQS * BLOCKS; k++) {
+            const unsigned char *x = t->state.masked + 4 * k;
+            int place = x[0] + x[1] + x[2] + x[3] == 1 ? x[1] + 2 * x[2] + 3 * x[3] : -1;
+            pairs += k % 2 && before >= 0 && place >= 0;
+            alike += k % 2 && before >= 0 && place == before;
+            before = place;
+        }
+    }
+    CHECK(pairs > 100);
+    CHECK_CLOSE(alike, 0.25 * pairs, 4.75 * sqrt(0.1875 * pairs));
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Without learning every method is vanilla: of a model that knows nothing, ln V. */
+TEST(lift_evaluate_is_the_plain_bound_for_every_method)
+{
+    enum { DRAWS = 1500 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind += 2) {
+        dlm_model *m = toy_model(ctx, kind, 6);
+        dlm_trainer *t = test_trainer(ctx, m, NULL);
+        dlm_example e[LIFT_SEQS];
+        dlm_report want, got;
+        double sum = 0, squares = 0;
+        lift_examples(e, 20, 2);
+        for (int i = 0; i < LIFT_CASES; i++) {
+            dlm_train_options o = lift_options(lift_cases[i].o, 0.3f, 0.4f);
+            o.seed = 0;
+            dlm_trainer *other = test_trainer(ctx, m, &o);
+            LABEL("%s, %s", toy_kind_names[kind], lift_cases[i].name);
+            CHECK_OK(dlm_trainer_step(other, e, LIFT_SEQS, NULL));
+            CHECK_OK(dlm_trainer_evaluate(other, e, LIFT_SEQS, (uint32_t)i, &got));
+            CHECK_OK(dlm_trainer_evaluate(t, e, LIFT_SEQS, (uint32_t)i, &want));
+            got.step = want.step;
+            CHECK(memcmp(&got, &want, sizeof got) == 0);
+            dlm_trainer_free(other);
+        }
+        memset(m->weights, 0, m->n_params * sizeof(float));
+        dlm_model_changed(m);
+        for (uint32_t draw = 0; draw < DRAWS; draw++) {
+            CHECK_OK(dlm_trainer_evaluate(t, e, LIFT_SEQS, draw, &got));
+            sum += got.loss / DRAWS;
+            squares += got.loss * got.loss / DRAWS;
+        }
+        double error = sqrt((squares - sum * sum) / DRAWS);
+        LABEL("%s", toy_kind_names[kind]);
+        CHECK_CLOSE(sum, log(1.0 * TOY_VOCAB), fmin(4.75 * error, 0.3));
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A few steps; the weights that come out, to be freed. */
+static float *lift_run(int kind, const lift_case *c, int threads, float lr, int max_rows,
+                       dlm_report *r)
+{
+    uint64_t before = test_state;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, threads);
+    dlm_model *m = toy_model(ctx, kind, 7);
+    dlm_train_options o = lift_options(c->o, 0, 0);
+    dlm_example e[LIFT_SEQS];
+    o.lr = lr;
+    o.max_rows = max_rows;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    for (int step = 0; step < LIFT_STEPS; step++) {
+        lift_examples(e, 15, 2);
+        CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r[step]));
+    }
+    float *weights = test_floats(m->n_params);
+    memcpy(weights, m->weights, m->n_params * sizeof(float));
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+    test_state = before;
+    return weights;
+}
+
+/* With room for one example at a time there are other sums, but the same numbers. */
+TEST(lift_steps_do_not_depend_on_threads_or_passes)
+{
+    for (int k = 0; k < 4 * LIFT_CASES; k++) {
+        dlm_report r[4][LIFT_STEPS];
+        const lift_case *c = &lift_cases[k / 4];
+        int rows = (k % 4 < 2 ? TOY_SLOTS : 2 * TOY_SLOTS - 5) << c->o.complementary;
+        float *one = lift_run(k % 4, c, 1, 1e-3f, 0, r[0]);
+        float *two = lift_run(k % 4, c, 2, 1e-3f, 0, r[1]);
+        free(lift_run(k % 4, c, 1, 1e-30f, 0, r[2]));
+        free(lift_run(k % 4, c, 1, 1e-30f, rows, r[3]));
+        dlm_config config = toy_config(k % 4);
+        LABEL("%s, %s", toy_kind_names[k % 4], c->name);
+        CHECK(memcmp(one, two, dlm_model_bytes(&config) / 2) == 0);
+        CHECK(memcmp(r[0], r[1], sizeof r[0]) == 0);
+        for (int step = 0; step < LIFT_STEPS; step++) {
+            const dlm_report *a = &r[2][step], *b = &r[3][step];
+            if (c->o.method == DLM_METHOD_GIFT) continue;       /* means of a pass */
+            CHECK_CLOSE(b->loss, a->loss, 1e-6 * a->loss);
+            CHECK_CLOSE(b->grad_norm, a->grad_norm, 1e-4 * a->grad_norm);
+            CHECK(a->tokens == b->tokens && a->scored == b->scored);
+            CHECK(memcmp(a->bin_count, b->bin_count, sizeof a->bin_count) == 0);
+            CHECK(memcmp(a->bin_kept, b->bin_kept, sizeof a->bin_kept) == 0);
+        }
+        free(one); free(two);
+    }
+}
+
+/* A step is a function of weights, seed, step and examples, not of earlier examples: as
+   when training goes on from a file.  Shifted, token 0 can be masked but has no row. */
+TEST(lift_steps_depend_on_nothing_that_was_before)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4 * 4 * LIFT_CASES; k++) {
+        const lift_case *c = &lift_cases[k / 16];
+        dlm_report r[2];
+        dlm_example e[LIFT_SEQS];
+        dlm_model *m = toy_model(ctx, k % 4, 8);
+        dlm_train_options o = lift_options(c->o, 0, 0);
+        o.seed += (uint64_t)(k / 4 % 4);
+        lift_examples(e, 12, 3);
+        LABEL("%s, %s, seed + %d", toy_kind_names[k % 4], c->name, k / 4 % 4);
+        for (int fresh = 0; fresh < 2; fresh++) {
+            dlm_trainer *t = test_trainer(ctx, m, &o);
+            e[0].prompt = e[2].prompt = 3;
+            if (fresh) CHECK_OK(dlm_trainer_update(t, NULL));
+            else CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, NULL));
+            e[0].prompt = e[2].prompt = 0;
+            CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r[fresh]));
+            dlm_trainer_free(t);
+        }
+        CHECK(memcmp(&r[0], &r[1], sizeof r[0]) == 0);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(lift_options_are_checked_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *causal = toy_model(ctx, 4, 1);
+    static const float bad[] = { -0.01f, (float)NAN, (float)INFINITY };
+#define TRY(model, assignment, text) do { dlm_train_options o = {0}; \
+        assignment; train_try_options(ctx, model, &o, text); } while (0)
+    for (int byte = 1; byte < 256; byte += 254) {
+        TRY(m, memset(&o.lift.method, byte, sizeof o.lift.method), "lift.method");
+        TRY(m, memset(&o.lift.policy, byte, sizeof o.lift.policy), "lift.policy");
+    }
+    for (int i = 0; i < 3; i++) {
+        TRY(m, o.lift.H = bad[i], "lift.H");
+        TRY(m, o.lift.cart_p = bad[i], "lift.cart_p");
+    }
+    TRY(m, o.lift.cart_p = 1.01f, "lift.cart_p");
+    for (int i = 1; i < DLM_METHOD_COUNT; i++)
+        TRY(causal, o.lift.method = (dlm_method)i, "lift.method");
+    TRY(causal, o.lift.complementary = 1, "lift");      /* there are no masks      */
+    TRY(m, o.lift.one_pass = o.lift.complementary = 1, "lift.one_pass");
+#undef TRY
+    dlm_model_free(m);
+    dlm_model_free(causal);
+    test_close(ctx);
+}
+
+/* ==[ divergences ]===========================================================
+   Values and gradients of methods B.7 in double.  K: the tokens that take part. */
+
+enum { OPD_BIG = 300 };
+
+/* in[v]: v is among the K best of p, of equals the lower id; K = 0: all are. */
+static void opd_members(int *in, const float *p, int V, int K)
+{
+    for (int v = 0; v < V; v++) {
+        int before = 0;
+        for (int u = 0; u < V; u++) before += p[u] > p[v] || (p[u] == p[v] && u < v);
+        in[v] = K == 0 || before < K;
+    }
+}
+
+static double opd_value(const double *z, const float *p, const int *in, int V,
+                        const dlm_divergence_options *o)
+{
+    double lse = ref_log_sum_exp(z, V), sum = 0;
+    double w = o->weight > 0 ? (double)o->weight : 0.5;
+    if (o->kind == DLM_FORWARD_KL) w = 0;
+    if (o->kind == DLM_REVERSE_KL) w = 1;
+    for (int v = 0; v < V; v++) {
+        double ls = z[v] - lse, s = exp(ls), q = (double)p[v], m = w * q + (1 - w) * s;
+        if (!in[v]) continue;
+        if (o->kind == DLM_JSD) sum += (1 - w) * s * log(s / m);
+        if (o->kind == DLM_JSD && q > 0) sum += w * q * log(q / m);
+        if (o->kind != DLM_JSD && q > 0) sum += (1 - w) * q * (log(q) - ls);
+        if (o->kind != DLM_JSD && w > 0) sum += w * s * (ls - log(q));
+    }
+    return sum;
+}
+
+/* g (V): the last column of the table of B.7, sparse forms included. */
+static void opd_gradient(double *g, const double *z, const float *p, const int *in, int V,
+                         const dlm_divergence_options *o)
+{
+    double lse = ref_log_sum_exp(z, V), PK = 0, rev = 0, jsd = 0;
+    double w = o->weight > 0 ? (double)o->weight : 0.5, to_rev = w;
+    if (o->kind == DLM_FORWARD_KL) to_rev = 0;
+    if (o->kind == DLM_REVERSE_KL) to_rev = 1;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int v = 0; v < V; v++) {
+            double s = exp(z[v] - lse), q = (double)p[v];
+            double r = in[v] && to_rev > 0 ? z[v] - lse - log(q) + 1 : 0;
+            double j = in[v] ? log(s / (w * q + (1 - w) * s)) : 0;
+            if (pass == 0) {
+                PK += in[v] ? q : 0;
+                rev += s * r;
+                jsd += s * j;
+            } else if (o->kind == DLM_JSD) {
+                g[v] = (1 - w) * s * (j - jsd);
+            } else {
+                g[v] = (1 - to_rev) * (PK * s - (in[v] ? q : 0))
+                     + (to_rev > 0 ? to_rev * s * (r - rev) : 0);
+            }
+        }
+    }
+}
+
+static void opd_try_divergence(dlm_ctx *ctx, const dlm_divergence_options *o, int V,
+                               const float *p)
+{
+    float z[OPD_BIG];
+    double x[OPD_BIG], g[OPD_BIG];
+    int in[OPD_BIG];
+    test_fill(z, (size_t)V, 4.0f);
+    for (int v = 0; v < V; v++) x[v] = (double)z[v];
+    opd_members(in, p, V, o->sparse < V ? o->sparse : 0);
+    opd_gradient(g, x, p, in, V, o);
+    double want = opd_value(x, p, in, V, o);
+    CHECK_CLOSE(dlm_divergence(ctx, z, p, V, 0.75, o), want, 2e-6 * (1 + fabs(want)));
+    for (int v = 0; v < V; v++) {
+        double keep = x[v], h = 1e-5, up, down;
+        x[v] = keep + h;
+        up = opd_value(x, p, in, V, o);
+        x[v] = keep - h;
+        down = opd_value(x, p, in, V, o);
+        x[v] = keep;
+        CHECK_CLOSE(g[v], (up - down) / (2 * h), 1e-8);         /* the formula     */
+        CHECK_CLOSE(z[v], 0.75 * g[v], 1e-6);
+    }
+}
+
+/* 0: any probabilities, 1: many ties, 2: with zeros. */
+static void opd_target(float *p, int V, int which)
+{
+    double sum = 0;
+    for (int v = 0; v < V; v++) {
+        p[v] = which == 1 ? (float)(1 + test_below(2)) : expf(3.0f * test_float());
+        if (which == 2 && v % 3 == 1) p[v] = 0;
+        sum += (double)p[v];
+    }
+    for (int v = 0; v < V; v++) p[v] = (float)((double)p[v] / sum);
+}
+
+static const struct { int kind; float weight; } opd_kinds[] = {
+    { DLM_FORWARD_KL, 0 }, { DLM_REVERSE_KL, 0 }, { DLM_MIXED_KL, 0 },
+    { DLM_MIXED_KL, 0.125f }, { DLM_MIXED_KL, 1 }, { DLM_JSD, 0 }, { DLM_JSD, 0.1f },
+    { DLM_JSD, 0.9f },
+};
+enum { OPD_KINDS = sizeof opd_kinds / sizeof *opd_kinds };
+
+TEST(divergences_and_gradients_follow_their_formulas_on_every_isa)
+{
+    static const int sizes[] = { 1, 2, 7, 33, OPD_BIG };
+    float p[OPD_BIG];
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < OPD_KINDS * 5 * 3 * 4; i++) {
+            dlm_divergence_options o = {0};
+            int V = sizes[i / OPD_KINDS % 5], which = i / OPD_KINDS / 5 % 3;
+            int sparse[4] = { 0, 1, 3, V };
+            o.kind = (dlm_divergence_kind)opd_kinds[i % OPD_KINDS].kind;
+            o.weight = opd_kinds[i % OPD_KINDS].weight;
+            o.sparse = sparse[i / OPD_KINDS / 15];
+            if (V == OPD_BIG && isa > DLM_ISA_SSE2 && o.sparse != 3) continue;
+            if (which == 2 && (o.kind == DLM_REVERSE_KL || o.kind == DLM_MIXED_KL))
+                continue;                       /* infinite                        */
+            opd_target(p, V, which);
+            LABEL("%s, kind %d, w %g, V %d, K %d, target %d", dlm_isa_name((dlm_isa)isa),
+                  (int)o.kind, (double)o.weight, V, o.sparse, which);
+            opd_try_divergence(ctx, &o, V, p);
+        }
+        test_close(ctx);
+    }
+}
+
+/* Equal distributions, and logits as far apart as they ever are. */
+TEST(divergences_vanish_for_equals_and_stay_finite_far_apart)
+{
+    enum { V = 9 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < OPD_KINDS; i++) {
+        dlm_divergence_options o = {0};
+        float z[V], p[V];
+        o.kind = (dlm_divergence_kind)opd_kinds[i].kind;
+        o.weight = opd_kinds[i].weight;
+        LABEL("kind %d", (int)o.kind);
+        test_fill(z, V, 3.0f);
+        memcpy(p, z, sizeof p);
+        dlm_teacher_probs(ctx, p, V, &o);
+        CHECK_CLOSE(dlm_divergence(ctx, z, p, V, 1, &o), 0, 1e-6);
+        for (int v = 0; v < V; v++) CHECK_CLOSE(z[v], 0, 1e-6);
+        for (int v = 0; v < V; v++) z[v] = (float)(40 * v);
+        for (int v = 0; v < V; v++) p[v] = (float)(-10 * v);
+        o.temperature = 0.1f;                   /* a cold teacher: e^-100 and less */
+        dlm_teacher_probs(ctx, p, V, &o);
+        double value = dlm_divergence(ctx, z, p, V, 1, &o);
+        CHECK(value - value == 0 && value > 0);
+        for (int v = 0; v < V; v++) CHECK(z[v] - z[v] == 0);
+    }
+    test_close(ctx);
+}
+
+/* Temperature, then top-k, then top-p, then min-p, each on what the last one left. */
+static void opd_renormalise(double *p, const float *logits, int V,
+                            const dlm_divergence_options *o)
+{
+    double sum = 0, best = 0, q[OPD_BIG];
+    for (int v = 0; v < V; v++) {
+        int above = 0;
+        for (int u = 0; u < V; u++) above += logits[u] > logits[v];
+        p[v] = exp((double)logits[v] / (o->temperature > 0 ? (double)o->temperature : 1));
+        if (o->top_k > 0 && above >= o->top_k) p[v] = 0;
+        sum += p[v];
+    }
+    for (int v = 0; v < V; v++) {
+        q[v] = p[v] /= sum;
+        if (q[v] > best) best = q[v];
+    }
+    sum = 0;
+    for (int v = 0; v < V; v++) {
+        double before = 0;
+        for (int u = 0; u < V; u++) before += q[u] > q[v] ? q[u] : 0;
+        if (o->top_p > 0 && before > (double)o->top_p) p[v] = 0;
+        if (q[v] < (double)o->min_p * best) p[v] = 0;
+        sum += p[v];
+    }
+    for (int v = 0; v < V; v++) p[v] /= sum;
+}
+
+TEST(teacher_probabilities_are_tempered_then_filtered)
+{
+    static const struct { float temperature, top_p, min_p; int top_k; } list[] = {
+        { 0, 0, 0, 0 },    { 0.5f, 0, 0, 0 },  { 3, 0, 0, 0 },   { 0, 0, 0, 1 },
+        { 0, 0, 0, 5 },    { 0, 0, 0, 9999 },  { 0, 0.7f, 0, 0 }, { 0, 1, 0, 0 },
+        { 0, 0.001f, 0, 0 }, { 0, 0, 0.2f, 0 }, { 0, 0, 1, 0 }, { 2, 0.6f, 0.3f, 4 },
+        { 0.7f, 0.9f, 0.02f, 9 },
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 13 * 5; i++) {
+        float x[OPD_BIG];
+        double want[OPD_BIG];
+        int V = i / 13 == 0 ? 1 : i / 13 == 1 ? 2 : i / 13 == 4 ? OPD_BIG : 17;
+        test_fill(x, (size_t)V, 4.0f);
+        if (i / 13 == 3) x[3] = x[11] = x[4] = 4.5f;             /* ties stay together */
+        dlm_divergence_options o = {0};
+        o.temperature = list[i % 13].temperature; o.top_k = list[i % 13].top_k;
+        o.top_p = list[i % 13].top_p; o.min_p = list[i % 13].min_p;
+        LABEL("options %d, V %d", i % 13, V);
+        opd_renormalise(want, x, V, &o);
+        dlm_teacher_probs(ctx, x, V, &o);
+        for (int v = 0; v < V; v++) CHECK_CLOSE(x[v], want[v], 1e-6);
+        for (int v = 0; v < V; v++) CHECK((x[v] > 0) == (want[v] > 0));
+    }
+    test_close(ctx);
+}
+
+/* ==[ conversion ]============================================================ */
+
+enum { OPD_V = TOY_MASK, OPD_MAX = 48 };       /* converted: TOY_VOCAB, TOY_MASK   */
+
+static dlm_model *opd_teacher(dlm_ctx *ctx, uint64_t seed)
+{
+    dlm_config c = toy_config(4);
+    c.vocab = c.mask_id = OPD_V;
+    c.max_seq = OPD_MAX;
+    return toy_model_of(ctx, &c, seed);
+}
+
+static dlm_model *opd_student(dlm_ctx *ctx, const dlm_model *teacher, int block,
+                              int mask_id)
+{
+    dlm_model *m = NULL;
+    CHECK_OK(dlm_convert(&m, ctx, teacher, block, mask_id, NULL));
+    if (!m) { printf("no student: %s\n", dlm_last_error(ctx)); exit(1); }
+    return m;
+}
+
+static void opd_compare_models(const dlm_model *ar, const dlm_model *m)
+{
+    int V = ar->config.vocab, grown = 0;
+    CHECK(dlm_model_tensors(ar) == dlm_model_tensors(m));
+    for (int i = 0; i < dlm_model_tensors(ar); i++) {
+        dlm_tensor a, b;
+        dlm_model_tensor(ar, i, &a);
+        dlm_model_tensor(m, i, &b);
+        CHECK(!strcmp(a.name, b.name) && a.cols == b.cols);
+        CHECK(!memcmp(a.data, b.data, (size_t)(a.rows * a.cols) * sizeof(float)));
+        if (b.rows == a.rows) continue;
+        CHECK(a.rows == V && b.rows == V + 1);
+        grown++;
+        for (int j = 0; j < a.cols; j++) {
+            double sum = 0;
+            for (int v = 0; v < V; v++) sum += (double)a.data[v * a.cols + j];
+            CHECK_CLOSE(b.data[V * a.cols + j], sum / V, 1e-6);
+        }
+    }
+    CHECK(grown == (m->config.vocab > V) * (1 + ar->config.untied_head));
+}
+
+TEST(convert_copies_weights_and_adds_a_mean_embedding)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 8; i++) {
+        dlm_config c = toy_config(4);
+        c.untied_head = i & 1; c.qkv_bias = i >> 1 & 1; c.no_qk_norm = i >> 1 & 1;
+        c.rope_theta = 500; c.mask_id = i & 1 ? TOY_VOCAB : 0;
+        int old_mask = i >> 2 ? 5 : 0;
+        dlm_model *ar = test_model(ctx, &c);
+        dlm_model *m = opd_student(ctx, ar, i & 1 ? 3 : 0, old_mask);
+        dlm_config want = ar->config;
+        LABEL("case %d", i);
+        want.pattern = DLM_PATTERN_BLOCK;
+        want.shifted = 0;
+        want.block = i & 1 ? 3 : 4;
+        want.vocab = TOY_VOCAB + !old_mask;
+        want.mask_id = old_mask ? old_mask : TOY_VOCAB;
+        CHECK(memcmp(&want, &m->config, sizeof want) == 0);
+        opd_compare_models(ar, m);
+        dlm_model_free(m); dlm_model_free(ar);
+    }
+    test_close(ctx);
+}
+
+TEST(convert_refuses_what_it_cannot_make_by_name)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *ar = toy_model(ctx, 4, 1), *block = toy_model(ctx, 2, 1), *m = ar;
+    float place[4];
+    dlm_memory mem = { place, sizeof place };
+    CHECK_ERROR(dlm_convert(&m, ctx, block, 4, 0, NULL), DLM_E_CONFIG, ctx, "causal");
+    CHECK(m == NULL);
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, -1, 0, NULL), DLM_E_CONFIG, ctx, "block");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 13, NULL), DLM_E_CONFIG, ctx, "mask_id");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, -2, NULL), DLM_E_CONFIG, ctx, "mask_id");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 0, &mem), DLM_E_NOMEM, ctx, NULL);
+    CHECK(m == NULL);
+    dlm_model_free(block); dlm_model_free(ar);
+    test_close(ctx);
+}
+
+TEST(curriculum_has_the_published_values)
+{
+    static const int want[][2] = { { 1, 100 }, { 10, 148 }, { 20, 292 }, { 30, 524 },
+        { 50, 1244 }, { 70, 2228 }, { 90, 3388 }, { 100, 4000 }, { 101, 4000 },
+        { 9999, 4000 }, { 0, 100 } };
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        LABEL("step %d", want[i][0]);
+        CHECK_CLOSE(dlm_curriculum(want[i][0], 100, 100, 4000, 0, 4), want[i][1], 0);
+        double x = want[i][0] < 100 ? want[i][0] / 100.0 : 1;
+        CHECK_CLOSE(dlm_curriculum(want[i][0], 100, 100, 4000, 1, 4), 100 + 3900 * x, 2);
+        CHECK(dlm_curriculum(want[i][0], 100, 100, 4000, 1, 7) % 7 == 0);
+    }
+    LABEL("%s", "edges");
+    CHECK(dlm_curriculum(3, 0, 8, 64, 0, 4) == 64);              /* no ramp         */
+    CHECK(dlm_curriculum(0, 10, 1, 64, 0, 8) == 8);              /* a block at least */
+}
+
+/* ==[ step maps ]=============================================================
+   A rollout with everything it showed: canvases around every step, and the logits that
+   the constraint hook saw. */
+
+enum { OPD_STEPS = 2 * TOY_SLOTS };
+
+typedef struct opd_watch {
+    toy_run run;
+    int     prompt[TOY_SEQS], steps[TOY_SEQS][TOY_SLOTS];
+    int     step, canvas[OPD_STEPS + 1][TOY_ALL];
+    float   logits[OPD_STEPS][TOY_ALL][TOY_VOCAB];      /* NaN: not looked at       */
+    int     forced, forced_token;                       /* position at step 0; -1   */
+} opd_watch;
+
+static void opd_look(void *user, int seq, int position, float *logits)
+{
+    opd_watch *w = (opd_watch *)user;
+    float *x = w->logits[w->step][seq * TOY_SLOTS + position];
+    memcpy(x, logits, TOY_VOCAB * sizeof *x);
+    if (w->step || seq || position != w->forced) return;
+    for (int v = 0; v < TOY_MASK; v++) if (x[v] < x[w->forced_token]) w->forced_token = v;
+    for (int v = 0; v < TOY_VOCAB; v++) if (v != w->forced_token) logits[v] = -INFINITY;
+}
+
+static void opd_after(void *user, const dlm_event *events, int n)
+{
+    opd_watch *w = (opd_watch *)user;
+    (void)events; (void)n;
+    CHECK(w->step < OPD_STEPS);
+    if (w->step < OPD_STEPS - 1) w->step++;
+    memcpy(w->canvas[w->step], w->run.canvas, sizeof w->run.canvas);
+}
+
+/* The canvases of toy_canvas, filled in by a session of seqs sequences. */
+static void opd_watch_run(opd_watch *w, dlm_ctx *ctx, const dlm_model *m, int seqs,
+                          dlm_sample_options o)
+{
+    dlm_session *s = test_session(ctx, m, seqs, TOY_SLOTS, 0,
+                                  m->config.pattern != DLM_PATTERN_FULL);
+    dlm_sampler *sm = NULL;
+    toy_run *r = &w->run;
+    int spare[TOY_SLOTS];
+    toy_canvas(r, 0);
+    for (int q = 0; q < TOY_SEQS; q++)
+        w->prompt[q] = naive_prefix(r->canvas + q * TOY_SLOTS, r->lengths[q]);
+    w->step = 0;
+    memcpy(w->canvas[0], r->canvas, sizeof r->canvas);
+    memset(w->logits, 0xFF, sizeof w->logits);
+    o.constrain = opd_look;
+    o.on_step = opd_after;
+    o.user = w;
+    CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+    if (sm) CHECK_OK(dlm_sampler_begin(sm, r->canvas, r->lengths, r->n_seqs));
+    for (int i = 0; sm && !dlm_sampler_done(sm) && i < OPD_STEPS; i++)
+        CHECK_OK(dlm_sampler_step(sm));
+    CHECK(sm && dlm_sampler_done(sm));
+    for (int q = 0; sm && q < TOY_SEQS; q++) {
+        for (int i = 0; i < TOY_SLOTS; i++) spare[i] = -7;
+        dlm_sampler_steps(sm, q, spare);
+        r->length[q] = dlm_sampler_length(sm, q);
+        for (int i = r->length[q]; i < TOY_SLOTS; i++) CHECK(spare[i] == -7);
+        memcpy(w->steps[q], spare, sizeof spare);
+    }
+    const dlm_event *trace = sm ? dlm_sampler_trace(sm, &r->n_events) : NULL;
+    CHECK(r->n_events <= TOY_ALL);
+    for (int i = 0; trace && i < r->n_events && i < TOY_ALL; i++) r->events[i] = trace[i];
+    dlm_sampler_free(sm); dlm_session_free(s);
+}
+
+/* The steps of cells (n), different and ascending, without zeros; how many. */
+static int opd_distinct(const int *steps, int n, int *out)
+{
+    int k = 0;
+    for (int value = 1; value <= OPD_STEPS; value++) {
+        int found = 0;
+        for (int i = 0; i < n; i++) found |= steps[i] == value;
+        if (found) out[k++] = value;
+    }
+    return k;
+}
+
+/* One block [a, e) of sequence q: contiguous steps after `last`, and the canvas before
+   each of them is what the map says.  Returns the last step. */
+static int opd_check_block(const opd_watch *w, int q, int a, int e, int last, int rounds)
+{
+    const int *steps = w->steps[q], *after = w->run.canvas + q * TOY_SLOTS;
+    int values[TOY_SLOTS], n = opd_distinct(steps + a, e - a, values), full = 1;
+    for (int i = a; i < e; i++) full &= steps[i] > 0;
+    if (rounds && full) CHECK(n == (rounds > 1 ? e - a : 1));
+    for (int k = 0; k < n; k++) {
+        const int *seen = w->canvas[values[k] - 1] + q * TOY_SLOTS;
+        CHECK(values[k] == ++last);
+        for (int i = a; i < e; i++)
+            CHECK(seen[i] == (steps[i] >= values[k] ? TOY_MASK : after[i]));
+        for (int i = e; i < w->run.lengths[q]; i++)
+            CHECK((seen[i] == TOY_MASK) == (w->canvas[0][q * TOY_SLOTS + i] == TOY_MASK));
+        for (int i = 0; i < a; i++) CHECK(seen[i] == after[i]);
+    }
+    return last;
+}
+
+/* Logits of the doubled row in round k of every block equal those the sampler saw (a
+   blind order looks only at what it fills in).  Returns the masks. */
+static int opd_check_round(const opd_watch *w, dlm_ctx *ctx, const dlm_model *m, int q,
+                           int b, int k)
+{
+    static test_batch t;
+    const int P = w->prompt[q], T = w->run.lengths[q], R = T - P;
+    const int *x = w->run.canvas + q * TOY_SLOTS, *steps = w->steps[q];
+    int values[TOY_SLOTS], value[TOY_SLOTS], masks = 0;
+    batch_clear(&t);
+    batch_add_doubled(&t, P, R, b, 2);
+    for (int i = 0; i < T; i++) t.tokens[i] = x[i];
+    for (int r = 0; r < R; r++) {
+        const int a = r / b * b, n = a + b < R ? b : R - a;
+        value[r] = opd_distinct(steps + P + a, n, values) > k ? values[k] : 0;
+        if (steps[P + r] == 0 || steps[P + r] < value[r]) value[r] = -value[r];
+        t.tokens[T + r] = value[r] > 0 ? TOY_MASK : x[P + r];
+        masks += value[r] > 0;
+    }
+    if (masks == 0) return 0;
+    float *logits = test_logits(ctx, m, batch_close(&t, 2), 0);
+    for (int r = 0; r < R; r++) {
+        if (value[r] <= 0) continue;
+        const float *seen = w->logits[value[r] - 1][q * TOY_SLOTS + P + r];
+        if (seen[0] != seen[0] && steps[P + r] != value[r]) continue;    /* blind   */
+        for (int v = 0; v < TOY_VOCAB; v++)
+            CHECK_CLOSE(seen[v], logits[(T + r) * TOY_VOCAB + v], 1e-5);
+    }
+    free(logits);
+    return masks;
+}
+
+TEST(step_maps_rebuild_every_state_and_the_doubled_row_agrees)
+{
+    static const struct { int b, order; float threshold; int rounds; } cases[] = {
+        { 4, DLM_ORDER_THRESHOLD, 0.3f, 0 }, { 4, DLM_ORDER_THRESHOLD, 1.0f, 4 },
+        { 4, DLM_ORDER_THRESHOLD, 1e-9f, 1 }, { 1, DLM_ORDER_CONFIDENCE, 0, 0 },
+        { 3, DLM_ORDER_RANDOM, 0, 0 }, { 5, DLM_ORDER_ENTROPY_BOUND, 0, 0 },
+        { 4, DLM_ORDER_ANCESTRAL, 0, 0 }, { 24, DLM_ORDER_THRESHOLD, 0.2f, 0 },
+    };
+    static opd_watch w;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *teacher = opd_teacher(ctx, 3);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int b = cases[i].b;
+        dlm_model *m = opd_student(ctx, teacher, b, 0);
+        dlm_sample_options o = {0};
+        int masks = 0, filled = 0;
+        o.order = (dlm_order)cases[i].order; o.threshold = cases[i].threshold;
+        o.temperature = 1; o.seed = 7;
+        w.forced = -1;
+        LABEL("case %d, block %d", (int)i, b);
+        opd_watch_run(&w, ctx, m, TOY_SEQS, o);
+        for (int q = 0; q < TOY_SEQS; q++) {
+            int T = w.run.lengths[q], last = 0;
+            for (int a = w.prompt[q]; a < T; a += b)
+                last = opd_check_block(&w, q, a, a + b < T ? a + b : T, last,
+                                       cases[i].rounds);
+            for (int j = 0; j < T; j++)
+                CHECK((w.steps[q][j] > 0) ==
+                      (w.canvas[0][q * TOY_SLOTS + j] == TOY_MASK));
+            for (int k = 0; k < b; k++) masks += opd_check_round(&w, ctx, m, q, b, k);
+            for (int j = 0; j < T; j++) filled += w.steps[q][j] > 0;
+        }
+        CHECK(masks >= filled && filled > 40);
+        dlm_model_free(m);
+    }
+    dlm_model_free(teacher);
+    test_close(ctx);
+}
+
+/* 3 at position 9 of the first sequence, else 2. */
+static void opd_force_stop(void *user, int seq, int position, float *logits)
+{
+    (void)user;
+    logits[seq == 0 && position == 9 ? 3 : 2] += 50;
+}
+
+TEST(step_maps_end_at_the_stop_token)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 5);
+    dlm_session *s = toy_session(ctx, m, 1);
+    dlm_sampler *sm = NULL;
+    dlm_sample_options o = {0};
+    toy_run r;
+    int stop = 3, steps[TOY_SLOTS];
+    toy_canvas(&r, 0);
+    o.stop = &stop; o.n_stop = 1; o.constrain = opd_force_stop; o.threshold = 0.01f;
+    o.order = DLM_ORDER_THRESHOLD;
+    CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+    if (sm) CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, r.n_seqs));
+    while (sm && !dlm_sampler_done(sm)) CHECK_OK(dlm_sampler_step(sm));
+    for (int i = 0; i < TOY_SLOTS; i++) steps[i] = -7;
+    if (sm) dlm_sampler_steps(sm, 0, steps);
+    CHECK(sm && dlm_sampler_length(sm, 0) == 10 && r.canvas[9] == 3);
+    for (int i = 0; i < TOY_SLOTS; i++)        /* prompt 5, block 5..8, then 9..12 */
+        CHECK(steps[i] == (i < 5 ? 0 : i < 9 ? 1 : i == 9 ? 2 : -7));
+    dlm_sampler_free(sm); dlm_session_free(s); dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* ==[ teacher ]=============================================================== */
+
+/* Target r of the released construction: the doubled row with the noisy copy filled by
+   the clean one, the student's mask cut to lower triangles; from which row it is read. */
+static int opd_doubled_teacher(test_batch *t, const int *x, int P, int R, int b, int r)
+{
+    batch_clear(t);
+    batch_add_doubled(t, P, R, b, 2);
+    for (int i = 0; i < P + 2 * R; i++) {
+        dlm_keys *k = &t->keys[i];
+        t->tokens[i] = x[i < P + R ? i : i - R];
+        if (i < P + R) k->hi0 = k->lo1 = k->hi1 = i + 1;
+        else k->hi1 = i + 1;
+    }
+    batch_close(t, 2);
+    return r == 0 ? P - 1 : r % b == 0 ? P + r - 1 : P + R + r - 1;
+}
+
+TEST(teacher_rows_equal_the_doubled_construction)
+{
+    static const int cases[][3] = { { 5, 13, 4 }, { 8, 9, 4 }, { 1, 6, 3 }, { 7, 5, 1 },
+                                    { 3, 8, 8 } };
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = opd_teacher(ctx, 3);
+    for (int i = 0; i < 5; i++) {
+        const int P = cases[i][0], R = cases[i][1], b = cases[i][2];
+        int x[TOY_SLOTS];
+        LABEL("P %d, R %d, block %d", P, R, b);
+        for (int j = 0; j < P + R; j++) x[j] = test_below(OPD_V);
+        opd_doubled_teacher(&t, x, P, R, b, 0);
+        float *doubled = test_logits(ctx, m, &t.b, 0);
+        batch_clear(&t);
+        batch_add(&t, P + R, 2, DLM_PATTERN_CAUSAL, 1, 0);
+        memcpy(t.tokens, x, sizeof x);
+        float *causal = test_logits(ctx, m, batch_close(&t, 2), 0);
+        for (int r = 0; r < R; r++)
+            for (int v = 0, row = opd_doubled_teacher(&t, x, P, R, b, r); v < OPD_V; v++)
+                CHECK_CLOSE(causal[(P + r - 1) * OPD_V + v], doubled[row * OPD_V + v],
+                            1e-5);
+        free(causal); free(doubled);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(blocks_of_one_see_only_what_stands_before)
+{
+    enum { P = 3, R = 7, N = P + 2 * R };
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *ar = opd_teacher(ctx, 3), *m = opd_student(ctx, ar, 1, 0);
+    batch_clear(&t);
+    batch_add_doubled(&t, P, R, 1, OPD_V);
+    for (int r = 0; r < R; r++) t.tokens[P + R + r] = TOY_MASK;
+    float *want = test_logits(ctx, m, batch_close(&t, 2), 0);
+    for (int r = 0; r < R; r++) {
+        int keep[N], changed = 0;
+        memcpy(keep, t.tokens, sizeof keep);
+        for (int i = r; i < R; i++) t.tokens[P + i] = (keep[P + i] + 1) % OPD_V;
+        for (int i = 0; i < R; i++) if (i != r) t.tokens[P + R + i] = 2;
+        float *got = test_logits(ctx, m, &t.b, 0);
+        LABEL("row %d", r);
+        CHECK(!memcmp(got + (P + R + r) * TOY_VOCAB, want + (P + R + r) * TOY_VOCAB,
+                      TOY_VOCAB * sizeof(float)));
+        free(got);
+        memcpy(t.tokens, keep, sizeof keep);
+        t.tokens[P + r - 1] = (keep[P + r - 1] + 1) % OPD_V;     /* this one it sees */
+        got = test_logits(ctx, m, &t.b, 0);
+        for (int v = 0; v < TOY_VOCAB; v++)
+            changed |= got[(P + R + r) * TOY_VOCAB + v]
+                    != want[(P + R + r) * TOY_VOCAB + v];
+        CHECK(changed);
+        free(got);
+        memcpy(t.tokens, keep, sizeof keep);
+    }
+    free(want); dlm_model_free(m); dlm_model_free(ar);
+    test_close(ctx);
+}
+
+/* ==[ distiller ]=============================================================
+   Finished texts of awkward shapes with made-up step maps.  Which cells a step masked is
+   read from the trainer's state; whether it may, and what follows from it, is worked out
+   here.  The first moment of the first update is (1 - beta1) times the gradient. */
+
+enum { OPD_EX = 6, OPD_STOP = 2 };
+
+typedef struct opd_rig {
+    dlm_ctx       *ctx;
+    dlm_model     *teacher, *student, *copy;   /* copy: the student as it was      */
+    dlm_trainer   *t;
+    dlm_distiller *d;
+    dlm_distill_options opt;
+    int            tokens[OPD_EX][TOY_SLOTS], steps[OPD_EX][TOY_SLOTS];
+    const int     *maps[OPD_EX];
+    dlm_example    e[OPD_EX];
+} opd_rig;
+
+/* Prompts of whole blocks and not, none at all, responses of one token, a lone token. */
+static void opd_examples(opd_rig *r, int block)
+{
+    static const int shape[OPD_EX][2] = { { 17, 5 }, { 13, 0 }, { 6, 5 }, { 12, 4 },
+                                          { 1, 0 }, { 9, 8 } };
+    for (int k = 0; k < OPD_EX; k++) {
+        int base = 0;
+        r->e[k].length = shape[k][0]; r->e[k].prompt = shape[k][1];
+        r->e[k].tokens = r->tokens[k]; r->maps[k] = r->steps[k];
+        for (int i = 0; i < TOY_SLOTS; i++) {
+            if (i >= r->e[k].prompt && (i - r->e[k].prompt) % block == 0) base += block;
+            r->tokens[k][i] = i % 7 == 6 ? OPD_STOP : test_below(OPD_V);
+            r->steps[k][i] = i < r->e[k].prompt ? 0 : base + test_below(block);
+        }
+    }
+    r->steps[3][6] = 0;                        /* given, not filled in             */
+}
+
+static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_rows,
+                     dlm_distill_options o)
+{
+    dlm_train_options train = {0};
+    memset(r, 0, sizeof *r);
+    test_state = 99;                           /* the same for every rig           */
+    r->ctx = ctx;
+    r->opt = o;
+    r->teacher = opd_teacher(ctx, 3);
+    r->student = opd_student(ctx, r->teacher, block, mask_id);
+    for (size_t i = 0; i < r->student->n_params; i++)
+        r->student->weights[i] *= 1 + 0.5f * test_float();
+    dlm_model_changed(r->student);
+    CHECK_OK(dlm_model_create(&r->copy, ctx, &r->student->config, 1, NULL));
+    memcpy(r->copy->weights, r->student->weights, r->copy->n_params * sizeof(float));
+    train.no_clip = 1; train.max_rows = max_rows; train.seed = 5;
+    r->t = test_trainer(ctx, r->student, &train);
+    CHECK_OK(dlm_distiller_create(&r->d, r->t, r->teacher, &o, NULL));
+    if (!r->d) { printf("no distiller: %s\n", dlm_last_error(ctx)); exit(1); }
+    opd_examples(r, block);
+}
+
+static void opd_close(opd_rig *r)
+{
+    dlm_distiller_free(r->d); dlm_trainer_free(r->t); dlm_model_free(r->copy);
+    dlm_model_free(r->student); dlm_model_free(r->teacher);
+}
+
+typedef struct opd_score {
+    const float *teacher;                      /* (T - 1, OPD_V)                   */
+    const dlm_divergence_options *o;
+    int          row[TOY_SLOTS];
+    double       weight, loss[TOY_SLOTS];
+    int          V;                            /* of the student                   */
+} opd_score;
+
+static void opd_apply(void *user, int i, float *logits)
+{
+    opd_score *s = (opd_score *)user;
+    double p[OPD_V], z[OPD_V], g[OPD_V];
+    float target[OPD_V];
+    int in[OPD_V];
+    opd_renormalise(p, s->teacher + s->row[i] * OPD_V, OPD_V, s->o);
+    for (int v = 0; v < OPD_V; v++) target[v] = (float)p[v];
+    for (int v = 0; v < OPD_V; v++) z[v] = (double)logits[v];
+    opd_members(in, target, OPD_V, s->o->sparse);
+    s->loss[i] = s->weight * opd_value(z, target, in, OPD_V, s->o);
+    opd_gradient(g, z, target, in, OPD_V, s->o);
+    for (int v = 0; v < OPD_V; v++) logits[v] = (float)(s->weight * g[v]);
+    for (int v = OPD_V; v < s->V; v++) logits[v] = 0;
+}
+
+/* Adds one row: example k with these response cells masked, out of `rows` in all.
+   Returns its loss; *scored counts. */
+static double opd_add_row(const opd_rig *r, dlm_trainer *plain, int k,
+                          const unsigned char *masked, double rows, int *scored)
+{
+    static test_batch t;
+    const dlm_example *e = &r->e[k];
+    const int P = e->prompt, T = e->length, R = T - P;
+    opd_score s = {0};
+    double loss = 0;
+    if (T < 2) return 0;
+    batch_clear(&t);
+    batch_add(&t, T - 1, 2, DLM_PATTERN_CAUSAL, 1, 0);
+    memcpy(t.tokens, e->tokens, (size_t)(T - 1) * sizeof(int));
+    float *teacher = test_logits(r->ctx, r->teacher, batch_close(&t, 2), 0);
+    batch_clear(&t);
+    batch_add_doubled(&t, P, R, r->copy->config.block, 2);
+    batch_close(&t, 2);
+    t.b.n_out = 0;
+    for (int i = 0; i < T + R; i++) {
+        t.tokens[i] = e->tokens[i < T ? i : i - R];
+        if (i < T || !masked[i - T]) continue;
+        t.tokens[i] = r->copy->config.mask_id;
+        if (i == R || (r->opt.exclude_stop && e->tokens[i - R] == r->opt.stop)) continue;
+        s.row[t.b.n_out] = i - R - 1;
+        t.out_rows[t.b.n_out++] = i;
+    }
+    s.teacher = teacher;
+    s.V = r->copy->config.vocab;
+    s.o = &r->opt.divergence;
+    s.weight = 1 / (rows * t.b.n_out);
+    CHECK_OK(dlm_trainer_pass(plain, &t.b, opd_apply, &s));
+    for (int i = 0; i < t.b.n_out; i++) loss += s.loss[i];
+    *scored += t.b.n_out;
+    free(teacher);
+    return loss;
+}
+
+/* The cells of example k in round `round`: masked from that step on; round -1: those of
+   the state, which must be one of the rounds, or random with a mask in every block. */
+static void opd_cells(const opd_rig *r, int k, int round, unsigned char *masked)
+{
+    const dlm__state *s = &r->t->state;
+    const int P = r->e[k].prompt, R = r->e[k].length - P, b = r->copy->config.block;
+    const int *steps = r->steps[k] + P;
+    for (int a = 0; a < R; a += b) {
+        int values[TOY_SLOTS], n = a + b < R ? b : R - a, hits = 0, ok = 0;
+        int rounds = opd_distinct(steps + a, n, values);
+        for (int i = a; i < a + n; i++)
+            hits += masked[i] = round < 0 ? s->masked[s->ex_cell[k] + i]
+                : round < rounds && steps[i] >= values[round];
+        for (int v = 0; v < rounds; v++) {
+            int same = 1;
+            for (int i = a; i < a + n; i++) same &= masked[i] == (steps[i] >= values[v]);
+            ok |= same;
+        }
+        if (r->opt.states == DLM_STATES_RANDOM) CHECK(hits > 0);
+        else if (round < 0) CHECK(ok || rounds == 0);
+    }
+}
+
+/* What the step that was just done should have found. */
+static double opd_expect(const opd_rig *r, dlm_trainer *plain, int *scored)
+{
+    unsigned char masked[TOY_SLOTS];
+    int rounds[OPD_EX], rows = 0;
+    double loss = 0;
+    for (int k = 0; k < OPD_EX; k++) {
+        int values[TOY_SLOTS], b = r->copy->config.block;
+        rounds[k] = 1;
+        for (int a = r->e[k].prompt; a < r->e[k].length; a += b) {
+            int left = r->e[k].length - a;
+            int n = opd_distinct(r->steps[k] + a, left < b ? left : b, values);
+            if (r->opt.states == DLM_STATES_ALL && n > rounds[k]) rounds[k] = n;
+        }
+        rows += rounds[k];
+    }
+    for (int k = 0; k < OPD_EX; k++)
+        for (int i = 0; i < rounds[k]; i++) {
+            opd_cells(r, k, r->opt.states == DLM_STATES_ALL ? i : -1, masked);
+            loss += opd_add_row(r, plain, k, masked, rows, scored);
+        }
+    return loss;
+}
+
+static void opd_try_step(dlm_ctx *ctx, int block, int mask_id, dlm_distill_options o)
+{
+    static opd_rig r;
+    dlm_report report;
+    int scored = 0, responses = 0;
+    opd_open(&r, ctx, block, mask_id, 400, o);
+    dlm_train_options plain_options = {0};
+    plain_options.max_rows = 64;
+    dlm_trainer *plain = test_trainer(ctx, r.copy, &plain_options);
+    CHECK_OK(dlm_distiller_step(r.d, r.e, o.states == DLM_STATES_RANDOM ? NULL : r.maps,
+                                OPD_EX, &report));
+    double loss = opd_expect(&r, plain, &scored), largest = 0, norm = 0;
+    const float *want = dlm_trainer_gradients(plain);
+    for (size_t i = 0; i < r.copy->n_params; i++) {
+        largest = fmax(largest, fabs((double)want[i]));
+        norm += (double)want[i] * (double)want[i];
+    }
+    for (size_t i = 0; i < r.copy->n_params; i++)
+        CHECK_CLOSE((double)r.t->adam_m[i] / (double)(1 - 0.9f), want[i], 2e-5 * largest);
+    for (int k = 0; k < OPD_EX; k++) responses += r.e[k].length - r.e[k].prompt;
+    CHECK(largest > 0);
+    CHECK_CLOSE(report.grad_norm, sqrt(norm), 1e-5 * sqrt(norm));
+    CHECK_CLOSE(report.loss, loss, 1e-5);
+    CHECK(report.scored == scored && scored > 0);
+    CHECK(report.tokens == responses && report.step == 1 && report.flops > 0);
+    dlm_trainer_free(plain);
+    opd_close(&r);
+}
+
+TEST(distiller_gradient_equals_a_reference_row_by_row)
+{
+    static const struct {
+        int block, mask_id, states, exclude;
+        dlm_divergence_options d;              /* w, kind, K, T, top-k, top-p, min-p */
+    } cases[] = {
+        { 4, 0, DLM_STATES_TRAJECTORY, 0, { 0, DLM_FORWARD_KL, 0, 0, 0, 0, 0 } },
+        { 4, 0, DLM_STATES_ALL, 0, { 0, DLM_FORWARD_KL, 0, 0, 0, 0, 0 } },
+        { 4, 0, DLM_STATES_RANDOM, 0, { 0, DLM_FORWARD_KL, 0, 0, 0, 0, 0 } },
+        { 1, 0, DLM_STATES_TRAJECTORY, 1, { 0, DLM_REVERSE_KL, 0, 0, 0, 0, 0 } },
+        { 3, 5, DLM_STATES_ALL, 1, { 0.25f, DLM_MIXED_KL, 0, 0, 0, 0, 0 } },
+        { 24, 0, DLM_STATES_TRAJECTORY, 1, { 0, DLM_JSD, 0, 2, 0, 0, 0 } },
+        { 4, 5, DLM_STATES_RANDOM, 1, { 0.8f, DLM_JSD, 0, 0, 4, 0, 0 } },
+        { 5, 0, DLM_STATES_ALL, 0, { 0, DLM_FORWARD_KL, 3, 0, 0, 0.9f, 0.05f } },
+        { 1, 0, DLM_STATES_ALL, 0, { 0, DLM_FORWARD_KL, 1, 0.5f, 0, 0, 0 } },
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        dlm_distill_options o = {0};
+        o.states = (dlm_states)cases[i].states;
+        o.exclude_stop = cases[i].exclude; o.stop = OPD_STOP;
+        o.divergence = cases[i].d;
+        LABEL("case %d", (int)i);
+        opd_try_step(ctx, cases[i].block, cases[i].mask_id, o);
+    }
+    test_close(ctx);
+}
+
+/* Few rows or few targets make many passes; three steps hardly differ for it. */
+TEST(distiller_steps_do_not_depend_on_passes)
+{
+    enum { N = 2 * OPD_EX };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int c = 0; c < 6; c++) {
+        static opd_rig one, many;
+        dlm_distill_options o = {0};
+        dlm_report a, b;
+        dlm_example e[2][N];
+        const int *maps[2][N];
+        o.states = (dlm_states)(c % 3);
+        opd_open(&one, ctx, 4, 0, 400, o);
+        o.max_targets = OPD_MAX;
+        opd_open(&many, ctx, 4, 0, c < 3 ? 60 : 400, o);
+        for (int k = 0; k < 2 * N; k++) {
+            const opd_rig *r = k < N ? &one : &many;
+            e[k / N][k % N] = r->e[k % OPD_EX];
+            maps[k / N][k % N] = r->maps[k % OPD_EX];
+        }
+        LABEL("case %d", c);
+        for (int i = 0; i < 3; i++) {
+            CHECK_OK(dlm_distiller_step(one.d, e[0], maps[0], N, &a));
+            CHECK_OK(dlm_distiller_step(many.d, e[1], maps[1], N, &b));
+            CHECK_CLOSE(a.loss, b.loss, i ? 1e-3 : 1e-9);
+            CHECK_CLOSE(a.grad_norm, b.grad_norm, i ? 1e-3 : 1e-5);
+            CHECK(a.scored == b.scored && a.tokens == b.tokens && a.step == i + 1);
+            if (o.states != DLM_STATES_ALL) CHECK_CLOSE(a.flops, b.flops, 1);
+        }
+        opd_close(&many);
+        opd_close(&one);
+    }
+    test_close(ctx);
+}
+
+/* Trajectory: every round of a block alike; random: 1, 2, 3, 4 masks of 4 in the shares
+   2/5, 1/5, 1/5, 1/5 (methods B.5).  Neighbours in a batch change nothing. */
+TEST(distiller_states_are_drawn_uniformly)
+{
+    static const int map[12] = { 0, 1, 2, 2, 1, 4, 5, 3, 6, 9, 9, 9 };
+    static const double even[4] = { 0.25, 0.25, 0.25, 0.25 }, two[4] = { 0, 0.5, 0, 0.5 };
+    static const double random[4] = { 0.4, 0.2, 0.2, 0.2 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int states = 0; states < 2; states++) {
+        static opd_rig r;
+        dlm_distill_options o = {0};
+        int counts[3][4] = {{0}}, both = 0;
+        o.states = (dlm_states)states;
+        opd_open(&r, ctx, 4, 0, 200, o);
+        const int *maps[2] = { map, map };
+        dlm_example e[2] = { r.e[3], r.e[3] };
+        e[0].prompt = e[1].prompt = 0;
+        for (int i = 0; i < 500; i++) {
+            CHECK_OK(dlm_distiller_step(r.d, e, maps, 2, NULL));
+            for (int k = 0; k < 24; k += 4) {
+                int n = 0;
+                for (int j = 0; j < 4; j++) n += r.t->state.masked[k + j];
+                if (n > 0 && n < 5) counts[k / 4 % 3][n - 1]++;
+            }
+            both += memcmp(r.t->state.masked, r.t->state.masked + 12, 12) == 0;
+        }
+        LABEL("states %d", states);
+        CHECK(both < 250);                      /* examples draw for themselves    */
+        if (states == 0) {
+            int first[4] = { 0, counts[0][1], 0, counts[0][2] };
+            CHECK(counts[0][0] + counts[0][3] == 0);       /* masks: 3, then 2      */
+            toy_check_counts(first, two, 4);
+            toy_check_counts(counts[1], even, 4);
+            int last[4] = { 0, counts[2][2], 0, counts[2][3] };
+            CHECK(counts[2][0] + counts[2][1] == 0);       /* 4, then 3             */
+            toy_check_counts(last, two, 4);
+        } else {
+            for (int k = 0; k < 3; k++) toy_check_counts(counts[k], random, 4);
+        }
+        opd_close(&r);
+    }
+    test_close(ctx);
+}
+
+TEST(distiller_makes_the_student_say_what_the_teacher_says)
+{
+    for (int i = 0; i < 3; i++) {
+        static opd_rig r;
+        dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+        dlm_distill_options o = {0};
+        dlm_report report;
+        double first = 0, last = 0;
+        o.states = DLM_STATES_ALL;
+        o.divergence.kind = (dlm_divergence_kind)(i == 2 ? DLM_JSD : i);
+        opd_open(&r, ctx, 4, 0, 400, o);
+        float *kept = test_floats(r.teacher->n_params);
+        memcpy(kept, r.teacher->weights, r.teacher->n_params * sizeof(float));
+        for (int step = 0; step < 30; step++) {
+            CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, &report));
+            CHECK(report.loss - report.loss == 0 && report.loss > 0);
+            if (step == 0) first = report.loss;
+            last = report.loss;
+        }
+        LABEL("kind %d: from %g to %g", i, first, last);
+        CHECK(last < 0.6 * first);
+        CHECK(!memcmp(kept, r.teacher->weights, r.teacher->n_params * sizeof(float)));
+        free(kept);
+        opd_close(&r);
+        test_close(ctx);
+    }
+}
+
+/* ==[ distiller: contracts ]================================================== */
+
+static void opd_try_create(dlm_trainer *t, const dlm_model *teacher,
+                           const dlm_distill_options *o, const char *text)
+{
+    const dlm_error want = strstr(text, "teacher of") ? DLM_E_MISMATCH : DLM_E_CONFIG;
+    dlm_distiller *d = (dlm_distiller *)t;
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_distiller_create(&d, t, teacher, o, NULL), want, test_ctx, text);
+    CHECK(d == NULL && dlm_distiller_bytes(t, teacher, o) == 0);
+}
+
+/* Every wrong value alone; the last three with reverse KL. */
+static void opd_try_options(const opd_rig *r)
+{
+    static const char *const texts[] = { "max_targets", "states", "kind", "sparse",
+        "sparse", "weight", "weight", "temperature", "top_k", "top_p", "min_p",
+        "reverse", "reverse", "reverse" };
+    for (int i = 0; i < 14; i++) {
+        dlm_distill_options o = {0};
+        o.divergence.kind = i < 11 ? DLM_JSD : i == 12 ? DLM_MIXED_KL : DLM_REVERSE_KL;
+        if (i == 0) o.max_targets = OPD_MAX - 1;
+        if (i == 1) o.states = (dlm_states)3;
+        if (i == 2) o.divergence.kind = (dlm_divergence_kind)4;
+        if (i == 3) o.divergence.sparse = -1;
+        if (i == 4) o.divergence.sparse = OPD_V + 1;
+        if (i == 5) o.divergence.weight = 2;
+        if (i == 6) o.divergence.weight = -1;
+        if (i == 7) o.divergence.temperature = -1;
+        if (i == 8 || i == 11) o.divergence.top_k = i == 8 ? -1 : 3;
+        if (i == 9 || i == 12) o.divergence.top_p = i == 9 ? 1.5f : 0.9f;
+        if (i == 10 || i == 13) o.divergence.min_p = i == 10 ? 1.5f : 0.1f;
+        opd_try_create(r->t, r->teacher, &o, texts[i]);
+    }
+}
+
+TEST(distiller_options_are_checked_by_name)
+{
+    static opd_rig r;
+    dlm_distill_options none = {0};
+    dlm_train_options mdlm = {0};
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    opd_open(&r, ctx, 4, 0, 200, none);
+    opd_try_options(&r);
+    opd_try_create(r.t, r.student, NULL, "not causal");
+    mdlm.objective = DLM_OBJECTIVE_MDLM;
+    dlm_trainer *t = test_trainer(ctx, r.student, &mdlm);
+    opd_try_create(t, r.teacher, NULL, "mdlm");
+    dlm_trainer_free(t);
+    dlm_config c = r.teacher->config;
+    for (int i = 0; i < 2; i++) {              /* one token too short, two too many */
+        c.max_seq = OPD_MAX - !i;
+        c.vocab = c.mask_id = OPD_V + 2 * i;
+        dlm_model *other = toy_model_of(ctx, &c, 1);
+        opd_try_create(r.t, other, NULL, "teacher of");
+        dlm_model_free(other);
+    }
+    mdlm.objective = DLM_OBJECTIVE_AUTO;
+    mdlm.max_rows = OPD_MAX / 2;               /* fewer rows than max_seq: fine    */
+    t = test_trainer(ctx, r.student, &mdlm);
+    dlm_distiller *d = NULL;
+    LABEL("%s", "few rows");
+    CHECK_OK(dlm_distiller_create(&d, t, r.teacher, NULL, NULL));
+    dlm_distiller_free(d); dlm_trainer_free(t);
+    opd_close(&r);
+    test_close(ctx);
+}
+
+/* A refused step changes nothing: the next one equals that of a rig that had none. */
+TEST(distiller_refuses_bad_examples_and_forgets_them)
+{
+    static opd_rig r, clean;
+    static const char *const texts[] = { "example 5: length", "example 5: token",
+        "example 5", "step map", "step map", "step map", "0 of them" };
+    dlm_distill_options none = {0};
+    dlm_report a, b;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    opd_open(&r, ctx, 4, 0, 60, none);
+    opd_open(&clean, ctx, 4, 0, 60, none);
+    for (int i = 0; i < 7; i++) {
+        const dlm_example kept = r.e[5];
+        const int token = r.tokens[5][3], step = r.steps[5][8];
+        LABEL("case %d", i);
+        if (i == 0) r.e[5].length = 0;
+        if (i == 1) r.tokens[5][3] = TOY_VOCAB;
+        if (i == 2) r.tokens[5][3] = TOY_MASK;              /* unknown to the teacher */
+        if (i == 3) r.steps[5][8] = -1;
+        if (i == 4) r.maps[5] = NULL;
+        CHECK_ERROR(dlm_distiller_step(r.d, r.e, i == 5 ? NULL : r.maps,
+                                       i == 6 ? 0 : OPD_EX, NULL),
+                    DLM_E_INPUT, ctx, texts[i]);
+        CHECK(dlm_trainer_steps(r.t) == 0);
+        r.e[5] = kept;
+        r.tokens[5][3] = token; r.steps[5][8] = step; r.maps[5] = r.steps[5];
+    }
+    LABEL("%s", "");
+    CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, &a));
+    CHECK_OK(dlm_distiller_step(clean.d, clean.e, clean.maps, OPD_EX, &b));
+    CHECK(a.loss == b.loss && a.grad_norm == b.grad_norm && a.flops == b.flops);
+    CHECK(!memcmp(r.student->weights, clean.student->weights,
+                  r.student->n_params * sizeof(float)));
+    opd_close(&r);
+    opd_close(&clean);
+    test_close(ctx);
+}
+
+TEST(distiller_lives_in_one_block_and_steps_without_allocating)
+{
+    test_heap heap = {0};
+    dlm_distill_options o = {0};
+    static opd_rig r;
+    dlm_ctx *ctx = heap_open(&heap, 1);
+    opd_open(&r, ctx, 4, 0, 200, o);
+    const size_t bytes = dlm_distiller_bytes(r.t, r.teacher, &o);
+    CHECK(heap.last == bytes && bytes > 0);
+    int calls = heap.calls;
+    CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, NULL));
+    CHECK(heap.calls == calls);
+    char *block = (char *)test_malloc(bytes + 2);
+    for (int lacking = 1; lacking >= 0; lacking--) {
+        dlm_memory mem = { block + 1, bytes - (size_t)lacking };
+        dlm_distiller *d = r.d;
+        memset(block, 0x5A, bytes + 2);
+        CHECK_ERROR(dlm_distiller_create(&d, r.t, r.teacher, &o, &mem),
+                    lacking ? DLM_E_NOMEM : DLM_OK, ctx, NULL);
+        CHECK((d == NULL) == lacking);
+        if (d) CHECK_OK(dlm_distiller_step(d, r.e, r.maps, OPD_EX, NULL));
+        dlm_distiller_free(d);
+        CHECK(block[0] == 0x5A && block[bytes + 1] == 0x5A);
+    }
+    CHECK(heap.calls == calls);
+    free(block);
+    for (int which = 0; which < 2; which++) {  /* a distiller, a converted model   */
+        dlm_distiller *d = r.d;
+        dlm_model *m = r.copy;
+        int live = heap.live;
+        heap.fail_at = heap.calls + 1;
+        CHECK((which ? dlm_convert(&m, ctx, r.teacher, 4, 0, NULL)
+                     : dlm_distiller_create(&d, r.t, r.teacher, &o, NULL))
+              == DLM_E_NOMEM);
+        CHECK((which ? (void *)m : (void *)d) == NULL && heap.live == live);
+    }
+    opd_close(&r);
+    test_close(ctx);
+    CHECK(heap.live == 0);
+    dlm_distiller_free(NULL);
+}
+
+/* ==[ guidance and remasking ]================================================ */
+
+/* Logits (T, V) of a canvas, every row, blocks counted from offset. */
+static float *opd_canvas_logits(dlm_ctx *ctx, const dlm_model *m, const int *canvas,
+                                int T, int offset)
+{
+    static test_batch t;
+    batch_clear(&t);
+    batch_add(&t, T, 2, m->config.pattern, m->config.block, offset);
+    memcpy(t.tokens, canvas, (size_t)T * sizeof(int));
+    return test_logits(ctx, m, batch_close(&t, 2), 0);
+}
+
+/* All logits the sampler chose from are u + (s + 1)(c - u). */
+static void opd_check_guidance(dlm_ctx *ctx, const dlm_model *m, int b)
+{
+    static opd_watch w;
+    dlm_sample_options o = {0};
+    int compared = 0;
+    o.guidance = 1.5f; o.temperature = 1;
+    w.forced = -1;
+    opd_watch_run(&w, ctx, m, 2 * TOY_SEQS + 1, o);
+    for (int i = 0; i < w.step * TOY_SEQS; i++) {
+        const int step = i / TOY_SEQS, q = i % TOY_SEQS, T = w.run.lengths[q];
+        const int P = w.prompt[q];
+        int canvas[TOY_SLOTS];
+        memcpy(canvas, w.canvas[step] + q * TOY_SLOTS, sizeof canvas);
+        float *c = opd_canvas_logits(ctx, m, canvas, T, P % b);
+        for (int j = 0; j < P; j++) canvas[j] = TOY_MASK;
+        float *u = opd_canvas_logits(ctx, m, canvas, T, P % b);
+        for (int j = 0; j < T * TOY_VOCAB; j++) {
+            const float *seen = w.logits[step][q * TOY_SLOTS + j / TOY_VOCAB];
+            if (seen[0] != seen[0]) continue;
+            compared++;
+            CHECK_CLOSE(seen[j % TOY_VOCAB], u[j] + 2.5f * (c[j] - u[j]), 1e-4);
+        }
+        free(c); free(u);
+    }
+    CHECK(compared > 40 * TOY_VOCAB);
+}
+
+TEST(guidance_is_its_formula_and_needs_twice_the_sequences)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 3; kind += 2) {
+        dlm_model *m = toy_model(ctx, kind, 5);
+        LABEL("%s", toy_kind_names[kind]);
+        opd_check_guidance(ctx, m, kind == 0 ? 1 << 20 : 4);
+        dlm_sample_options o = {0};
+        dlm_session *s = toy_session(ctx, m, kind == 2);
+        dlm_sampler *sm = NULL;
+        toy_run r;
+        toy_canvas(&r, 0);
+        o.guidance = 0.5f;
+        CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        if (sm) CHECK_ERROR(dlm_sampler_begin(sm, r.canvas, r.lengths, TOY_SEQS / 2 + 1),
+                            DLM_E_INPUT, ctx, "guidance");
+        dlm_sampler_free(sm);
+        double flops[2];
+        for (int guided = 0; guided < 2; guided++) {        /* costs twice as much  */
+            o.guidance = 0.5f * (float)guided;
+            toy_canvas(&r, 0);
+            r.n_seqs = TOY_SEQS / 2;
+            toy_drive(&r, s, &o);
+            CHECK_OK(r.error);
+            flops[guided] = r.flops;
+        }
+        CHECK_CLOSE(flops[1], 2 * flops[0], 1);
+        dlm_session_free(s);
+        toy_canvas(&r, 0);
+        CHECK_OK(dlm_sample(ctx, m, r.canvas, r.lengths[0], &o));       /* one call */
+        for (int i = 0; i < r.lengths[0]; i++) CHECK(r.canvas[i] != TOY_MASK);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* A token loses its place exactly when it is the sampler's own, in the active block,
+   less likely than the limit, and for the first time. */
+static int opd_check_remasks(const opd_watch *w, double limit)
+{
+    static char once[TOY_ALL];
+    int revised = 0;
+    memset(once, 0, sizeof once);
+    for (int i = 0; i < w->step * TOY_ALL; i++) {
+        const int step = i / TOY_ALL, at = i % TOY_ALL;
+        const int before = w->canvas[step][at], after = w->canvas[step + 1][at];
+        const float *x = w->logits[step][at];
+        double z[TOY_VOCAB], p;
+        if (w->canvas[0][at] != TOY_MASK || before == after) CHECK(before == after);
+        if (before == TOY_MASK || w->canvas[0][at] != TOY_MASK) continue;
+        if (x[0] != x[0]) { CHECK(before == after); continue; }
+        for (int v = 0; v < TOY_MASK; v++) z[v] = (double)x[v];
+        p = exp(z[before] - ref_log_sum_exp(z, TOY_MASK));
+        CHECK(!once[at]);                       /* not asked again                 */
+        if (fabs(p - limit) > 1e-5) CHECK(after == (p < limit ? TOY_MASK : before));
+        if (after != TOY_MASK) continue;
+        once[at] = 1;
+        revised++;
+    }
+    for (int q = 0; q < TOY_SEQS; q++)
+        for (int i = 0; i < w->run.lengths[q]; i++)
+            CHECK(w->run.canvas[q * TOY_SLOTS + i] != TOY_MASK);
+    return revised;
+}
+
+TEST(remasking_revises_unlikely_tokens_once)
+{
+    static opd_watch w, plain;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 2 * 3 * 2; i++) {
+        dlm_model *m = toy_model(ctx, i % 2 ? 2 : 0, 5);
+        dlm_sample_options o = {0};
+        const int forced = 7;
+        o.order = i / 2 % 3 == 0 ? DLM_ORDER_CONFIDENCE
+            : i / 2 % 3 == 1 ? DLM_ORDER_THRESHOLD : DLM_ORDER_MARGIN;
+        o.threshold = 0.4f; o.temperature = 1; o.seed = 3;
+        o.remask_below = i / 6 ? 1.0f : 0.2f;
+        w.forced = forced;
+        w.forced_token = 0;
+        LABEL("case %d", i);
+        opd_watch_run(&w, ctx, m, TOY_SEQS, o);
+        const int revised = opd_check_remasks(&w, (double)o.remask_below);
+        CHECK(revised > 0);
+        CHECK(w.run.n_events == revised + 24 - 5 + 13 - 2 + 0 + 1 + 1 + 18 - 4 - 3);
+        CHECK(w.canvas[1][forced] == w.forced_token);       /* the least likely one */
+        if (i / 6) CHECK(w.canvas[2][forced] == TOY_MASK);
+        o.remask_below = 0;                     /* equals not having the option    */
+        w.forced = plain.forced = -1;
+        opd_watch_run(&w, ctx, m, TOY_SEQS, o);
+        CHECK(opd_check_remasks(&w, 0) == 0);
+        o.remask_below = 1e-30f;
+        opd_watch_run(&plain, ctx, m, TOY_SEQS, o);
+        CHECK(toy_same_tokens(&w.run, &plain.run) && toy_same_events(&w.run, &plain.run));
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* ==[ llama2c ]===============================================================
+   Hand-made files, and the model in double as its own program computes it: pairs
+   (2j, 2j+1) of a head are turned. */
+
+typedef struct llama_file {
+    int32_t h[7];                              /* dim hidden layers heads kv vocab seq */
+    float   x[8192];
+    int     n;
+} llama_file;
+
+/* The n floats at *at, which moves on. */
+static double *llama_next(const llama_file *f, int *at, int n)
+{
+    double *x = ref_doubles((size_t)n);
+    for (int i = 0; i < n; i++) x[i] = (double)f->x[*at + i];
+    *at += n;
+    return x;
+}
+
+static size_t llama_make(llama_file *f, int untied, int kv, int seq)
+{
+    const int C = 12, F = 20, L = 2, H = 3, V = 11, D = C / H, K = kv * D;
+    const int32_t h[7] = { C, F, L, H, kv, untied ? -V : V, seq };
+    memcpy(f->h, h, sizeof h);
+    f->n = V * C + L * (2 * C + 2 * C * C + 2 * K * C + 3 * F * C) + C + seq * D
+         + untied * V * C;
+    CHECK(f->n <= 8192);
+    test_fill(f->x, (size_t)f->n, 0.6f);
+    return sizeof f->h + (size_t)f->n * sizeof(float);
+}
+
+static void llama_turn(double *x, int rows, int heads, int D)
+{
+    for (int i = 0; i < rows * heads * D; i += 2) {
+        double angle = i / (heads * D) * pow(10000.0, -(i % D) / (double)D), a = x[i];
+        x[i] = a * cos(angle) - x[i + 1] * sin(angle);
+        x[i + 1] = x[i + 1] * cos(angle) + a * sin(angle);
+    }
+}
+
+/* out of one head: causal attention of q, k, v, rows C or K apart. */
+static void llama_attend(double *out, const double *q, const double *k, const double *v,
+                         int row, int C, int K, int D)
+{
+    double score[32], lse;
+    for (int j = 0; j <= row; j++) {
+        score[j] = 0;
+        for (int d = 0; d < D; d++) score[j] += q[row * C + d] * k[j * K + d] / sqrt(D);
+    }
+    lse = ref_log_sum_exp(score, row + 1);
+    for (int d = 0; d < D; d++) {
+        out[row * C + d] = 0;
+        for (int j = 0; j <= row; j++)
+            out[row * C + d] += exp(score[j] - lse) * v[j * K + d];
+    }
+}
+
+enum { LLAMA_W = 9 };                          /* arrays of a layer, in file order */
+
+static void llama_layer(const llama_file *f, double *x, int T, double *const *w, int l)
+{
+    const int C = f->h[0], F = f->h[1], H = f->h[3], kv = f->h[4], D = C / H, K = kv * D;
+    double *a[8];
+    a[0] = ref_norm_rows(x, w[0] + l * C, T, C, 1e-5);
+    a[1] = ref_linear(a[0], w[1] + l * C * C, NULL, T, C, C);
+    a[2] = ref_linear(a[0], w[2] + l * K * C, NULL, T, K, C);
+    a[3] = ref_linear(a[0], w[3] + l * K * C, NULL, T, K, C);
+    llama_turn(a[1], T, H, D);
+    llama_turn(a[2], T, kv, D);
+    for (int i = 0, g = H / kv; i < T * H; i++)
+        llama_attend(a[0] + i % H * D, a[1] + i % H * D, a[2] + i % H / g * D,
+                     a[3] + i % H / g * D, i / H, C, K, D);
+    a[4] = ref_linear(a[0], w[4] + l * C * C, NULL, T, C, C);
+    for (int i = 0; i < T * C; i++) x[i] += a[4][i];
+    free(a[0]);
+    a[0] = ref_norm_rows(x, w[5] + l * C, T, C, 1e-5);
+    a[5] = ref_linear(a[0], w[6] + l * F * C, NULL, T, F, C);
+    a[6] = ref_linear(a[0], w[8] + l * F * C, NULL, T, F, C);
+    for (int i = 0; i < T * F; i++) a[5][i] *= a[6][i] / (1 + exp(-a[5][i]));
+    a[7] = ref_linear(a[5], w[7] + l * C * F, NULL, T, C, F);
+    for (int i = 0; i < T * C; i++) x[i] += a[7][i];
+    for (int i = 0; i < 8; i++) free(a[i]);
+}
+
+static double *llama_logits(const llama_file *f, const int *tokens, int T)
+{
+    const int C = f->h[0], F = f->h[1], L = f->h[2], V = abs(f->h[5]);
+    const int D = C / f->h[3], K = f->h[4] * D;
+    const int size[LLAMA_W] = { C, C * C, K * C, K * C, C * C, C, F * C, C * F, F * C };
+    double *w[LLAMA_W], *x = ref_doubles((size_t)(T * C));
+    int at = 0;
+    double *embed = llama_next(f, &at, V * C);
+    for (int i = 0; i < LLAMA_W; i++) w[i] = llama_next(f, &at, L * size[i]);
+    double *norm = llama_next(f, &at, C);
+    at += f->h[6] * D;
+    double *head = f->h[5] < 0 ? llama_next(f, &at, V * C) : embed;
+    CHECK(at == f->n);
+    for (int i = 0; i < T * C; i++) x[i] = embed[tokens[i / C] * C + i % C];
+    for (int l = 0; l < L; l++) llama_layer(f, x, T, w, l);
+    double *n = ref_norm_rows(x, norm, T, C, 1e-5);
+    double *logits = ref_linear(n, head, NULL, T, V, C);
+    for (int i = 0; i < LLAMA_W; i++) free(w[i]);
+    if (head != embed) free(head);
+    free(embed); free(norm); free(x); free(n);
+    return logits;
+}
+
+TEST(llama2c_models_compute_what_their_own_program_would)
+{
+    static llama_file f;
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 4; i++) {
+        dlm_model *m = NULL;
+        size_t size = llama_make(&f, i & 1, i & 2 ? 1 : 3, 16);
+        char *bytes = (char *)test_malloc(size + 1);
+        memcpy(bytes + 1, &f, size);           /* any alignment                    */
+        LABEL("case %d", i);
+        CHECK_OK(dlm_llama2c_memory(&m, ctx, bytes + 1, size));
+        free(bytes);                           /* weights were copied              */
+        if (!m) continue;
+        CHECK(m->config.pattern == DLM_PATTERN_CAUSAL && m->config.mask_id == 11);
+        CHECK(m->config.untied_head == (i & 1) && m->config.max_seq == 16);
+        CHECK(m->config.no_qk_norm && fabsf(m->config.norm_eps - 1e-5f) < 1e-9f);
+        batch_clear(&t);
+        batch_add(&t, 16, 11, DLM_PATTERN_CAUSAL, 1, 0);
+        float *got = test_logits(ctx, m, batch_close(&t, 2), 0);
+        double *want = llama_logits(&f, t.tokens, 16);
+        for (int j = 0; j < 16 * 11; j++) CHECK_CLOSE(got[j], want[j], 2e-5);
+        free(got); free(want); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(llama2c_refuses_files_that_do_not_fit_their_header)
+{
+    static const int32_t absurd[][2] = { { 0, 0 }, { 0, -12 }, { 0, 2147483647 },
+        { 1, 0 }, { 1, -1 }, { 1, 2147483647 }, { 2, 0 }, { 2, -2 }, { 2, 2147483647 },
+        { 3, 0 }, { 3, 13 }, { 3, 4 }, { 4, 0 }, { 4, -1 }, { 4, 2 }, { 4, 9 }, { 5, 0 },
+        { 5, 1 }, { 5, INT32_MIN }, { 5, 2147483647 }, { 6, 0 }, { 6, -5 }, { 6, 17 },
+        { 6, 2147483647 } };
+    static llama_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int untied = 0; untied < 2; untied++) {
+        size_t size = llama_make(&f, untied, 1, 4);
+        for (size_t n = 0; n <= size + 4; n++) {
+            dlm_model *m = NULL;
+            char *part = (char *)test_malloc(n);            /* reads past it show  */
+            memcpy(part, &f, n);
+            LABEL("%u of %u bytes", (unsigned)n, (unsigned)size);
+            const dlm_error want = n == size ? DLM_OK : DLM_E_FORMAT;
+            CHECK_ERROR(dlm_llama2c_memory(&m, ctx, part, n), want, ctx,
+                        want ? "llama2.c" : NULL);
+            CHECK((m != NULL) == (n == size));
+            dlm_model_free(m); free(part);
+        }
+        for (size_t i = 0; i < sizeof absurd / sizeof *absurd; i++) {
+            dlm_model *m = NULL;
+            llama_file g = f;
+            g.h[absurd[i][0]] = absurd[i][1];
+            LABEL("header %d: %d", (int)absurd[i][0], (int)absurd[i][1]);
+            dlm_error e = dlm_llama2c_memory(&m, ctx, &g, size);
+            CHECK((e == DLM_E_FORMAT || e == DLM_E_CONFIG) && m == NULL);
+            CHECK(dlm_last_error(ctx)[0]);
+        }
+    }
+    test_heap heap = {0};
+    dlm_ctx *poor = heap_open(&heap, 1);
+    dlm_model *m = NULL;
+    size_t size = llama_make(&f, 0, 1, 4);
+    int live = heap.live;
+    for (int n = 1; n < 9; n++) {
+        heap.fail_at = heap.calls + n;
+        dlm_error e = dlm_llama2c_memory(&m, poor, &f, size);
+        CHECK(e == (heap.calls < heap.fail_at ? DLM_OK : DLM_E_NOMEM));
+        dlm_model_free(m);
+        CHECK(heap.live == live);
+    }
+    test_close(poor);
+    test_close(ctx);
+}
+
+/* ==[ pieces ]================================================================ */
+
+typedef struct piece_file { char x[8192]; size_t n, end[320]; int count; } piece_file;
+
+static void piece_put(piece_file *f, const char *text, float score)
+{
+    int32_t length = (int32_t)strlen(text);
+    memcpy(f->x + f->n, &score, 4);
+    memcpy(f->x + f->n + 4, &length, 4);
+    memcpy(f->x + f->n + 8, text, (size_t)length);
+    f->end[f->count++] = f->n += 8 + (size_t)length;
+}
+
+enum { PIECE_A = 260 };                        /* the first piece of the list below */
+
+/* Ids 0..2, 256 bytes, then: 259 " ", 260 a, 261 b, 262 c, 263 e acute, 264 bc, 265 ab,
+   266 abc, 267 " a", 268 "aa", 269 "aab", 270 "bc" again, 271 "c a" if spaces. */
+static void piece_make(piece_file *f, int spaces)
+{
+    static const struct { const char *text; float score; } list[] = {
+        { " ", -9 }, { "a", -1 }, { "b", -2 }, { "c", -3 }, { "\xC3\xA9", -4 },
+        { "bc", -5 }, { "ab", -6 }, { "abc", -7 }, { " a", -8 }, { "aa", -7 },
+        { "aab", -7.5f }, { "bc", 0 }, { "c a", 1 },
+    };
+    char byte[8];
+    memset(f, 0, sizeof *f);
+    f->n = 4;
+    piece_put(f, "<unk>", 0);
+    piece_put(f, "\n<s>\n", 0);
+    piece_put(f, "\n</s>\n", 0);
+    for (unsigned i = 0; i < 256; i++) {
+        snprintf(byte, sizeof byte, "<0x%02X>", i);
+        piece_put(f, byte, 0);
+    }
+    for (int i = 0; i < 12 + spaces; i++) piece_put(f, list[i].text, list[i].score);
+}
+
+static dlm_tokenizer *piece_tokenizer(dlm_ctx *ctx, const piece_file *f)
+{
+    dlm_tokenizer *t = NULL;
+    CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, f->x, f->n));
+    if (!t) { printf("no tokenizer: %s\n", dlm_last_error(ctx)); exit(1); }
+    return t;
+}
+
+TEST(pieces_merge_the_best_score_first_and_fall_back_to_bytes)
+{
+    static const struct { const char *text; int spaces, n, ids[8]; } cases[] = {
+        { "", 0, 0, { 0 } },
+        { "abc", 0, 2, { 259, 266 } },         /* bc, then abc; never " a"         */
+        { "ab", 0, 2, { 259, 265 } },
+        { "a", 0, 1, { 267 } },
+        { "aa", 0, 2, { 259, 268 } },
+        { "aaa", 0, 3, { 259, 268, 260 } },    /* leftmost of equals               */
+        { "aab", 0, 2, { 259, 269 } },         /* ab is better than aa             */
+        { "b a a", 0, 4, { 259, 261, 267, 267 } },
+        { "\xC3\xA9x\xFF", 0, 4, { 259, 263, 3 + 'x', 3 + 0xFF } },
+        { "\xE2\x82\xAC", 0, 4, { 259, 3 + 0xE2, 3 + 0x82, 3 + 0xAC } },
+        { "<0x41>", 0, 7, { 259, 3 + '<', 3 + '0', 3 + 'x', 3 + '4', 3 + '1', 3 + '>' } },
+        { "c a", 0, 3, { 259, 262, 267 } },
+        { "c a", 1, 2, { 259, 271 } },
+        { "bc a", 1, 3, { 259, 264, 267 } },   /* bc is the better start           */
+    };
+    static piece_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        piece_make(&f, cases[i].spaces);
+        dlm_tokenizer *t = piece_tokenizer(ctx, &f);
+        int ids[16], few[2] = { -1, -1 };
+        size_t n = 99, k = 99;
+        LABEL("\"%s\"", cases[i].text);
+        CHECK(dlm_tokenizer_vocab(t) == f.count && dlm_tokenizer_mask(t) == f.count);
+        CHECK(dlm_tokenizer_stop(t) == 1);
+        CHECK_OK(dlm_encode(t, cases[i].text, strlen(cases[i].text), ids, 16, &n));
+        CHECK((int)n == cases[i].n);
+        CHECK(!memcmp(ids, cases[i].ids, (size_t)cases[i].n * sizeof *ids));
+        CHECK_OK(dlm_encode(t, cases[i].text, strlen(cases[i].text), few, 1, &k));
+        CHECK(k == n && few[1] == -1);
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+TEST(pieces_round_trip_any_bytes)
+{
+    static const char letters[] = "aabbcc   \xC3\xA9\xE2\x82\xAC\xFF" "x<\n";
+    static piece_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < 400; i++) {
+        char text[700], back[800];
+        int ids[800], special[5] = { 1, 260, 1, -1, 0 }, length = i < 300 ? i % 12 : 700;
+        size_t n = 0;
+        piece_make(&f, i & 1);
+        dlm_tokenizer *t = piece_tokenizer(ctx, &f);
+        for (int j = 0; j < length; j++)
+            text[j] = i % 8 == 7 ? 'b' : i % 8 == 6 ? letters[9 + j % 2]
+                : letters[test_below(sizeof letters - 1)];
+        LABEL("text %d of %d bytes, \"%.12s\"", i, length, length ? text : "");
+        CHECK_OK(dlm_encode(t, text, (size_t)length, ids, 800, &n));
+        if (length == 700 && i % 8 == 6) CHECK(n == 351);   /* whole characters    */
+        size_t m = dlm_decode(t, ids, n, back, sizeof back);
+        CHECK(m == (size_t)length && !memcmp(text, back, (size_t)length) && !back[m]);
+        CHECK(dlm_decode(t, ids, n, NULL, 0) == m);
+        special[4] = f.count;                   /* stops vanish, strangers are _    */
+        CHECK(dlm_decode(t, special, 5, back, sizeof back) == 3 && !strcmp(back, "a__"));
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+TEST(pieces_refuse_malformed_files)
+{
+    static piece_file f;
+    test_heap heap = {0};
+    dlm_ctx *ctx = heap_open(&heap, 1);
+    const int live = heap.live;
+    piece_make(&f, 1);
+    for (size_t n = 0; n <= f.n; n++) {
+        dlm_tokenizer *t = NULL;
+        char *part = (char *)test_malloc(n);
+        size_t tokens;
+        int whole = 0;
+        for (int i = 2; i < f.count; i++) if (f.end[i] == n) whole = i + 1;
+        memcpy(part, f.x, n);
+        LABEL("%u of %u bytes", (unsigned)n, (unsigned)f.n);
+        CHECK_ERROR(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, part, n),
+                    whole ? DLM_OK : DLM_E_FORMAT, ctx, whole ? NULL : "tokenizer");
+        CHECK((t != NULL) == (whole > 0));
+        if (t) CHECK(dlm_tokenizer_vocab(t) == whole);
+        if (t) CHECK_ERROR(dlm_encode(t, "a", 1, NULL, 0, &tokens),
+                           whole < 259 ? DLM_E_INPUT : DLM_OK, ctx, NULL);
+        dlm_tokenizer_free(t); free(part);
+    }
+    for (int i = 0; i < 5; i++) {
+        static const int32_t bad[5] = { -1, 2147483647, -2147483647 - 1, 6, 0x7FC00000 };
+        dlm_tokenizer *t = NULL;
+        piece_make(&f, 1);
+        memcpy(f.x + (i == 4 ? 4 : 8), &bad[i], 4);         /* a length; a score    */
+        LABEL("%d", (int)bad[i]);
+        CHECK_ERROR(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, f.x, f.n),
+                    DLM_E_FORMAT, ctx, "tokenizer");
+        CHECK(t == NULL);
+    }
+    piece_make(&f, 1);
+    dlm_tokenizer *t = NULL;
+    heap.fail_at = heap.calls + 1;
+    CHECK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, f.x, f.n) == DLM_E_NOMEM);
+    CHECK(t == NULL && heap.live == live);
+    test_close(ctx);
+}
+
+#ifndef DLM_NO_STDIO
+
+TEST(pieces_ride_along_in_a_checkpoint)
+{
+    const char *path = "dlm_test_pieces.st", *text = "abc a b\xC3\xA9 aaab \xFF";
+    static piece_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int extra = -1; extra < 2; extra++) { /* too few ids, as many, with a mask */
+        dlm_model *m = NULL, *loaded = NULL;
+        dlm_tokenizer *back = NULL;
+        piece_make(&f, 1);
+        dlm_tokenizer *t = piece_tokenizer(ctx, &f);
+        dlm_config c = toy_config(extra > 0 ? 2 : 4);
+        int a[64], b[64];
+        size_t n = 0, k = 0;
+        c.vocab = f.count + extra;
+        LABEL("extra %d", extra);
+        CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+        dlm_error e = m ? dlm_save(ctx, path, m, t) : DLM_E_NOMEM;
+        if (e == DLM_OK) e = dlm_load(&loaded, &back, ctx, path);
+        CHECK(e == (extra < 0 ? DLM_E_MISMATCH : DLM_OK));
+        CHECK((back != NULL) == (extra >= 0));
+        CHECK_OK(dlm_encode(t, text, strlen(text), a, 64, &n));
+        if (back) CHECK_OK(dlm_encode(back, text, strlen(text), b, 64, &k));
+        if (back) CHECK(n == k && !memcmp(a, b, n * sizeof *a));
+        if (back) CHECK(dlm_tokenizer_vocab(back) == f.count);
+        dlm_tokenizer_free(back); dlm_model_free(loaded); dlm_model_free(m);
+        dlm_tokenizer_free(t);
+    }
+    remove(path);
+    test_close(ctx);
+}
+
+/* A file of the released model, from the repository's root or below it. */
+static const char *golden_path(const char *name)
+{
+    static char path[128];
+    static const char *const roots[] = { "../", "", "../../" };
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%sshared/data/stories260K/%s", roots[i], name);
+        FILE *in = fopen(path, "rb");
+        if (in) fclose(in);
+        if (in) return path;
+    }
+    return NULL;
+}
+
+/* The author's text for temperature 0 is that of 200 steps from BOS. */
+TEST(llama2c_released_model_writes_the_published_text)
+{
+    enum { T = 201 };
+    static int canvas[T], ids[T];
+    static char text[4096];
+    dlm_ctx *ctx = NULL;
+    dlm_model *m = NULL;
+    dlm_tokenizer *tok = NULL;
+    size_t n = 0;
+    if (!golden_path("greedy.txt")) SKIP("no stories260K beside the repository");
+    test_file want = file_read(golden_path("greedy.txt"));
+    ctx = test_open(DLM_ISA_AUTO, 1);
+    CHECK_OK(dlm_load_llama2c(&m, ctx, golden_path("stories260K.bin")));
+    CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES,
+                                golden_path("tok512.bin")));
+    if (m && tok) {
+        CHECK(m->config.vocab == dlm_tokenizer_vocab(tok));
+        for (int i = 0; i < T; i++) canvas[i] = i ? m->config.mask_id : 1;
+        CHECK_OK(dlm_sample(ctx, m, canvas, T, NULL));
+        size_t size = dlm_decode(tok, canvas, T, text, sizeof text);
+        CHECK(size == want.size);
+        CHECK(size >= want.size && !memcmp(text, want.data, want.size));
+        CHECK_OK(dlm_encode(tok, (const char *)want.data, want.size, ids, T, &n));
+        CHECK(n == T - 1 && !memcmp(ids, canvas + 1, (T - 1) * sizeof *ids));
+    }
+    dlm_model *none = m;
+    CHECK_ERROR(dlm_load_llama2c(&none, ctx, "no such"), DLM_E_IO, ctx, "no such");
+    CHECK(none == NULL);
+    dlm_tokenizer_free(tok); dlm_model_free(m); free(want.data);
+    test_close(ctx);
+}
+
+#endif
+
 /* ==[ table ]=================================================================
    In the order of the header. */
 
@@ -6223,6 +8740,49 @@ static const test_case test_cases[] = {
     RUN(objects_live_in_memory_of_exactly_the_predicted_size),
     RUN(every_failing_allocation_leaves_nothing_behind),
     RUN(calls_that_allocate_survive_every_failing_allocation),
+    RUN(lift_select_keeps_the_right_ones_and_of_equals_the_first),
+    RUN(lift_select_at_random_keeps_every_subset_alike),
+    RUN(lift_count_rounds_half_to_even_and_keeps_at_least_one),
+    RUN(lift_rho_and_kept_fractions_have_the_documented_means),
+    RUN(lift_mode_changes_at_its_thresholds),
+    RUN(lift_mode_is_drawn_from_its_weights),
+    RUN(cart_weights_and_gift_levels_are_their_formulas),
+    RUN(lift_steps_of_every_method_follow_their_formulas),
+    RUN(lift_without_extra_masks_is_vanilla_bit_for_bit),
+    RUN(lift_scores_equal_those_of_the_learning_pass_bit_for_bit),
+    RUN(lift_blocks_choose_independently),
+    RUN(lift_evaluate_is_the_plain_bound_for_every_method),
+    RUN(lift_steps_do_not_depend_on_threads_or_passes),
+    RUN(lift_steps_depend_on_nothing_that_was_before),
+    RUN(lift_options_are_checked_by_name),
+    RUN(divergences_and_gradients_follow_their_formulas_on_every_isa),
+    RUN(divergences_vanish_for_equals_and_stay_finite_far_apart),
+    RUN(teacher_probabilities_are_tempered_then_filtered),
+    RUN(convert_copies_weights_and_adds_a_mean_embedding),
+    RUN(convert_refuses_what_it_cannot_make_by_name),
+    RUN(curriculum_has_the_published_values),
+    RUN(step_maps_rebuild_every_state_and_the_doubled_row_agrees),
+    RUN(step_maps_end_at_the_stop_token),
+    RUN(teacher_rows_equal_the_doubled_construction),
+    RUN(blocks_of_one_see_only_what_stands_before),
+    RUN(distiller_gradient_equals_a_reference_row_by_row),
+    RUN(distiller_steps_do_not_depend_on_passes),
+    RUN(distiller_states_are_drawn_uniformly),
+    RUN(distiller_makes_the_student_say_what_the_teacher_says),
+    RUN(distiller_options_are_checked_by_name),
+    RUN(distiller_refuses_bad_examples_and_forgets_them),
+    RUN(distiller_lives_in_one_block_and_steps_without_allocating),
+    RUN(guidance_is_its_formula_and_needs_twice_the_sequences),
+    RUN(remasking_revises_unlikely_tokens_once),
+    RUN(llama2c_models_compute_what_their_own_program_would),
+    RUN(llama2c_refuses_files_that_do_not_fit_their_header),
+    RUN(pieces_merge_the_best_score_first_and_fall_back_to_bytes),
+    RUN(pieces_round_trip_any_bytes),
+    RUN(pieces_refuse_malformed_files),
+#ifndef DLM_NO_STDIO
+    RUN(pieces_ride_along_in_a_checkpoint),
+    RUN(llama2c_released_model_writes_the_published_text),
+#endif
     { NULL, NULL }
 };
 
