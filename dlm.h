@@ -443,6 +443,10 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               position 0 (SDAR's files)            */
     dlm_order order;                       /* 0 is CONFIDENCE                      */
     float    threshold;                    /* * = 0.9, for THRESHOLD               */
+    int      left_first;                   /* 1: THRESHOLD fills its plan up with the
+                                              leftmost masks instead of the surest ones:
+                                              for students that ignore what stands to the
+                                              right                                */
     float    entropy_bound;                /* * = 0.35 nats, for ENTROPY_BOUND     */
     float    temperature;                  /* 0 is argmax: a real value, not "auto" */
     int      top_k;                        /* 0: off                               */
@@ -456,7 +460,7 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               they are emitted                     */
     int      n_stop;
     /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
-       -INFINITY.  May run on any thread.  NULL: everything is allowed. */
+       -INFINITY (the mask token is, afterwards).  May run on any thread.  NULL: everything is allowed. */
     void   (*constrain)(void *user, int seq, int position, float *logits);
     /* Called after every step with what it filled in.  NULL: nobody watches. */
     void   (*on_step)(void *user, const dlm_event *events, int n_events);
@@ -5440,6 +5444,7 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     if (e == DLM_OK) e = dlm__in_range(ctx, "order", (int)o->order, 0,
                                        DLM_ORDER_COUNT - 1);
     if (e == DLM_OK) e = dlm__in_range(ctx, "top_k", o->top_k, 0, INT_MAX);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "left_first", o->left_first, 0, 1);
     if (e == DLM_OK) e = dlm__sample_floats(ctx, o);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "suppress", o->suppress, o->n_suppress,
                                             c->vocab);
@@ -5884,6 +5889,8 @@ static void dlm__pick(void *user, int i, float *logits)
         if (o->order == DLM_ORDER_CONFIDENCE || o->order == DLM_ORDER_THRESHOLD)
             c->score = c->confidence;
     }
+    if (o->order == DLM_ORDER_THRESHOLD && o->left_first && c->confidence <= o->threshold)
+        c->score = (float)-c->position;
 }
 
 /* --[ committing ]------------------------------------------------------------  */

@@ -2613,7 +2613,15 @@ TEST(sampler_threshold_1_is_the_plan_and_a_tiny_one_takes_the_block)
             o.threshold = 1;
             toy_generate(&b, ctx, m, 1, &o);
             CHECK(toy_same_tokens(&a, &b) && toy_same_events(&a, &b));
+            toy_canvas(&a, 0);
             toy_canvas(&b, 0);
+            o.left_first = 1;
+            toy_generate(&a, ctx, m, 1, &o);
+            o.order = DLM_ORDER_SEQUENTIAL;
+            toy_generate(&b, ctx, m, 1, &o);
+            CHECK(toy_same_tokens(&a, &b));          /* in a step the order differs */
+            toy_canvas(&b, 0);
+            o.order = DLM_ORDER_THRESHOLD;
             o.threshold = 1e-30f;
             toy_generate(&b, ctx, m, 1, &o);
             int last = 0;
@@ -6486,8 +6494,7 @@ static void lift_score(lift_plan *p, const reference *ref)
             hits += p->u[k][i] < p->level[k][i];
         }
     if (gift && !hits) memcpy(p->level, p->t, sizeof p->t);     /* GIFT falls back */
-    free(logits);
-    ce_close(&c);
+    free(logits); ce_close(&c);
 }
 
 /* Cells [first, end) of example k: how many are kept, and none worse than a rejected. */
@@ -6565,10 +6572,8 @@ static void lift_check_bins(const lift_plan *p, const lift_rows *rows, const ce_
     double loss[DLM_BINS] = {0}, gold[2][DLM_BINS] = {{0}};
     int64_t n[DLM_BINS] = {0}, wide[DLM_BINS] = {0}, count[2][DLM_BINS] = {{0}};
     for (int i = 0; i < c->n_out; i++) {
-        int row = rows->t.out_rows[i];
-        double t = p->t[rows->ex[row]][rows->cell[row]];
-        if (p->rest[rows->ex[row]][rows->cell[row]]) t = fmax(1 - t,
-                                                              1e-3); /* other view */
+        int k = rows->ex[rows->t.out_rows[i]], cell = rows->cell[rows->t.out_rows[i]];
+        double t = p->rest[k][cell] ? fmax(1 - p->t[k][cell], 1e-3) : p->t[k][cell];
         int bin = (int)fmin(7, 8 * t);
         n[bin]++;
         loss[bin] += c->loss[i] / c->weight[i];
