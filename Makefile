@@ -15,13 +15,13 @@ STRICT   = -std=c99 $(WARN) -Wstrict-prototypes -Werror -I.
 STRICTXX = $(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -I. -x c++
 EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
-MEASURES = $(BENCHES:bench/%.c=build/%)
+MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = bench/bench.h bench/lines.awk bench/hygiene.sh Makefile README.md
+HELPERS  = bench/bench.h bench/tasks.h bench/lines.awk bench/hygiene.sh Makefile README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
-benches: $(MEASURES)
+benches: $(BENCHES:bench/%.c=build/%)
 
 build/dlm_test: dlm_test.c dlm.h
 	@mkdir -p build
@@ -29,7 +29,7 @@ build/dlm_test: dlm_test.c dlm.h
 build/%: examples/%.c dlm.h
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
-build/%: bench/%.c bench/bench.h dlm.h
+build/%: bench/%.c bench/bench.h bench/tasks.h dlm.h
 	@mkdir -p build
 	$(BUILD) -DDLM_BENCH_FLAGS='"$(CFLAGS)"' $< -o $@ $(LDLIBS)
 
@@ -37,7 +37,7 @@ test: build/dlm_test
 	@build/dlm_test
 demo: build/demo
 	@build/demo
-bench: benches
+bench: $(MEASURES)
 	@for b in $(MEASURES); do $$b --quick || exit 1; done
 
 check: lines hygiene cxx strict readme

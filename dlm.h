@@ -443,10 +443,9 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               position 0 (SDAR's files)            */
     dlm_order order;                       /* 0 is CONFIDENCE                      */
     float    threshold;                    /* * = 0.9, for THRESHOLD               */
-    int      left_first;                   /* 1: THRESHOLD fills its plan up with the
-                                              leftmost masks instead of the surest ones:
-                                              for students that ignore what stands to the
-                                              right                                */
+    int      left_first;                   /* 1: THRESHOLD fills its plan up from the
+                                              left instead of with the surest ones: for
+                                              students that ignore their right     */
     float    entropy_bound;                /* * = 0.35 nats, for ENTROPY_BOUND     */
     float    temperature;                  /* 0 is argmax: a real value, not "auto" */
     int      top_k;                        /* 0: off                               */
@@ -460,7 +459,8 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               they are emitted                     */
     int      n_stop;
     /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
-       -INFINITY (the mask token is, afterwards).  May run on any thread.  NULL: everything is allowed. */
+       -INFINITY (the mask token is, afterwards).  May run on any thread.  NULL:
+       everything is allowed. */
     void   (*constrain)(void *user, int seq, int position, float *logits);
     /* Called after every step with what it filled in.  NULL: nobody watches. */
     void   (*on_step)(void *user, const dlm_event *events, int n_events);

@@ -2,7 +2,8 @@
 
    Build:  cc -O2 -I.. 04_infill.c -o infill -lm -pthread
    Run:    ./infill [checkpoint] [form]                  (02_train_text.c makes one)
-   See:    the form, and three ways to fill it in.  What is written stays as it is. */
+   See:    the form, and three ways to fill it in.  What is written stays as it is, and
+           a hole stays as long as it is: the model has to find words that fit. */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 #include <stdio.h>
@@ -35,7 +36,7 @@ int main(int argc, char **argv)
 {
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
     const char *form = argc > 2 ? argv[2]
-                     : "he finds __________ at home. my sister ______ a letter here. ";
+                     : "a friend _______ the silver ___ at home. ";
     const char *why = NULL;
     static int blank[MAX], canvas[MAX];
     static char text[4 * MAX + 1];
@@ -51,12 +52,10 @@ int main(int argc, char **argv)
     if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
     if (!e && (T > MAX || T > model->config.max_seq))
         e = DLM_E_INPUT, why = "the form is too long for this model";
-    /* The surest character first.  One block over the whole canvas, so that a model
-       trained in blocks also sees what stands to the right of a hole. */
+    /* The surest character first.  A model trained in blocks sees what stands to the
+       right of a hole up to the end of the block, one with the full pattern all of it. */
     how.order = DLM_ORDER_CONFIDENCE;
-    how.block = T;
-    how.absolute_blocks = 1;
-    how.temperature = 0.5f;
+    how.temperature = 0.7f;
     if (!e) printf("%s\n", form);
     for (how.seed = 1; !e && how.seed <= 3; how.seed++) {
         memcpy(canvas, blank, sizeof canvas);
