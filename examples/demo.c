@@ -140,6 +140,8 @@ static dlm_error stage_train(struct demo *d)
     dlm_error e = plan(d);
     if (!e) e = evaluate(d, &d->before);
     if (!e) printf("%d steps of %d characters\n", d->steps, B * T);
+    if (!e && d->steps < 400)
+        printf("(a slow or busy machine: expect letters rather than words)\n");
     double t0 = seconds(), now = t0, shown = t0;
     for (int step = 1; step <= d->steps && !e; step++) {
         e = dlm_trainer_step_text(d->trainer, ids, d->n_train, T, B, &r);
