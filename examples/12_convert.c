@@ -27,9 +27,9 @@ static void require(dlm_error e)
     exit(1);
 }
 
-/* Writes all texts, up to `length` tokens: one per step, or where sure more (threshold
-   0.9).  Returns tokens per step. */
-static double write_texts(const dlm_model *m, int threshold, int length, int round)
+/* Writes all texts: one token per step, or where sure more (threshold 0.9).  Returns
+   tokens per step. */
+static double write_texts(const dlm_model *m, int threshold, int round)
 {
     uint32_t ids[TEXTS];
     int lengths[TEXTS];
@@ -44,7 +44,7 @@ static double write_texts(const dlm_model *m, int threshold, int length, int rou
     how.left_first = 1;                      /* the student ignores its right        */
     how.temperature = 1, how.ids = ids, how.stop = &begin, how.n_stop = 1;
     for (int i = 0; i < TEXTS; i++) {
-        ids[i] = (uint32_t)(TEXTS * round + i), lengths[i] = length, text[i][0] = begin;
+        ids[i] = (uint32_t)(TEXTS * round + i), lengths[i] = T, text[i][0] = begin;
         for (int k = 1; k < T; k++) text[i][k] = m->config.mask_id;
     }
     require(dlm_session_create(&s, ctx, m, &limits, NULL));
@@ -66,7 +66,7 @@ static void judge(const char *name, const dlm_model *m, int threshold)
 {
     static unsigned char seen[V][V];
     double nats = 0, tokens = 0, pairs = 0, different = 0, log_p;
-    const double per_step = write_texts(m, threshold, T, 1 << 20);
+    const double per_step = write_texts(m, threshold, 1 << 20);
     dlm_session *s;
     memset(seen, 0, sizeof seen);
     require(dlm_session_create(&s, ctx, teacher, NULL, NULL));
@@ -81,32 +81,31 @@ static void judge(const char *name, const dlm_model *m, int threshold)
     dlm_session_free(s);
 }
 
-/* The first 20 % of the rounds learn from texts the teacher writes: the student's are not
-   yet worth it.  Then its own; JSD also unlearns what the teacher would not say. */
+/* The first 5 % of the rounds learn from the teacher's texts: the student's are not yet
+   worth it.  Then from its own.  JSD also unlearns what the teacher would not say.  The
+   rate is a tenth of training's, or the teacher's skill is lost before it is copied. */
 static void convert(int rounds, double minutes)
 {
     const time_t t0 = time(NULL);
-    const int warm = rounds / 5;
+    const int warm = 1 + rounds / 20;
     dlm_train_options how = {0};
     dlm_distill_options o[2] = {{0}};
     dlm_distiller *d[2];
     dlm_trainer *trainer;
     dlm_report r = {0};
-    how.lr = 3e-3f, how.lr_min = 3e-5f, how.warmup = 8, how.max_rows = 2 * T * UPDATE;
+    how.lr = 1e-4f, how.lr_min = 2e-6f, how.warmup = 20, how.max_rows = 2 * T * UPDATE;
     how.schedule = DLM_SCHEDULE_COSINE, how.total = rounds * TEXTS / UPDATE + 9;
-    o[0].states = DLM_STATES_RANDOM, o[1].divergence.kind = DLM_JSD;
+    o[0].divergence.kind = DLM_JSD, o[0].divergence.weight = 0.25f;
+    o[1] = o[0], o[0].states = DLM_STATES_RANDOM;
     require(dlm_trainer_create(&trainer, ctx, student, &how, NULL));
     require(dlm_distiller_create(&d[0], trainer, teacher, &o[0], NULL));
     require(dlm_distiller_create(&d[1], trainer, teacher, &o[1], NULL));
     for (int i = 0; i < rounds && difftime(time(NULL), t0) < 60 * minutes; i++) {
-        const int own = i >= warm, length = own ? 1 + dlm_curriculum(i - warm, rounds / 5,
-                                                             32, T - 1, 0, BLOCK) : T;
-        double per_step = write_texts(own ? student : teacher, own, length, i), loss = 0;
-        for (int k = 0; k < TEXTS && !own; k += 2)       /* continuing is taught, too  */
-            ex[k].prompt = 1 + k / 2 % (ex[k].length - 1);
+        const int own = i >= warm;
+        double per_step = write_texts(own ? student : teacher, own, i), loss = 0;
         for (int k = 0; k < TEXTS; k += UPDATE, loss += r.loss * UPDATE / TEXTS)
             require(dlm_distiller_step(d[own], ex + k, steps + k, UPDATE, &r));
-        printf("%4d of %d, %s: KL %.3f, %.2f tokens/step, %.0f s left\n", i + 1, rounds,
+        printf("%4d of %d, %s: JSD %.3f, %.2f tokens/step, %.0f s left\n", i + 1, rounds,
                own ? "own texts" : "teacher's", loss, per_step,
                (rounds - i - 1) * difftime(time(NULL), t0) / (i + 1));
         fflush(stdout);
@@ -117,7 +116,7 @@ static void convert(int rounds, double minutes)
 int main(int argc, char **argv)
 {
     const size_t n = argc > 3 ? strlen(argv[1]) : 0;
-    const double minutes = argc > 4 ? atof(argv[4]) : 10;
+    const double minutes = argc > 4 ? atof(argv[4]) : 2;
     dlm_tokenizer *tok = NULL;
     dlm_options options = {0};
     size_t one;
@@ -134,7 +133,7 @@ int main(int argc, char **argv)
         begin = dlm_tokenizer_stop(tok);
     }
     const clock_t start = clock();           /* counts all threads' time             */
-    write_texts(teacher, 0, T, 0);           /* a round takes about 5 times as long  */
+    write_texts(teacher, 0, 0);              /* a round takes about 5 times as long  */
     const double pace = 5.0 * (double)(clock() - start) / CLOCKS_PER_SEC / THREADS;
     require(dlm_convert(&student, ctx, teacher, BLOCK, 0, NULL));
     student->config.shifted = 1;             /* a small model keeps its habit        */
