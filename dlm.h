@@ -1191,12 +1191,22 @@ typedef struct dlm__kernels {
        m <= mr, n <= nr; a row of b must be readable for nr floats. */
     void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
                  int m, int n, int k, int add);
+    /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `panel` floats apart: a single row
+       has too few chains of multiply-adds in one panel to hide their latency. */
+    void (*row)(float *c, const float *a, const float *b, size_t panel, int k, int add);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
     void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
                  const float *b, size_t b_k, size_t b_j, const int mnk[3], int add);
     void (*softmax_tile)(float *s, int rows, int lanes, float *max, float *sum,
                          float *rescale);
+    /* Attention of at most vw / 4 queries, keys in the lanes: as the tiles, to the bit.
+       s (queries, ld): a query's scores in a row.  q, o (queries, DLM__MAX_D). */
+    void (*few_scores)(float *s, int ld, const float *panels, int n_panels,
+                       const float *q, int D);
+    void (*few_softmax)(float *s, int ld, int queries, int n, float *max, float *rescale);
+    void (*few_mix)(float *o, float *sum, const float *rescale, int D, const float *rows,
+                    size_t ld_rows, const float *s, int ld, int n);
     void (*softmax_tile_backward)(float *s, float *ds, int rows, int lanes,
                                   const float *lse, const float *delta);
     void (*scale_tile)(float *s, int rows, int lanes, const float *scale);
@@ -1394,6 +1404,35 @@ static DLM__TARGET void DLM__K(dlm__tile)(
         memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
 }
 
+static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *b,
+                                         size_t panel, int k, int add)
+{
+    dlm__vf acc[4][DLM__NV];
+    DLM__UNROLL
+    for (int p = 0; p < 4; p++) {
+        DLM__UNROLL
+        for (int v = 0; v < DLM__NV; v++)
+            acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
+                            : dlm__vset1(0.0f);
+    }
+    for (int kk = 0; kk < k; kk++, b += DLM__NR) {
+        const dlm__vf a_k = dlm__vset1(a[kk]);
+        DLM__UNROLL
+        for (int p = 0; p < 4; p++) {
+            DLM__UNROLL
+            for (int v = 0; v < DLM__NV; v++)
+                acc[p][v] = dlm__vfma(a_k, dlm__vload(b + (size_t)p * panel
+                                                      + v * DLM__VW), acc[p][v]);
+        }
+    }
+    DLM__UNROLL
+    for (int p = 0; p < 4; p++) {
+        DLM__UNROLL
+        for (int v = 0; v < DLM__NV; v++)
+            dlm__vstore(c + p * DLM__NR + v * DLM__VW, acc[p][v]);
+    }
+}
+
 static DLM__TARGET void DLM__K(dlm__tiny)(
     float *c, size_t ldc, const float *a, size_t a_i, size_t a_k, const float *b,
     size_t b_k, size_t b_j, const int mnk[3], int add)
@@ -1444,6 +1483,80 @@ static DLM__TARGET void DLM__K(dlm__softmax_tile_backward)(
             dlm__vstore(ds_i, dlm__vmul(p, dlm__vsub(dlm__vload(ds_i), d)));
         }
     }
+}
+
+/* Few queries would leave most lanes of a tile empty, so here keys are the lanes; what
+   is summed, and in which order, is the same. */
+#define DLM__FEW ((DLM__VW + 3) / 4)
+
+static DLM__TARGET void DLM__K(dlm__few_scores)(float *s, int ld, const float *panels,
+                                                int n_panels, const float *q, int D)
+{
+    for (int p = 0; p < n_panels; p++, panels += D * DLM__MR)
+        for (int j = 0; j < DLM__MR; j += DLM__VW) {
+            dlm__vf acc[DLM__FEW];
+            DLM__UNROLL
+            for (int i = 0; i < DLM__FEW; i++) acc[i] = dlm__vset1(0.0f);
+            for (int d = 0; d < D; d++) {
+                const dlm__vf k_d = DLM__K(dlm__ld)(panels + d * DLM__MR + j,
+                                                    DLM__MR - j);
+                DLM__UNROLL
+                for (int i = 0; i < DLM__FEW; i++)
+                    acc[i] = dlm__vfma(k_d, dlm__vset1(q[i * DLM__MAX_D + d]), acc[i]);
+            }
+            DLM__UNROLL
+            for (int i = 0; i < DLM__FEW; i++)
+                DLM__K(dlm__st)(s + i * ld + p * DLM__MR + j, acc[i], DLM__MR - j);
+        }
+}
+
+/* s = e^(s - max'); the lanes between n and a whole vector are filled up with 0. */
+static DLM__TARGET void DLM__K(dlm__few_softmax)(float *s, int ld, int queries, int n,
+                                                 float *max, float *rescale)
+{
+    for (int i = 0; i < queries; i++, s += ld) {
+        dlm__vf m = dlm__vset1(max[i]);
+        float top, r[DLM__VW];
+        for (int j = n; j % DLM__VW; j++) s[j] = -INFINITY;
+        for (int j = 0; j < n; j += DLM__VW) m = dlm__vmax(m, dlm__vload(s + j));
+        top = dlm__hmax(m);
+        m = dlm__vset1(top);
+        for (int j = 0; j < n; j += DLM__VW)
+            dlm__vstore(s + j, DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s + j), m)));
+        dlm__vstore(r, DLM__K(dlm__vexp)(dlm__vset1(max[i] - top)));
+        rescale[i] = r[0];
+        max[i] = top;
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__few_mix)(
+    float *o, float *sum, const float *rescale, int D, const float *rows, size_t ld_rows,
+    const float *s, int ld, int n)
+{
+    float total[DLM__FEW];
+    for (int d = 0; d < D; d += DLM__VW) {
+        dlm__vf acc[DLM__FEW];
+        DLM__UNROLL
+        for (int i = 0; i < DLM__FEW; i++)
+            acc[i] = dlm__vmul(DLM__K(dlm__ld)(o + i * DLM__MAX_D + d, D - d),
+                               dlm__vset1(rescale[i]));
+        for (int j = 0; j < n; j++) {
+            const dlm__vf v = DLM__K(dlm__ld)(rows + (size_t)j * ld_rows + d, D - d);
+            DLM__UNROLL
+            for (int i = 0; i < DLM__FEW; i++)
+                acc[i] = dlm__vfma(v, dlm__vset1(s[i * ld + j]), acc[i]);
+        }
+        DLM__UNROLL
+        for (int i = 0; i < DLM__FEW; i++)
+            DLM__K(dlm__st)(o + i * DLM__MAX_D + d, acc[i], D - d);
+    }
+    memset(total, 0, sizeof total);
+    for (int j = 0; j < n; j++) {
+        DLM__UNROLL
+        for (int i = 0; i < DLM__FEW; i++) total[i] += s[i * ld + j];
+    }
+    for (int i = 0; i < DLM__FEW; i++)
+        sum[i] = dlm__fma1(sum[i], rescale[i], total[i]);
 }
 
 static DLM__TARGET void DLM__K(dlm__scale_tile)(float *s, int rows, int lanes,
@@ -1653,8 +1766,9 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
 
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW,
-    DLM__K(dlm__tile), DLM__K(dlm__tiny),
-    DLM__K(dlm__softmax_tile), DLM__K(dlm__softmax_tile_backward),
+    DLM__K(dlm__tile), DLM__K(dlm__row), DLM__K(dlm__tiny),
+    DLM__K(dlm__softmax_tile), DLM__K(dlm__few_scores), DLM__K(dlm__few_softmax),
+    DLM__K(dlm__few_mix), DLM__K(dlm__softmax_tile_backward),
     DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward),
     DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward),
     DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot),
@@ -1664,6 +1778,7 @@ static const dlm__kernels DLM__K(dlm__table) = {
 
 #undef DLM__K
 #undef DLM__NR
+#undef DLM__FEW
 #undef DLM__KERNEL_PASS
 #undef DLM__TARGET
 #undef DLM__VW
@@ -2315,12 +2430,19 @@ static void dlm__gemm_job(void *arg, int job)
         dlm__pack_panel(a_panel, m, m, g->kc, a, g->a_i, g->a_k);
         a = a_panel;
     }
-    for (int j = first; j < end; j += k->nr) {
+    for (int j = first, step; j < end; j += step) {
+        const size_t panel = (size_t)k->nr * (size_t)(g->packed ? g->K : g->kc);
         const float *b = g->packed
             ? g->packed + (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr)
             : g->ctx->scratch + (size_t)j * (size_t)g->kc;
-        k->tile(g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j), (int)g->ldc, a, lda, b,
-                k->nr, m, dlm__min(k->nr, g->nc - j), g->kc, g->add || g->k0 > 0);
+        float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
+        const int wide = m == 1 && j + 4 * k->nr <= end, add = g->add || g->k0 > 0;
+        step = wide ? 4 * k->nr : k->nr;
+        if (wide)
+            k->row(c, a, b, panel, g->kc, add);
+        else
+            k->tile(c, (int)g->ldc, a, lda, b, k->nr, m, dlm__min(k->nr, g->nc - j),
+                    g->kc, add);
     }
 }
 
@@ -2331,7 +2453,7 @@ static void dlm__gemm_block(dlm__gemm *g)
     const double flops = 2.0 * g->M * g->nc * g->kc;
     if (!g->packed)
         dlm__parallel(g->ctx, panels, flops, dlm__gemm_pack_job, g);
-    g->per_group = tiles >= 8 ? panels : dlm__max(1, panels / 8);
+    g->per_group = tiles >= 8 ? panels : dlm__max(g->M == 1 ? 4 : 1, panels / 8);
     g->groups = dlm__ceil_div(panels, g->per_group);
     dlm__parallel(g->ctx, tiles * g->groups, flops, dlm__gemm_job, g);
 }
@@ -2709,7 +2831,10 @@ static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, 
    s = -INFINITY, hence p = 0 and no effect on any sum: what a row computes depends on
    its own keys only, not on the rest of its tile. */
 
-enum { DLM__CHUNK = 96 };           /* a multiple of every mr and nr               */
+enum {
+    DLM__CHUNK = 96,                /* a multiple of every mr and nr               */
+    DLM__FEW_LANES = 4              /* vw / 4 of the widest vectors                */
+};
 
 /* Keys stand in panels of mr slots, [slot / mr][D][mr], ready to be the tile's a. */
 typedef struct dlm__attention {
@@ -2791,35 +2916,35 @@ static int dlm__lanes_end(const dlm__lanes *l)
     return dlm__max(l->hull.hi0, l->hull.hi1);
 }
 
-static void dlm__hide(float *s, int nr, int lane, int chunk, int from, int to)
+static void dlm__hide(float *s, int by, int chunk, int from, int to)
 {
-    for (int j = from; j < to; j++) s[(j - chunk) * nr + lane] = -INFINITY;
+    for (int j = from; j < to; j++) s[(j - chunk) * by] = -INFINITY;
 }
 
-/* s[slot - chunk][lane] = -INFINITY for the slots in [from, to) that the lane must not
-   see. */
-static void dlm__lanes_mask(const dlm__lanes *l, float *s, int nr, int chunk, int from,
-                            int to)
+/* The score of slot j and lane i, s[i * by_lane + (j - chunk) * by_slot], = -INFINITY for
+   the slots in [from, to) that the lane must not see. */
+static void dlm__lanes_mask(const dlm__lanes *l, float *s, int by_lane, int by_slot,
+                            int chunk, int from, int to)
 {
     for (int i = 0; i < l->n; i++) {
         const dlm_keys *k = &l->keys[i];
         if (k->lo0 <= from && k->hi0 >= to) continue;
         if (k->lo1 <= from && k->hi1 >= to) continue;
-        dlm__hide(s, nr, i, chunk, from, dlm__min(to, k->lo0));
-        dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi0), dlm__min(to, k->lo1));
-        dlm__hide(s, nr, i, chunk, dlm__max(from, k->hi1), to);
+        float *s_i = s + i * by_lane;
+        dlm__hide(s_i, by_slot, chunk, from, dlm__min(to, k->lo0));
+        dlm__hide(s_i, by_slot, chunk, dlm__max(from, k->hi0), dlm__min(to, k->lo1));
+        dlm__hide(s_i, by_slot, chunk, dlm__max(from, k->hi1), to);
     }
 }
 
-/* out[d][lane] = scale * x[row of lane][head of lane][d]; unused lanes 0. */
-static void dlm__lanes_gather(const dlm__lanes *l, float *out, int nr, const float *x,
-                              int H, int D, float scale)
+/* out[i * by_lane + d * by_d] = scale * x[row of lane i][head of lane i][d]. */
+static void dlm__lanes_gather(const dlm__lanes *l, float *out, int by_lane, int by_d,
+                              const float *x, int H, int D, float scale)
 {
-    memset(out, 0, (size_t)(D * nr) * sizeof *out);
     for (int i = 0; i < l->n; i++) {
         const float *x_i = x + ((size_t)l->row[i] * (size_t)H + (size_t)l->head[i])
                                * (size_t)D;
-        for (int d = 0; d < D; d++) out[d * nr + i] = scale * x_i[d];
+        for (int d = 0; d < D; d++) out[i * by_lane + d * by_d] = scale * x_i[d];
     }
 }
 
@@ -2847,37 +2972,76 @@ static void dlm__lanes_mix(const dlm__attention *a, const dlm__lanes *l, float *
                 to - from, 1);
 }
 
-static void dlm__attention_tile(const dlm__attention *a, const dlm__lanes *l, int seq,
-                                int kv)
+/* The output of every lane from its weighted sum and the sum of its weights. */
+static void dlm__lanes_finish(const dlm__attention *a, const dlm__lanes *l,
+                              const float *o, int by_lane, int by_d, const float *max,
+                              const float *sum)
+{
+    for (int i = 0; i < l->n; i++) {
+        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        float *o_i = a->o + at * (size_t)a->D;
+        const float scale = 1.0f / sum[i];
+        for (int d = 0; d < a->D; d++) o_i[d] = o[i * by_lane + d * by_d] * scale;
+        a->lse[at] = max[i] + logf(sum[i]);
+    }
+}
+
+/* panels, v: keys and values of the sequence and head, from slot 0. */
+static void dlm__attention_tile(const dlm__attention *a, const dlm__lanes *l,
+                                const float *panels, const float *v)
 {
     const dlm__kernels *k = a->ctx->k;
     const int nr = k->nr, D = a->D;
-    const float *panels = a->k_panels
-        + ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)D;
-    const float *v = a->v + (size_t)a->v_base[seq] * a->ldv + (size_t)(kv * D);
     float q[DLM__MAX_D * DLM__MAX_NR], o[DLM__MAX_D * DLM__MAX_NR];
     float s[DLM__CHUNK * DLM__MAX_NR];
     float max[DLM__MAX_NR], sum[DLM__MAX_NR], rescale[DLM__MAX_NR];
     int from = 0, to = 0;
-    dlm__lanes_gather(l, q, nr, a->q, a->H, D, 1.0f / sqrtf((float)D));
+    memset(q, 0, (size_t)(D * nr) * sizeof *q);
+    dlm__lanes_gather(l, q, 1, nr, a->q, a->H, D, 1.0f / sqrtf((float)D));
     memset(o, 0, (size_t)(D * nr) * sizeof *o);
     memset(sum, 0, sizeof sum);
     for (int i = 0; i < nr; i++) max[i] = -FLT_MAX;
     for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
         if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
         dlm__lanes_scores(a, l, s, panels, q, chunk, from, to);
-        dlm__lanes_mask(l, s, nr, chunk, from, to);
+        dlm__lanes_mask(l, s, 1, nr, chunk, from, to);
         k->softmax_tile(s + (from - chunk) * nr, to - from, l->width, max, sum, rescale);
         k->scale_tile(o, D, l->width, rescale);
         dlm__lanes_mix(a, l, o, v, a->ldv, s, chunk, from, to);
     }
-    for (int i = 0; i < l->n; i++) {
-        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
-        float *o_i = a->o + at * (size_t)D;
-        const float scale = 1.0f / sum[i];
-        for (int d = 0; d < D; d++) o_i[d] = o[d * nr + i] * scale;
-        a->lse[at] = max[i] + logf(sum[i]);
+    dlm__lanes_finish(a, l, o, 1, nr, max, sum);
+}
+
+/* The same for so few lanes that most of a tile would be empty: one token that is
+   decoded, say. */
+static void dlm__attention_few(const dlm__attention *a, const dlm__lanes *l,
+                               const float *panels, const float *v)
+{
+    enum { LD = DLM__CHUNK + DLM__MAX_NR };
+    const dlm__kernels *k = a->ctx->k;
+    const int D = a->D;
+    float q[DLM__FEW_LANES * DLM__MAX_D], o[DLM__FEW_LANES * DLM__MAX_D];
+    float s[DLM__FEW_LANES * LD];
+    float max[DLM__FEW_LANES], sum[DLM__FEW_LANES], rescale[DLM__FEW_LANES];
+    int from = 0, to = 0;
+    for (int i = 0; i < DLM__FEW_LANES; i++) {
+        memset(q + i * DLM__MAX_D, 0, (size_t)D * sizeof *q);
+        memset(o + i * DLM__MAX_D, 0, (size_t)D * sizeof *o);
+        max[i] = -FLT_MAX, sum[i] = 0.0f, rescale[i] = 0.0f;
     }
+    dlm__lanes_gather(l, q, DLM__MAX_D, 1, a->q, a->H, D, 1.0f / sqrtf((float)D));
+    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
+        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
+        const int first = (from - chunk) / k->mr * k->mr;
+        float *s_from = s + (from - chunk);
+        k->few_scores(s + first, LD, panels + (size_t)(chunk + first) * (size_t)D,
+                      dlm__ceil_div(to - chunk - first, k->mr), q, D);
+        dlm__lanes_mask(l, s, LD, 1, chunk, from, to);
+        k->few_softmax(s_from, LD, l->n, to - from, max, rescale);
+        k->few_mix(o, sum, rescale, D, v + (size_t)from * a->ldv, a->ldv, s_from, LD,
+                   to - from);
+    }
+    dlm__lanes_finish(a, l, o, DLM__MAX_D, 1, max, sum);
 }
 
 static void dlm__attention_job(void *arg, int job)
@@ -2885,10 +3049,14 @@ static void dlm__attention_job(void *arg, int job)
     const dlm__attention *a = (const dlm__attention *)arg;
     const int seq = job / a->KV, kv = job % a->KV;
     const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
+    const float *panels = a->k_panels
+        + ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)a->D;
+    const float *v = a->v + (size_t)a->v_base[seq] * a->ldv + (size_t)(kv * a->D);
     dlm__lanes l;
     for (int first = 0; first < all; first += a->ctx->k->nr) {
         dlm__lanes_take(&l, a, seq, kv, first);
-        dlm__attention_tile(a, &l, seq, kv);
+        if (4 * l.n <= a->ctx->k->vw) dlm__attention_few(a, &l, panels, v);
+        else dlm__attention_tile(a, &l, panels, v);
     }
 }
 
@@ -2945,8 +3113,10 @@ static void dlm__lanes_back_begin(const dlm__attention *a, const dlm__lanes *l,
 {
     const int nr = a->ctx->k->nr, D = a->D;
     const float scale = 1.0f / sqrtf((float)D);
-    dlm__lanes_gather(l, w->q, nr, a->q, a->H, D, scale);
-    dlm__lanes_gather(l, w->d_o, nr, a->d_o, a->H, D, 1.0f);
+    memset(w->q, 0, (size_t)(D * nr) * sizeof *w->q);
+    memset(w->d_o, 0, (size_t)(D * nr) * sizeof *w->d_o);
+    dlm__lanes_gather(l, w->q, 1, nr, a->q, a->H, D, scale);
+    dlm__lanes_gather(l, w->d_o, 1, nr, a->d_o, a->H, D, 1.0f);
     memset(w->dq, 0, (size_t)(D * nr) * sizeof *w->dq);
     memset(w->lse, 0, sizeof w->lse);
     memset(w->delta, 0, sizeof w->delta);
@@ -2976,7 +3146,7 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
         if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
         const int at = (from - chunk) * nr, n = to - from;
         dlm__lanes_scores(a, l, w->s, a->k_panels + head, w->q, chunk, from, to);
-        dlm__lanes_mask(l, w->s, nr, chunk, from, to);
+        dlm__lanes_mask(l, w->s, 1, nr, chunk, from, to);
         dlm__lanes_scores(a, l, w->ds, a->v_panels + head, w->d_o, chunk, from, to);
         k->softmax_tile_backward(w->s + at, w->ds + at, n, l->width, w->lse, w->delta);
         dlm__lanes_mix(a, l, w->dq, k_rows, a->ldk, w->ds, chunk, from, to);

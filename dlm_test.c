@@ -1853,9 +1853,9 @@ static void cached_add(test_batch *t, const test_batch *whole, int s, int first,
 
 /* Two sequences in two lanes, block after block, the second one block behind: each
    forward's logits must be those of the whole sequences in one forward. */
-static void cached_compare(dlm_ctx *ctx, const dlm_model *m, test_batch *whole, int block)
+static void cached_compare(dlm_ctx *ctx, const dlm_model *m, test_batch *whole, int T,
+                           int block)
 {
-    enum { T = 61 };
     int V = m->config.vocab;
     static test_batch t;
     const dlm_batch *b = batch_close(whole, 2);
@@ -1896,7 +1896,31 @@ TEST(cached_forward_equals_one_whole_forward_bit_for_bit)
             batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
             batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
-            cached_compare(ctx, m, &whole, block);
+            cached_compare(ctx, m, &whole, 61, block);
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+    }
+}
+
+/* One row at a time takes another way through matmul and attention (keys in the lanes);
+   131 keys are more than one chunk of them. */
+TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
+{
+    static test_batch whole;
+    FOR_EACH_ISA(isa) {
+        for (int kv = 1; kv <= 4; kv *= 2) {
+            dlm_config c = {0};
+            c.vocab = 300, c.dim = 96, c.layers = 2, c.heads = 4, c.kv_heads = kv;
+            c.head_dim = kv == 2 ? 34 : 24;
+            c.ffn = 70, c.max_seq = 140, c.pattern = DLM_PATTERN_CAUSAL;
+            dlm_ctx *ctx = test_open(isa, 1 + kv % 2);
+            dlm_model *m = test_model(ctx, &c);
+            batch_clear(&whole);
+            batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
+            batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
+            LABEL("%d key/value heads, %s", kv, dlm_isa_name((dlm_isa)isa));
+            cached_compare(ctx, m, &whole, 131, 1);
             dlm_model_free(m);
             test_close(ctx);
         }
@@ -8653,6 +8677,7 @@ static const test_case test_cases[] = {
     RUN(logits_agree_between_isas_and_packings),
     RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
     RUN(cached_forward_equals_one_whole_forward_bit_for_bit),
+    RUN(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit),
     RUN(session_in_used_memory_packs_its_own_weights),
     RUN(unseen_slots_do_not_matter),
     RUN(doubled_row_equals_cached_block_at_the_same_state),
