@@ -2,7 +2,7 @@
 
    Build:  make build/bench_opd
    Run:    build/bench_opd [smoke|short|full] [--out FILE] [--seeds A-B] [--model FILE]
-                           [--only sudoku|stories] [--arm NAME]
+                           [--only sudoku|stories] [--arm NAME] [--rate LR]
            build/bench_opd report FILE...            the tables again, files put together
    Tiers:  smoke under a minute (checks invariants; --quick is the same), short under ten
            minutes, full some hours.  Every finished run appends a row to FILE and is
@@ -55,12 +55,13 @@ typedef struct plan {                      /* a tier                            
     int rounds[TASKS], texts, batch;       /* rollouts; texts of each; of an update */
     int length;                            /* of a story                           */
     int n_eval[TASKS];
+    double rate[TASKS];                    /* learning rate, times the arm's       */
 } plan;
 
 static const plan plans[] = {
-    { "smoke", 1, 0,  150, 64, {   2,   1 }, 32,  8, 48, {  32,  16 } },
-    { "short", 2, 1, 1200, 64, {  64,  24 }, 64, 16, 64, { 192,  64 } },
-    { "full",  3, 2, 4000, 96, { 300, 300 }, 64,  8, 64, { 512, 192 } }
+    { "smoke", 1, 0,  150, 64, {  2,  1 }, 32,  8, 48, {  32,  16 }, { 1e-3, 2e-4 } },
+    { "short", 2, 1, 1200, 64, { 64, 24 }, 64,  8, 64, { 192,  64 }, { 1e-3, 2e-4 } },
+    { "full",  3, 2, 1500, 64, { 80, 60 }, 64,  8, 64, { 512, 192 }, { 1e-3, 2e-4 } }
 };
 
 typedef enum source { ROLLOUT, TEACHER, CORPUS } source;
@@ -77,10 +78,10 @@ typedef struct arm {
     double warm;                           /* share of off-policy rounds before    */
     int    mix;                            /* every mix-th update: cross-entropy on the
                                               student's own texts; 0: never        */
-    int    scratch;
     int    kind;                           /* a dlm_divergence_kind                */
-    int    left;                           /* below the threshold the leftmost token
-                                              comes first, not the surest (ours)   */
+    int    scratch;                        /* 1: random weights                    */
+    int    same;                           /* 1: row i predicts token i, as in the paper;
+                                              0: token i + 1, as it did in the teacher */
 } arm;
 
 enum { TRAJECTORY = DLM_STATES_TRAJECTORY, RANDOM = DLM_STATES_RANDOM,
@@ -91,19 +92,19 @@ static const arm arms[] = {
     { "opdlm_off",  1, ROLLOUT, 0, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
     { "off_policy", 1, TEACHER, 0, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
     { "sft",        0, TEACHER, 1, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
-    { "opdlm_warm", 1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.4, 0, 0, 0, 0 },
-    { "opdlm_jsd",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.4, 0, 0, JSD, 0 },
-    { "opdlm_left", 1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.4, 0, 0, JSD, 1 },
-    { "opdlm_rev",  2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.4, 0, 0, REVERSE, 0 },
-    { "cpt",        2, CORPUS,  1, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
-    { "cpt_x3",     1, CORPUS,  1, 0, RANDOM,      4,  3.0, 0.0, 0, 0, 0, 0 },
-    { "opdlm_mix",  2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.0, 4, 0, 0, 0 },
+    { "opdlm_warm", 2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, 0, 0, 0 },
+    { "opdlm_jsd",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, JSD, 0, 0 },
+    { "opdlm_rev",  2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, REVERSE, 0, 0 },
+    { "opdlm_mix",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.0, 4, 0, 0, 0 },
+    { "opdlm_same", 2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, 0, 0, 1 },
     { "opdlm_b8",   2, ROLLOUT, 0, 0, TRAJECTORY,  8,  1.0, 0.0, 0, 0, 0, 0 },
     { "opdlm_b16",  2, ROLLOUT, 0, 0, TRAJECTORY, 16,  1.0, 0.0, 0, 0, 0, 0 },
     { "sft_flat",   2, TEACHER, 1, 1, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
+    { "cpt",        2, CORPUS,  1, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
+    { "cpt_x3",     2, CORPUS,  1, 0, RANDOM,      4,  3.0, 0.0, 0, 0, 0, 0 },
     { "cpt_x5",     2, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 0, 0, 0 },
-    { "cpt_x15",    2, CORPUS,  1, 0, RANDOM,      4, 15.0, 0.0, 0, 0, 0, 0 },
-    { "scratch_x5", 2, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 1, 0, 0 }
+    { "scratch_x5", 2, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 0, 1, 0 },
+    { "cpt_x15",    3, CORPUS,  1, 0, RANDOM,      4, 15.0, 0.0, 0, 0, 0, 0 }
 };
 enum { ARMS = sizeof arms / sizeof *arms };
 
@@ -264,35 +265,11 @@ typedef struct lab {                       /* one task, one seed                
     texts       pool;                      /* the teacher's: prompts are cut of them */
     texts       held;                      /* for infilling                        */
     double      own;                       /* stories: NLL of the teacher's texts  */
+    double      rate;                      /* learning rate of the arms            */
 } lab;
 
 /* What the decoder shall do. */
-typedef struct decoding { float gamma, temperature; int block, left; uint64_t seed; }
-    decoding;
-
-typedef struct leftmost {                  /* what left_first needs to know        */
-    const lab *l;
-    const dlm_model *m;
-    const texts *x;
-    float gamma;
-} leftmost;
-
-/* A token with an open place on its left may be filled in only where the model is sure:
-   else all tokens become equally likely, and the leftmost place comes first. */
-static void left_first(void *user, int seq, int position, float *logits)
-{
-    const leftmost *w = (const leftmost *)user;
-    const dlm_config *c = &w->m->config;
-    const int *row = w->x->tokens + seq * SLOTS;
-    int best = 0, open = 0;
-    double all;
-    for (int i = position - 1; i > position - c->block && i >= 0; i--)
-        open += row[i] == c->mask_id;
-    if (c->mask_id < c->vocab) logits[c->mask_id] = -1e30f;
-    all = dlm_log_sum_exp(w->l->ctx, logits, c->vocab, &best);
-    if (open && exp((double)logits[best] - all) <= (double)w->gamma)
-        for (int v = 0; v < c->vocab; v++) logits[v] = 0.0f;
-}
+typedef struct decoding { float gamma, temperature; int block; uint64_t seed; } decoding;
 
 typedef struct tally { double tokens, steps, passes, flops; } tally;
 
@@ -302,19 +279,18 @@ static void write_texts(const lab *l, const dlm_model *m, const decoding *d, tex
 {
     static const int stop = BOS;
     uint32_t ids[MOST_TEXTS];
-    leftmost w;
     dlm_limits limits = {0};
     dlm_sample_options how = {0};
     dlm_session *session;
     dlm_sampler *sm;
-    w.l = l, w.m = m, w.x = x, w.gamma = d->gamma;
     limits.seqs = x->n, limits.slots = SLOTS, limits.cached = 1;
     limits.rows = x->n * (PROMPT + 2 * d->block);
-    how.order = d->gamma > 1.0f ? DLM_ORDER_CONFIDENCE : DLM_ORDER_THRESHOLD;
+    how.order = d->gamma <= 1.0f ? DLM_ORDER_THRESHOLD
+        : l->task == STORIES ? DLM_ORDER_SEQUENTIAL : DLM_ORDER_CONFIDENCE;
     how.threshold = d->gamma > 1.0f ? 1.0f : d->gamma;
     how.block = d->block, how.temperature = d->temperature;
     how.ids = ids, how.seed = d->seed;
-    if (d->left) how.constrain = left_first, how.user = &w;
+    how.left_first = l->task == STORIES;   /* a text is told from its left         */
     how.stop = &stop, how.n_stop = l->task == STORIES;
     for (int i = 0; i < x->n; i++) {
         ids[i] = first_id + (uint32_t)i;
@@ -485,10 +461,11 @@ static void course_open(course *c)
         dlm_model_free(c->student);
         bench_require(l->ctx, dlm_model_create(&c->student, l->ctx, &cfg, l->seed, NULL));
     }
+    c->student->config.shifted = !c->a->same;
     c->x = texts_new(l->p->texts);
     c->rounds = (int)(c->a->times * l->p->rounds[l->task]);
     if (c->rounds == 0) return;
-    how.lr = 2e-3f, how.lr_min = 2e-5f, how.seed = l->seed;
+    how.lr = (float)l->rate, how.lr_min = how.lr * 0.02f, how.seed = l->seed;
     how.schedule = DLM_SCHEDULE_COSINE;
     how.total = c->rounds * ((c->x.n + l->p->batch - 1) / l->p->batch);
     how.warmup = how.total > 80 ? 20 : how.total / 4;
@@ -526,7 +503,6 @@ static int course_texts(course *c, int round)
     prompts(l, &c->x, (uint32_t)round);
     if (c->a->from == ROLLOUT && !warm) {
         d.gamma = 0.9f, d.temperature = 1.0f, d.block = c->a->block, d.seed = l->seed;
-        d.left = c->a->left;
         for (int i = 0; i < c->x.n && l->task == STORIES; i++) {
             const int cap = dlm_curriculum(round, c->rounds / 5, PROMPT + 16,
                                            l->p->length, 0, c->a->block);
@@ -607,14 +583,13 @@ static double exact(const texts *x)
 }
 
 /* Decodes the evaluation prompts with each threshold. */
-static void measure_decoding(const lab *l, const dlm_model *m, int block, int left,
-                             run *r)
+static void measure_decoding(const lab *l, const dlm_model *m, int block, run *r)
 {
     for (int g = 0; g < GAMMAS; g++) {
         texts x = texts_new(l->p->n_eval[l->task]);
         decoding d = {0};
         tally t = {0};
-        d.gamma = gammas[g], d.block = block, d.seed = l->seed + 2000, d.left = left;
+        d.gamma = gammas[g], d.block = block, d.seed = l->seed + 2000;
         d.temperature = l->task == STORIES ? 1.0f : 0.0f;
         for (int i = 0; i < x.n; i++) {
             if (l->task == SUDOKU) {
@@ -663,7 +638,7 @@ static int infilling_batch(const lab *l, infilling *f, const dlm_model *m, int b
     static dlm_keys keys[2 * SLOTS];
     const texts *x = &l->held;
     const int P = x->prompt[i], R = x->length[i] - P, *text = x->tokens + i * SLOTS;
-    const int student = m != l->teacher;
+    const int student = m != l->teacher, shifted = m->config.shifted;
     int n = 0;
     memset(b, 0, sizeof *b);
     if (student) dlm_keys_doubled(keys, positions, P, R, block);
@@ -671,9 +646,9 @@ static int infilling_batch(const lab *l, infilling *f, const dlm_model *m, int b
     for (int k = 0; k < P + 2 * R; k++) tokens[k] = text[k < P + R ? k : k - R];
     for (int r = 0; r + block <= R; r += block) {
         const dlm_address at = address(l, 1, (uint32_t)r, (uint32_t)i);
-        const int j = r + task_below(&at, 0, block - 1);   /* something on its right */
+        const int j = r + 1 + task_below(&at, 0, block - 2);   /* seen from both sides */
         f->gold[n] = text[P + j];
-        out[n++] = student ? P + R + j : P + j - 1;
+        out[n++] = student ? P + R + j - shifted : P + j - 1;
         if (student) tokens[P + R + j] = m->config.mask_id;
     }
     start[1] = P + (1 + student) * R;
@@ -683,7 +658,7 @@ static int infilling_batch(const lab *l, infilling *f, const dlm_model *m, int b
     return n;
 }
 
-/* Means over one token per block, none of them the block's last.  Comparable among
+/* Means over one token per block, neither its first nor its last.  Comparable among
    students of the same block. */
 static void measure_infilling(const lab *l, const dlm_model *m, run *r)
 {
@@ -725,7 +700,7 @@ static void run_teacher(lab *l)
     if (l->task == STORIES) l->own = judge(l, &l->pool, &distinct);
     if (known) return;
     r.task = l->task, r.seed = (int)l->seed, r.arm = ARMS;
-    measure_decoding(l, l->teacher, 1, 0, &r);
+    measure_decoding(l, l->teacher, 1, &r);
     measure_infilling(l, l->teacher, &r);
     results_add(&r, l->p->name);
     show_run(&r);
@@ -740,7 +715,7 @@ static void run_arm(const lab *l, int i)
     c.l = l, c.a = &arms[i], c.r = &r;
     course_open(&c);
     for (int round = 0; round < c.rounds; round++) course_round(&c, round);
-    measure_decoding(l, c.student, c.a->block, c.a->left, &r);
+    measure_decoding(l, c.student, c.a->block, &r);
     measure_infilling(l, c.student, &r);
     r.seconds = bench_now() - begin;
     course_close(&c);
@@ -980,12 +955,13 @@ typedef struct request {
     const plan *p;
     int         first, last, only_report;
     const char *out, *model, *only, *arm;
+    double      rate;                      /* 0: the plan's                        */
 } request;
 
 static int usage(void)
 {
     fprintf(stderr, "usage: bench_opd [smoke|short|full] [--out FILE] [--seeds A-B] "
-            "[--model FILE] [--only sudoku|stories] [--arm NAME]\n"
+            "[--model FILE] [--only sudoku|stories] [--arm NAME] [--rate LR]\n"
             "       bench_opd report FILE...\n");
     return 2;
 }
@@ -1005,6 +981,7 @@ static int read_request(request *q, int argc, char **argv)
         else if (more && strcmp(argv[i], "--model") == 0) q->model = argv[++i];
         else if (more && strcmp(argv[i], "--only") == 0) q->only = argv[++i];
         else if (more && strcmp(argv[i], "--arm") == 0) q->arm = argv[++i];
+        else if (more && strcmp(argv[i], "--rate") == 0) q->rate = atof(argv[++i]);
         else if (more && strcmp(argv[i], "--seeds") == 0
                  && sscanf(argv[i + 1], "%d-%d", &q->first, &q->last) == 2) i++;
         else return 0;
@@ -1017,6 +994,7 @@ static void run_seed(const request *q, dlm_ctx *ctx, int task, int seed)
 {
     lab l;
     if (lab_open(&l, q->p, ctx, task, seed, q->model)) {
+        l.rate = q->rate > 0.0 ? q->rate : q->p->rate[task];
         run_teacher(&l);
         for (int i = 0; i < ARMS; i++)
             if (wanted(q->p, task, i, q->arm) && !find_run(task, seed, i))
