@@ -1191,8 +1191,8 @@ typedef struct dlm__kernels {
        m <= mr, n <= nr; a row of b must be readable for nr floats. */
     void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
                  int m, int n, int k, int add);
-    /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `panel` floats apart: a single row
-       has too few chains of multiply-adds in one panel to hide their latency. */
+    /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `panel` floats apart: one panel
+       gives a single row too few chains of multiply-adds to hide their latency. */
     void (*row)(float *c, const float *a, const float *b, size_t panel, int k, int add);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
