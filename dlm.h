@@ -202,6 +202,10 @@ typedef struct dlm_options {               /* all zero is right for most program
                                               the allocator                        */
     size_t        scratch;                 /* * = 1 MiB, at least 64 KiB: room for the
                                               matmul's packed panels               */
+    int           precision;               /* DLM_F32 (0) or DLM_BF16: in how many bits
+                                              packed weights are kept.  BF16 rounds them
+                                              to nearest even; everything else, sums and
+                                              training included, stays in 32 bits  */
 } dlm_options;
 
 typedef struct dlm_ctx dlm_ctx;
@@ -257,7 +261,8 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
                            int M, int N, int K);
 
 /* Weights (N,K) that do not change, rearranged once for the kernels of this ctx.
-   packed holds dlm_pack_floats() floats, caller-owned, 64-byte aligned. */
+   packed has room for dlm_pack_floats() floats, caller-owned, 64-byte aligned; half of
+   them when the context's precision is BF16. */
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
 DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
 DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
@@ -1194,6 +1199,11 @@ typedef struct dlm__kernels {
     /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `panel` floats apart: one panel
        gives a single row too few chains of multiply-adds to hide their latency. */
     void (*row)(float *c, const float *a, const float *b, size_t panel, int k, int add);
+    /* The same with b in bf16, widened as it is loaded. */
+    void (*tile_bf16)(float *c, int ldc, const float *a, int lda, const uint16_t *b,
+                      int ldb, int m, int n, int k, int add);
+    void (*row_bf16)(float *c, const float *a, const uint16_t *b, size_t panel, int k,
+                     int add);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
     void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
@@ -1266,7 +1276,8 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
        DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
        dlm__vf            a vector of floats, and words on it: dlm__vload vstore
-                          (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
+                          (vloadn vstoren: the first n lanes, others 0; vwiden: loads
+                          bf16 as the upper halves of floats) vset1 vadd vsub
                           vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax;
                           fma1: vfma of single floats
    and includes this file again; only this section is then visible, and it undefines
@@ -1316,12 +1327,21 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vsigmoid)(dlm__vf x)
     return dlm__vdiv(one, dlm__vadd(one, e));
 }
 
-/* The register tile.  m and nv are constants where this is inlined, so the loops over
-   them unroll and acc lives in registers. */
-DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
-    const int m, const int nv, int k, int add)
+/* A vector of weights that are kept in 32 bits, or in the upper 16 of them. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__weights)(const void *b, size_t at,
+                                                     const int bf16)
 {
+    if (bf16) return dlm__vwiden((const uint16_t *)b + at);
+    return dlm__vload((const float *)b + at);
+}
+
+/* The register tile.  m, nv and bf16 are constants where this is inlined, so the loops
+   over them unroll and acc lives in registers. */
+DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
+    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
+    const int m, const int nv, int k, int add, const int bf16)
+{
+    size_t at = 0;
     dlm__vf acc[DLM__MR][DLM__NV];
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -1333,7 +1353,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     for (int kk = 0; kk < k; kk++) {
         dlm__vf b_k[DLM__NV];
         DLM__UNROLL
-        for (int v = 0; v < nv; v++) b_k[v] = dlm__vload(b + v * DLM__VW);
+        for (int v = 0; v < nv; v++)
+            b_k[v] = DLM__K(dlm__weights)(b, at + (size_t)v * DLM__VW, bf16);
         DLM__UNROLL
         for (int i = 0; i < m; i++) {
             const dlm__vf a_ki = dlm__vset1(a[i]);
@@ -1341,7 +1362,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
             for (int v = 0; v < nv; v++) acc[i][v] = dlm__vfma(a_ki, b_k[v], acc[i][v]);
         }
         a += lda;
-        b += ldb;
+        at += (size_t)ldb;
     }
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -1353,61 +1374,88 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
 
 /* One vector wide where that is enough: few queries, few classes. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
-    const int m, int n, int k, int add)
+    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
+    const int m, int n, int k, int add, const int bf16)
 {
-    if (n <= DLM__VW) DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, k, add);
-    else DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, k, add);
+    if (n <= DLM__VW) DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, k, add, bf16);
+    else DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, k, add, bf16);
+}
+
+DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
+    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
+    int m, int n, int k, int add, const int bf16)
+{
+#define DLM__CASE(m) \
+    case m: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, m, n, k, add, bf16); break;
+    switch (m) {
+    DLM__CASE(1) DLM__CASE(2) DLM__CASE(3) DLM__CASE(4)
+#if DLM__MR > 4
+    DLM__CASE(5) DLM__CASE(6)
+#endif
+#if DLM__MR > 6
+    DLM__CASE(7) DLM__CASE(8)
+#endif
+#if DLM__MR > 8
+    DLM__CASE(9) DLM__CASE(10) DLM__CASE(11) DLM__CASE(12)
+#endif
+    default: break;
+    }
+#undef DLM__CASE
 }
 
 static DLM__TARGET void DLM__K(dlm__tile_full)(
     float *c, int ldc, const float *a, int lda, const float *b, int ldb,
     int m, int n, int k, int add)
 {
-    switch (m) {
-    case 1: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 1, n, k, add); break;
-    case 2: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 2, n, k, add); break;
-    case 3: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 3, n, k, add); break;
-    case 4: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 4, n, k, add); break;
-#if DLM__MR > 4
-    case 5: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 5, n, k, add); break;
-    case 6: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 6, n, k, add); break;
-#endif
-#if DLM__MR > 6
-    case 7: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 7, n, k, add); break;
-    case 8: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 8, n, k, add); break;
-#endif
-#if DLM__MR > 8
-    case 9: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 9, n, k, add); break;
-    case 10: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 10, n, k, add); break;
-    case 11: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 11, n, k, add); break;
-    case 12: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, 12, n, k, add); break;
-#endif
-    default: break;
-    }
+    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 0);
+}
+
+static DLM__TARGET void DLM__K(dlm__tile_full_bf16)(
+    float *c, int ldc, const float *a, int lda, const uint16_t *b, int ldb,
+    int m, int n, int k, int add)
+{
+    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 1);
 }
 
 /* A tile whose right edge is cut goes through a full one on the stack. */
+DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_edge)(
+    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
+    int m, int n, int k, int add, const int bf16)
+{
+    float full[DLM__MR * DLM__NR], *to = full;
+    int ld = DLM__NR;
+    const int cut = n != DLM__NR && n != DLM__VW;
+    if (!cut) to = c, ld = ldc;
+    for (int i = 0; cut && add && i < m; i++)
+        memcpy(full + i * DLM__NR, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c);
+    if (bf16)
+        DLM__K(dlm__tile_full_bf16)(to, ld, a, lda, (const uint16_t *)b, ldb, m, n, k,
+                                    add);
+    else
+        DLM__K(dlm__tile_full)(to, ld, a, lda, (const float *)b, ldb, m, n, k, add);
+    for (int i = 0; cut && i < m; i++)
+        memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
+}
+
 static DLM__TARGET void DLM__K(dlm__tile)(
     float *c, int ldc, const float *a, int lda, const float *b, int ldb,
     int m, int n, int k, int add)
 {
-    float full[DLM__MR * DLM__NR];
-    if (n == DLM__NR || n == DLM__VW) {
-        DLM__K(dlm__tile_full)(c, ldc, a, lda, b, ldb, m, n, k, add);
-        return;
-    }
-    for (int i = 0; add && i < m; i++)
-        memcpy(full + i * DLM__NR, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c);
-    DLM__K(dlm__tile_full)(full, DLM__NR, a, lda, b, ldb, m, n, k, add);
-    for (int i = 0; i < m; i++)
-        memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
+    DLM__K(dlm__tile_edge)(c, ldc, a, lda, b, ldb, m, n, k, add, 0);
 }
 
-static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *b,
-                                         size_t panel, int k, int add)
+static DLM__TARGET void DLM__K(dlm__tile_bf16)(
+    float *c, int ldc, const float *a, int lda, const uint16_t *b, int ldb,
+    int m, int n, int k, int add)
+{
+    DLM__K(dlm__tile_edge)(c, ldc, a, lda, b, ldb, m, n, k, add, 1);
+}
+
+DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
+    float *c, const float *a, const void *b, size_t panel, int k, int add, const int bf16)
 {
     dlm__vf acc[4][DLM__NV];
+    size_t at = 0;
     DLM__UNROLL
     for (int p = 0; p < 4; p++) {
         DLM__UNROLL
@@ -1415,14 +1463,16 @@ static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *
             acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
                             : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++, b += DLM__NR) {
+    for (int kk = 0; kk < k; kk++, at += DLM__NR) {
         const dlm__vf a_k = dlm__vset1(a[kk]);
         DLM__UNROLL
         for (int p = 0; p < 4; p++) {
             DLM__UNROLL
-            for (int v = 0; v < DLM__NV; v++)
-                acc[p][v] = dlm__vfma(a_k, dlm__vload(b + (size_t)p * panel
-                                                      + v * DLM__VW), acc[p][v]);
+            for (int v = 0; v < DLM__NV; v++) {
+                const size_t from = at + (size_t)p * panel + (size_t)v * DLM__VW;
+                const dlm__vf b_k = DLM__K(dlm__weights)(b, from, bf16);
+                acc[p][v] = dlm__vfma(a_k, b_k, acc[p][v]);
+            }
         }
     }
     DLM__UNROLL
@@ -1431,6 +1481,18 @@ static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *
         for (int v = 0; v < DLM__NV; v++)
             dlm__vstore(c + p * DLM__NR + v * DLM__VW, acc[p][v]);
     }
+}
+
+static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *b,
+                                         size_t panel, int k, int add)
+{
+    DLM__K(dlm__row_any)(c, a, b, panel, k, add, 0);
+}
+
+static DLM__TARGET void DLM__K(dlm__row_bf16)(float *c, const float *a, const uint16_t *b,
+                                              size_t panel, int k, int add)
+{
+    DLM__K(dlm__row_any)(c, a, b, panel, k, add, 1);
 }
 
 static DLM__TARGET void DLM__K(dlm__tiny)(
@@ -1766,7 +1828,8 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
 
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW,
-    DLM__K(dlm__tile), DLM__K(dlm__row), DLM__K(dlm__tiny),
+    DLM__K(dlm__tile), DLM__K(dlm__row), DLM__K(dlm__tile_bf16), DLM__K(dlm__row_bf16),
+    DLM__K(dlm__tiny),
     DLM__K(dlm__softmax_tile), DLM__K(dlm__few_scores), DLM__K(dlm__few_softmax),
     DLM__K(dlm__few_mix), DLM__K(dlm__softmax_tile_backward),
     DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward),
@@ -1788,6 +1851,7 @@ static const dlm__kernels DLM__K(dlm__table) = {
 #undef dlm__vload
 #undef dlm__vstore
 #undef dlm__vloadn
+#undef dlm__vwiden
 #undef dlm__vstoren
 #undef dlm__vset1
 #undef dlm__vadd
@@ -1813,6 +1877,13 @@ static const dlm__kernels DLM__K(dlm__table) = {
    One paragraph per instruction set: its vocabulary, then the kernels above. */
 
 /* --[ scalar ]---------------------------------------------------------------- */
+DLM__INLINE float dlm__widen_bf16(uint16_t x)
+{
+    union { uint32_t u; float f; } bits;
+    bits.u = (uint32_t)x << 16;
+    return bits.f;
+}
+
 DLM__INLINE float dlm__pow2_scalar(float n)
 {
     union { uint32_t u; float f; } bits;
@@ -1829,6 +1900,7 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define dlm__vload(p) (*(p))
 #define dlm__vstore(p, v) (*(p) = (v))
 #define dlm__vloadn(p, n) ((void)(n), *(p))
+#define dlm__vwiden(p) dlm__widen_bf16(*(p))
 #define dlm__vstoren(p, v, n) ((void)(n), *(p) = (v))
 #define dlm__vset1(x) (x)
 #define dlm__vadd(a, b) ((a) + (b))
@@ -1884,6 +1956,8 @@ DLM__INLINE float dlm__hmax_sse2(__m128 v)
 #define dlm__vload(p) _mm_loadu_ps(p)
 #define dlm__vstore(p, v) _mm_storeu_ps(p, v)
 #define dlm__vloadn(p, n) dlm__loadn_sse2(p, n)
+#define dlm__vwiden(p) _mm_castsi128_ps(_mm_unpacklo_epi16( \
+    _mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)(p))))
 #define dlm__vstoren(p, v, n) dlm__storen_sse2(p, v, n)
 #define dlm__vset1(x) _mm_set1_ps(x)
 #define dlm__vadd(a, b) _mm_add_ps(a, b)
@@ -1926,6 +2000,8 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__vload(p) _mm256_loadu_ps(p)
 #define dlm__vstore(p, v) _mm256_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm256_maskload_ps(p, dlm__first_avx2(n))
+#define dlm__vwiden(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32( \
+    _mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
 #define dlm__vstoren(p, v, n) _mm256_maskstore_ps(p, dlm__first_avx2(n), v)
 #define dlm__vset1(x) _mm256_set1_ps(x)
 #define dlm__vadd(a, b) _mm256_add_ps(a, b)
@@ -1955,6 +2031,8 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__vload(p) _mm512_loadu_ps(p)
 #define dlm__vstore(p, v) _mm512_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
+#define dlm__vwiden(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32( \
+    _mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
 #define dlm__vstoren(p, v, n) _mm512_mask_storeu_ps(p, (__mmask16)((1U << (n)) - 1U), v)
 #define dlm__vset1(x) _mm512_set1_ps(x)
 #define dlm__vadd(a, b) _mm512_add_ps(a, b)
@@ -2008,6 +2086,7 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define dlm__vload(p) vld1q_f32(p)
 #define dlm__vstore(p, v) vst1q_f32(p, v)
 #define dlm__vloadn(p, n) dlm__loadn_neon(p, n)
+#define dlm__vwiden(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define dlm__vstoren(p, v, n) dlm__storen_neon(p, v, n)
 #define dlm__vset1(x) vdupq_n_f32(x)
 #define dlm__vadd(a, b) vaddq_f32(a, b)
@@ -2272,6 +2351,9 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     if (opt) c->opt = *opt;
     if (c->opt.threads < 0 || c->opt.threads > 1024)
         return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
+    if (c->opt.precision != DLM_F32 && c->opt.precision != DLM_BF16)
+        return dlm__fail(c, DLM_E_CONFIG, "precision: %d is neither DLM_F32 nor DLM_BF16",
+                         c->opt.precision);
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
@@ -2347,7 +2429,8 @@ typedef struct dlm__gemm {
     const float *a, *b;     /* a(i,k) = a[i*a_i + k*a_k]   b(k,j) = b[k*b_k + j*b_j] */
     size_t ldc, a_i, a_k, b_k, b_j;
     int M, N, K, add;
-    const float *packed;    /* whole panels (K, nr) of b from dlm_pack, or NULL    */
+    const float *packed;    /* whole panels (K, nr) of b from dlm_pack, or NULL; in the
+                               precision of ctx                                    */
     int k0, kc, j0, nc;     /* the block in work: k in [k0,k0+kc), j in [j0,j0+nc) */
     int groups, per_group;  /* column panels are shared out in groups              */
 } dlm__gemm;
@@ -2422,6 +2505,7 @@ static void dlm__gemm_job(void *arg, int job)
     const int first = job % g->groups * g->per_group * k->nr;
     const int end = dlm__min(g->nc, first + g->per_group * k->nr);
     const float *a = g->a + (size_t)i0 * g->a_i + (size_t)g->k0 * g->a_k;
+    const int bf16 = g->packed && g->ctx->opt.precision == DLM_BF16;
     float a_panel[DLM__MAX_MR * DLM__KC];
     int lda = m;
     if (m == 1 && g->a_k == 1) {
@@ -2432,17 +2516,19 @@ static void dlm__gemm_job(void *arg, int job)
     }
     for (int j = first, step; j < end; j += step) {
         const size_t panel = (size_t)k->nr * (size_t)(g->packed ? g->K : g->kc);
-        const float *b = g->packed
-            ? g->packed + (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr)
-            : g->ctx->scratch + (size_t)j * (size_t)g->kc;
+        const size_t at = (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr);
+        const float *b = g->packed ? g->packed + at
+                                   : g->ctx->scratch + (size_t)j * (size_t)g->kc;
+        const void *packed = g->packed;
+        const uint16_t *b16 = bf16 ? (const uint16_t *)packed + at : NULL;
         float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
         const int wide = m == 1 && j + 4 * k->nr <= end, add = g->add || g->k0 > 0;
+        const int n = dlm__min(k->nr, g->nc - j), ldc = (int)g->ldc;
         step = wide ? 4 * k->nr : k->nr;
-        if (wide)
-            k->row(c, a, b, panel, g->kc, add);
-        else
-            k->tile(c, (int)g->ldc, a, lda, b, k->nr, m, dlm__min(k->nr, g->nc - j),
-                    g->kc, add);
+        if (bf16 && wide) k->row_bf16(c, a, b16, panel, g->kc, add);
+        else if (bf16) k->tile_bf16(c, ldc, a, lda, b16, k->nr, m, n, g->kc, add);
+        else if (wide) k->row(c, a, b, panel, g->kc, add);
+        else k->tile(c, ldc, a, lda, b, k->nr, m, n, g->kc, add);
     }
 }
 
@@ -2539,15 +2625,33 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
 
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K)
 {
-    return (size_t)dlm__round_up(N, ctx->k->nr) * (size_t)K;
+    const size_t n = (size_t)dlm__round_up(N, ctx->k->nr) * (size_t)K;
+    return ctx->opt.precision == DLM_BF16 ? (n + 1) / 2 : n;
+}
+
+/* The upper half of a float, rounded to nearest even; NaN stays one. */
+static uint16_t dlm__narrow_bf16(float x)
+{
+    union { float f; uint32_t u; } bits;
+    bits.f = x;
+    if (x != x) return (uint16_t)(bits.u >> 16 | 0x40);
+    return (uint16_t)((bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16);
 }
 
 DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K)
 {
-    const int nr = ctx->k->nr;
+    const int nr = ctx->k->nr, bf16 = ctx->opt.precision == DLM_BF16;
+    uint16_t *narrow = (uint16_t *)(void *)packed;
+    float part[DLM__MAX_NR * DLM__KC];
     for (int j = 0; j < N; j += nr)
-        dlm__pack_panel(packed + (size_t)j * (size_t)K, nr, dlm__min(nr, N - j), K,
-                        b + (size_t)j * (size_t)K, (size_t)K, 1);
+        for (int k = 0; k < K; k += DLM__KC) {
+            const int kc = dlm__min(DLM__KC, K - k), n = dlm__min(nr, N - j);
+            const size_t at = (size_t)j * (size_t)K + (size_t)(k * nr);
+            dlm__pack_panel(bf16 ? part : packed + at, nr, n, kc,
+                            b + (size_t)j * (size_t)K + (size_t)k, (size_t)K, 1);
+            for (int i = 0; bf16 && i < kc * nr; i++)
+                narrow[at + (size_t)i] = dlm__narrow_bf16(part[i]);
+        }
 }
 
 DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,

@@ -1903,6 +1903,102 @@ TEST(cached_forward_equals_one_whole_forward_bit_for_bit)
     }
 }
 
+/* bf16 has 8 bits of precision: the two neighbours of x in it, found by arithmetic, and
+   the nearer one; the one with the even mantissa when both are as near. */
+static float test_round_bf16(float x)
+{
+    int exponent;
+    if (x == 0.0f || !isfinite(x)) return x;
+    (void)frexp((double)x, &exponent);               /* |x| in [2^(e-1), 2^e)      */
+    if (exponent < -125) exponent = -125;            /* subnormals                 */
+    const double step = ldexp(1.0, exponent - 8), low = floor((double)x / step);
+    const double rest = (double)x / step - low;
+    const double up = rest > 0.5 || (rest == 0.5 && fmod(low, 2.0) != 0.0);
+    return (float)((low + up) * step);
+}
+
+TEST(bf16_packed_matmul_equals_f32_with_rounded_weights_bit_for_bit)
+{
+    static const int sizes[][3] = { { 1, 1, 1 }, { 1, 5, 7 }, { 1, 300, 300 },
+        { 3, 130, 257 }, { 13, 33, 64 }, { 40, 96, 520 }, { 2, 4, 0 } };
+    FOR_EACH_ISA(isa) {
+        dlm_options narrow = {0};
+        dlm_ctx *ctx = test_open(isa, 1), *half;
+        narrow.isa = (dlm_isa)isa, narrow.precision = DLM_BF16;
+        CHECK_OK(dlm_init(&half, &narrow));
+        for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+            const int M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
+            const size_t floats = dlm_pack_floats(half, N, K);
+            const size_t size = (size_t)(M * N) * sizeof(float);
+            float *a = test_floats((size_t)(M * K + 1));
+            float *b = test_floats((size_t)(N * K + 1));
+            float *want = (float *)test_malloc(size), *got = (float *)test_malloc(size);
+            float *packed = test_floats(floats + 16);
+            LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
+            CHECK(2 * floats <= dlm_pack_floats(ctx, N, K) + 1);
+            for (int i = 0; i < M * K; i++) a[i] = test_float();
+            for (int i = 0; i < N * K; i++)
+                b[i] = ldexpf(test_float(), test_below(40) - 20);
+            if (N * K > 8) {                         /* ties, and what carries over */
+                b[0] = 1.00390625f, b[1] = 1.01171875f, b[2] = -1.00390625f;
+                b[3] = 1.998f, b[4] = 0.0f, b[5] = 1e-40f;
+            }
+            dlm_pack(half, packed, b, N, K);
+            dlm_matmul_packed(half, got, a, packed, M, N, K);
+            for (int i = 0; i < N * K; i++) b[i] = test_round_bf16(b[i]);
+            dlm_matmul_nt(ctx, want, a, b, M, N, K);
+            CHECK(memcmp(got, want, size) == 0);
+            free(a); free(b); free(want); free(got); free(packed);
+        }
+        dlm_shutdown(half);
+        test_close(ctx);
+    }
+}
+
+/* The embedding is only looked up, so it is not rounded. */
+TEST(bf16_session_equals_a_model_with_rounded_matrices_bit_for_bit)
+{
+    static test_batch t;
+    FOR_EACH_ISA(isa) {
+        dlm_config c = case_config(&model_grid[3], 64);
+        dlm_options narrow = {0};
+        dlm_ctx *ctx = test_open(isa, 1), *half;
+        dlm_model *m = test_model(ctx, &c);
+        narrow.isa = (dlm_isa)isa, narrow.precision = DLM_BF16;
+        CHECK_OK(dlm_init(&half, &narrow));
+        batch_clear(&t);
+        batch_add(&t, 20, c.vocab, (dlm_pattern)c.pattern, c.block, 0);
+        batch_close(&t, 1);
+        const size_t size = (size_t)(t.b.n_out * c.vocab) * sizeof(float);
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        float *got = test_logits(half, m, &t.b, 0), *full = test_logits(ctx, m, &t.b, 0);
+        for (int i = 0; i < dlm_model_tensors(m); i++) {
+            dlm_tensor w;
+            dlm_model_tensor(m, i, &w);
+            if (w.cols == 1 || strstr(w.name, "embed")) continue;
+            for (int k = 0; k < w.rows * w.cols; k++)
+                w.data[k] = test_round_bf16(w.data[k]);
+        }
+        dlm_model_changed(m);
+        float *want = test_logits(ctx, m, &t.b, 0);
+        CHECK(memcmp(got, want, size) == 0);
+        CHECK(memcmp(got, full, size) != 0);
+        free(got); free(full); free(want);
+        dlm_model_free(m);
+        dlm_shutdown(half);
+        test_close(ctx);
+    }
+}
+
+TEST(precision_is_checked)
+{
+    dlm_options o = {0};
+    dlm_ctx *ctx = NULL;
+    o.precision = DLM_F16;
+    CHECK(dlm_init(&ctx, &o) == DLM_E_CONFIG);
+    CHECK(dlm_ctx_bytes(&o) == 0);
+}
+
 /* One row at a time takes another way through matmul and attention (keys in the lanes);
    131 keys are more than one chunk of them. */
 TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
@@ -8678,6 +8774,9 @@ static const test_case test_cases[] = {
     RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
     RUN(cached_forward_equals_one_whole_forward_bit_for_bit),
     RUN(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit),
+    RUN(bf16_packed_matmul_equals_f32_with_rounded_weights_bit_for_bit),
+    RUN(bf16_session_equals_a_model_with_rounded_matrices_bit_for_bit),
+    RUN(precision_is_checked),
     RUN(session_in_used_memory_packs_its_own_weights),
     RUN(unseen_slots_do_not_matter),
     RUN(doubled_row_equals_cached_block_at_the_same_state),
