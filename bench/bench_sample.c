@@ -5,8 +5,9 @@
 
    Random weights, temperature 0, a prompt of 8 tokens.  Rows "full" denoise a whole
    canvas, recomputing everything in every step; "block" and "causal" generate 256
-   tokens, with the keys and values of finished blocks cached or recomputed.  speedup is
-   against the row named in versus, measured in turns with it. */
+   tokens, with the keys and values of finished blocks cached or recomputed.  weights:
+   how packed weights are kept.  speedup is against the row named in versus, measured in
+   turns with it. */
 #define _POSIX_C_SOURCE 199309L
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
@@ -23,13 +24,14 @@ typedef struct shape {
 
 static const shape model_t    = { "T_0.26M",  64, 5, 8, 4, 160,   512, 0 };
 static const shape model_s    = { "S_24M",   288, 6, 6, 6, 768, 32000, 1 };
+static const shape model_m    = { "M_134M",  768, 12, 12, 12, 2048, 32000, 1 };
 static const shape model_260k = { "260K",     64, 5, 8, 4, 172,   512, 0 };
 
 typedef struct setup {                     /* how one competitor generates         */
     const shape *model;
     dlm_pattern  pattern;
     int generated, block, steps;           /* tokens; in a block; per block        */
-    int cached, threads;
+    int cached, threads, bf16;
 } setup;
 
 typedef struct generation {
@@ -48,6 +50,7 @@ static void generation_open(generation *g, const setup *as)
     dlm_config cfg = {0};
     dlm_limits limits = {0};
     dlm_sample_options opt = {0};
+    dlm_options machine = {0};
     const shape *s = as->model;
     memset(g, 0, sizeof *g);
     g->as = *as;
@@ -59,7 +62,9 @@ static void generation_open(generation *g, const setup *as)
     limits.cached = as->cached;
     opt.block = as->block;
     opt.steps = as->steps;
-    g->ctx = bench_ctx(DLM_ISA_AUTO, as->threads);
+    machine.threads = as->threads;
+    machine.precision = as->bf16 ? DLM_BF16 : DLM_F32;
+    bench_require(NULL, dlm_init(&g->ctx, &machine));
     g->canvas = (int *)bench_alloc((size_t)g->T, sizeof(int));
     bench_require(g->ctx, dlm_model_create(&g->model, g->ctx, &cfg, 1, NULL));
     bench_require(g->ctx, dlm_session_create(&g->session, g->ctx, g->model, &limits,
@@ -93,10 +98,10 @@ static void print_row(const generation *g, const bench_case *c, double speedup,
     static const char *const patterns[] = { "block", "full", "causal" };
     const setup *as = &g->as;
     const double forwards = g->forwards;
-    printf("%s,%s,%d,%d,%d,%s,%d,%.1f,%.1f,%.1f,%.3f,%.2f,%.1f,%.2f,%s,%d,%d\n",
+    printf("%s,%s,%d,%d,%d,%s,%d,%s,%.1f,%.1f,%.1f,%.3f,%.2f,%.1f,%.2f,%s,%d,%d\n",
            as->model->name, patterns[as->pattern], as->generated, as->block, as->steps,
-           as->cached ? "yes" : "no", as->threads, bench_median(c), bench_min(c),
-           bench_max(c), bench_ms(c) / forwards, as->generated / forwards,
+           as->cached ? "yes" : "no", as->threads, as->bf16 ? "bf16" : "f32",
+           bench_median(c), bench_min(c), bench_max(c), bench_ms(c) / forwards, as->generated / forwards,
            1e-9 * g->flops * bench_median(c) / c->work, speedup, versus, BENCH_SAMPLES,
            bench_noisy(c));
     fflush(stdout);
@@ -122,7 +127,7 @@ static void compare(const setup *first, const setup *second, const char *versus)
 
 static void compare_threads(const shape *model, int generated, int steps)
 {
-    setup one = { NULL, DLM_PATTERN_FULL, 0, 0, 0, 0, 1 }, two;
+    setup one = { NULL, DLM_PATTERN_FULL, 0, 0, 0, 0, 1, 0 }, two;
     one.model = model;
     one.generated = generated;
     one.block = PROMPT + generated;        /* the whole canvas                     */
@@ -134,7 +139,7 @@ static void compare_threads(const shape *model, int generated, int steps)
 
 static void compare_cache(const shape *model, dlm_pattern pattern, int block, int steps)
 {
-    setup recomputed = { NULL, DLM_PATTERN_BLOCK, LONG, 0, 0, 0, 1 }, cached;
+    setup recomputed = { NULL, DLM_PATTERN_BLOCK, LONG, 0, 0, 0, 1, 0 }, cached;
     recomputed.model = model;
     recomputed.pattern = pattern;
     recomputed.block = block;
@@ -144,13 +149,27 @@ static void compare_cache(const shape *model, dlm_pattern pattern, int block, in
     compare(&recomputed, &cached, "recomputed");
 }
 
+/* Token by token, where reading the weights is all there is to do; and a whole canvas. */
+static void compare_weights(const shape *model, dlm_pattern pattern, int generated)
+{
+    setup f32 = { NULL, DLM_PATTERN_CAUSAL, 0, 1, 1, 1, 1, 0 }, bf16;
+    f32.model = model;
+    f32.pattern = pattern;
+    f32.generated = generated;
+    if (pattern == DLM_PATTERN_FULL)
+        f32.cached = 0, f32.block = PROMPT + generated, f32.steps = 16;
+    bf16 = f32;
+    bf16.bf16 = 1;
+    compare(&f32, &bf16, "f32");
+}
+
 int main(int argc, char **argv)
 {
     const int quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
     dlm_ctx *ctx = bench_ctx(DLM_ISA_AUTO, 1);
     bench_context("bench_sample", dlm_isa_name(dlm_active_isa(ctx)), "as the row says");
     dlm_shutdown(ctx);
-    printf("model,pattern,generated,block,steps_per_block,cached,threads,"
+    printf("model,pattern,generated,block,steps_per_block,cached,threads,weights,"
            "tokens_per_s_median,tokens_per_s_min,tokens_per_s_max,ms_per_forward,"
            "tokens_per_forward,gflops,speedup,versus,samples,noisy\n");
     compare_threads(&model_t, 64, 16);
@@ -166,5 +185,9 @@ int main(int argc, char **argv)
         if (!quick) compare_cache(&model_s, DLM_PATTERN_BLOCK, block, block / 2);
     }
     compare_cache(&model_260k, DLM_PATTERN_CAUSAL, 1, 1);
+    compare_weights(&model_260k, DLM_PATTERN_CAUSAL, LONG);
+    compare_weights(&model_s, DLM_PATTERN_CAUSAL, 64);
+    compare_weights(&model_s, DLM_PATTERN_FULL, 64);
+    if (!quick) compare_weights(&model_m, DLM_PATTERN_CAUSAL, 16);
     return 0;
 }
