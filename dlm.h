@@ -1196,14 +1196,15 @@ typedef struct dlm__kernels {
        m <= mr, n <= nr; a row of b must be readable for nr floats. */
     void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
                  int m, int n, int k, int add);
-    /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `panel` floats apart: one panel
-       gives a single row too few chains of multiply-adds to hide their latency. */
-    void (*row)(float *c, const float *a, const float *b, size_t panel, int k, int add);
+    /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `next` apart: one panel gives a
+       single row too few chains of multiply-adds to hide their latency. */
+    void (*row)(float *c, const float *a, const float *b, int ldb, size_t next, int k,
+                int add);
     /* The same with b in bf16, widened as it is loaded. */
     void (*tile_bf16)(float *c, int ldc, const float *a, int lda, const uint16_t *b,
                       int ldb, int m, int n, int k, int add);
-    void (*row_bf16)(float *c, const float *a, const uint16_t *b, size_t panel, int k,
-                     int add);
+    void (*row_bf16)(float *c, const float *a, const uint16_t *b, int ldb, size_t next,
+                     int k, int add);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
     void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
@@ -1336,10 +1337,10 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__weights)(const void *b, size_t at,
 }
 
 /* The register tile.  m, nv and bf16 are constants where this is inlined, so the loops
-   over them unroll and acc lives in registers. */
+   over them unroll and acc lives in registers; columns from n on are left alone. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     float *c, int ldc, const float *a, int lda, const void *b, int ldb,
-    const int m, const int nv, int k, int add, const int bf16)
+    const int m, const int nv, int n, int k, int add, const int bf16)
 {
     size_t at = 0;
     dlm__vf acc[DLM__MR][DLM__NV];
@@ -1347,8 +1348,9 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     for (int i = 0; i < m; i++) {
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
-            acc[i][v] = add ? dlm__vload(c + (size_t)i * (size_t)ldc + v * DLM__VW)
-                            : dlm__vset1(0.0f);
+            acc[i][v] = add && n > v * DLM__VW
+                ? DLM__K(dlm__ld)(c + (size_t)i * (size_t)ldc + v * DLM__VW,
+                                  n - v * DLM__VW) : dlm__vset1(0.0f);
     }
     for (int kk = 0; kk < k; kk++) {
         dlm__vf b_k[DLM__NV];
@@ -1368,7 +1370,9 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     for (int i = 0; i < m; i++) {
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
-            dlm__vstore(c + (size_t)i * (size_t)ldc + v * DLM__VW, acc[i][v]);
+            if (n > v * DLM__VW)
+                DLM__K(dlm__st)(c + (size_t)i * (size_t)ldc + v * DLM__VW, acc[i][v],
+                                n - v * DLM__VW);
     }
 }
 
@@ -1377,8 +1381,10 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
     float *c, int ldc, const float *a, int lda, const void *b, int ldb,
     const int m, int n, int k, int add, const int bf16)
 {
-    if (n <= DLM__VW) DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, k, add, bf16);
-    else DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, k, add, bf16);
+    if (n <= DLM__VW)
+        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, n, k, add, bf16);
+    else
+        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, n, k, add, bf16);
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
@@ -1403,56 +1409,23 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 #undef DLM__CASE
 }
 
-static DLM__TARGET void DLM__K(dlm__tile_full)(
+static DLM__TARGET void DLM__K(dlm__tile)(
     float *c, int ldc, const float *a, int lda, const float *b, int ldb,
     int m, int n, int k, int add)
 {
     DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 0);
 }
 
-static DLM__TARGET void DLM__K(dlm__tile_full_bf16)(
+static DLM__TARGET void DLM__K(dlm__tile_bf16)(
     float *c, int ldc, const float *a, int lda, const uint16_t *b, int ldb,
     int m, int n, int k, int add)
 {
     DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 1);
 }
 
-/* A tile whose right edge is cut goes through a full one on the stack. */
-DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_edge)(
-    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
-    int m, int n, int k, int add, const int bf16)
-{
-    float full[DLM__MR * DLM__NR], *to = full;
-    int ld = DLM__NR;
-    const int cut = n != DLM__NR && n != DLM__VW;
-    if (!cut) to = c, ld = ldc;
-    for (int i = 0; cut && add && i < m; i++)
-        memcpy(full + i * DLM__NR, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c);
-    if (bf16)
-        DLM__K(dlm__tile_full_bf16)(to, ld, a, lda, (const uint16_t *)b, ldb, m, n, k,
-                                    add);
-    else
-        DLM__K(dlm__tile_full)(to, ld, a, lda, (const float *)b, ldb, m, n, k, add);
-    for (int i = 0; cut && i < m; i++)
-        memcpy(c + (size_t)i * (size_t)ldc, full + i * DLM__NR, (size_t)n * sizeof *c);
-}
-
-static DLM__TARGET void DLM__K(dlm__tile)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
-    int m, int n, int k, int add)
-{
-    DLM__K(dlm__tile_edge)(c, ldc, a, lda, b, ldb, m, n, k, add, 0);
-}
-
-static DLM__TARGET void DLM__K(dlm__tile_bf16)(
-    float *c, int ldc, const float *a, int lda, const uint16_t *b, int ldb,
-    int m, int n, int k, int add)
-{
-    DLM__K(dlm__tile_edge)(c, ldc, a, lda, b, ldb, m, n, k, add, 1);
-}
-
 DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
-    float *c, const float *a, const void *b, size_t panel, int k, int add, const int bf16)
+    float *c, const float *a, const void *b, int ldb, size_t next, int k, int add,
+    const int bf16)
 {
     dlm__vf acc[4][DLM__NV];
     size_t at = 0;
@@ -1463,13 +1436,13 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
             acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
                             : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++, at += DLM__NR) {
+    for (int kk = 0; kk < k; kk++, at += (size_t)ldb) {
         const dlm__vf a_k = dlm__vset1(a[kk]);
         DLM__UNROLL
         for (int p = 0; p < 4; p++) {
             DLM__UNROLL
             for (int v = 0; v < DLM__NV; v++) {
-                const size_t from = at + (size_t)p * panel + (size_t)v * DLM__VW;
+                const size_t from = at + (size_t)p * next + (size_t)v * DLM__VW;
                 const dlm__vf b_k = DLM__K(dlm__weights)(b, from, bf16);
                 acc[p][v] = dlm__vfma(a_k, b_k, acc[p][v]);
             }
@@ -1484,15 +1457,15 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
 }
 
 static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *b,
-                                         size_t panel, int k, int add)
+                                         int ldb, size_t next, int k, int add)
 {
-    DLM__K(dlm__row_any)(c, a, b, panel, k, add, 0);
+    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, 0);
 }
 
 static DLM__TARGET void DLM__K(dlm__row_bf16)(float *c, const float *a, const uint16_t *b,
-                                              size_t panel, int k, int add)
+                                              int ldb, size_t next, int k, int add)
 {
-    DLM__K(dlm__row_any)(c, a, b, panel, k, add, 1);
+    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, 1);
 }
 
 static DLM__TARGET void DLM__K(dlm__tiny)(
@@ -2423,6 +2396,8 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
    output is one chain of multiply-adds over k from 0 up: the tile continues from c
    where the block before stopped.  So no size but K can change a result. */
 
+enum { DLM__IN_PLACE = 24 };        /* tile rows from which packing rows of b pays  */
+
 typedef struct dlm__gemm {
     dlm_ctx *ctx;
     float *c;               /* (M, N), rows of ldc                                 */
@@ -2431,6 +2406,7 @@ typedef struct dlm__gemm {
     int M, N, K, add;
     const float *packed;    /* whole panels (K, nr) of b from dlm_pack, or NULL; in the
                                precision of ctx                                    */
+    int in_place;           /* whole panels of b are read where they stand         */
     int k0, kc, j0, nc;     /* the block in work: k in [k0,k0+kc), j in [j0,j0+nc) */
     int groups, per_group;  /* column panels are shared out in groups              */
 } dlm__gemm;
@@ -2456,18 +2432,14 @@ DLM__INLINE void dlm__transpose4(float *out, size_t ldo, const float *in, size_t
 static void dlm__transpose(float *out, size_t ldo, const float *in, size_t ldi, int rows,
                            int cols)
 {
-    for (int i = 0; i < rows; i += 4)
-        for (int j = 0; j < cols; j += 4) {
-            const float *from = in + (size_t)i * ldi + (size_t)j;
-            float *to = out + (size_t)j * ldo + (size_t)i;
-            if (i + 4 <= rows && j + 4 <= cols) {
-                dlm__transpose4(to, ldo, from, ldi);
-                continue;
-            }
-            for (int y = i; y < dlm__min(rows, i + 4); y++)
-                for (int x = j; x < dlm__min(cols, j + 4); x++)
-                    out[(size_t)x * ldo + (size_t)y] = in[(size_t)y * ldi + (size_t)x];
-        }
+    const int rows4 = rows / 4 * 4, cols4 = cols / 4 * 4;
+    for (int j = 0; j < cols4; j += 4)
+        for (int i = 0; i < rows4; i += 4)
+            dlm__transpose4(out + (size_t)j * ldo + (size_t)i, ldo,
+                            in + (size_t)i * ldi + (size_t)j, ldi);
+    for (int j = 0; j < cols; j++)
+        for (int i = j < cols4 ? rows4 : 0; i < rows; i++)
+            out[(size_t)j * ldo + (size_t)i] = in[(size_t)i * ldi + (size_t)j];
 }
 
 /* dst[k*w + i] = src[i*s_i + k*s_k] for i < n, 0 for n <= i < w; one of the strides
@@ -2481,19 +2453,48 @@ static void dlm__pack_panel(float *dst, int w, int n, int k, const float *src, s
         dlm__transpose(dst, (size_t)w, src, s_i, n, k);
         return;
     }
-    for (int kk = 0; kk < k; kk++)
-        memcpy(dst + (size_t)kk * (size_t)w, src + (size_t)kk * s_k,
-               (size_t)n * sizeof *dst);
+    for (int kk = 0; kk < k; kk++, dst += w, src += s_k) {
+        int i = 0;                  /* rows are short: no call for each of them    */
+        for (; i + 4 <= n; i += 4) memcpy(dst + i, src + i, 4 * sizeof *dst);
+        for (; i < n; i++) dst[i] = src[i];
+    }
 }
 
 static void dlm__gemm_pack_job(void *arg, int p)
 {
     const dlm__gemm *g = (const dlm__gemm *)arg;
-    const int nr = g->ctx->k->nr, j = p * nr;
-    dlm__pack_panel(g->ctx->scratch + (size_t)j * (size_t)g->kc, nr,
-                    dlm__min(nr, g->nc - j), g->kc,
+    const int nr = g->ctx->k->nr, j = p * nr, n = dlm__min(nr, g->nc - j);
+    if (g->in_place && n == nr) return;
+    dlm__pack_panel(g->ctx->scratch + (size_t)j * (size_t)g->kc, nr, n, g->kc,
                     g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j) * g->b_j,
                     g->b_j, g->b_k);
+}
+
+/* Row i0 of a against the panel at column j and, where it pays, the next three; returns
+   the columns that are done. */
+static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int lda,
+                          int j, int end)
+{
+    const dlm__kernels *k = g->ctx->k;
+    const int n = dlm__min(k->nr, g->nc - j), in_place = g->in_place && n == k->nr;
+    const int wide = m == 1 && j + 4 * k->nr <= end, add = g->add || g->k0 > 0;
+    const int ldb = in_place ? (int)g->b_k : k->nr, ldc = (int)g->ldc;
+    const size_t next = (size_t)k->nr
+        * (size_t)(in_place ? 1 : g->packed ? g->K : g->kc);
+    const size_t at = (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr);
+    const float *b = in_place ? g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j)
+        : g->packed ? g->packed + at : g->ctx->scratch + (size_t)j * (size_t)g->kc;
+    float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
+    if (g->packed && g->ctx->opt.precision == DLM_BF16) {
+        const void *packed = g->packed;
+        const uint16_t *b16 = (const uint16_t *)packed + at;
+        if (wide) k->row_bf16(c, a, b16, ldb, next, g->kc, add);
+        else k->tile_bf16(c, ldc, a, lda, b16, ldb, m, n, g->kc, add);
+    } else {
+        if (wide) k->row(c, a, b, ldb, next, g->kc, add);
+        else k->tile(c, ldc, a, lda, b, ldb, m, n, g->kc, add);
+    }
+    return wide ? 4 * k->nr : k->nr;
 }
 
 /* One tile row: mr rows of a against the column panels of one group. */
@@ -2505,7 +2506,6 @@ static void dlm__gemm_job(void *arg, int job)
     const int first = job % g->groups * g->per_group * k->nr;
     const int end = dlm__min(g->nc, first + g->per_group * k->nr);
     const float *a = g->a + (size_t)i0 * g->a_i + (size_t)g->k0 * g->a_k;
-    const int bf16 = g->packed && g->ctx->opt.precision == DLM_BF16;
     float a_panel[DLM__MAX_MR * DLM__KC];
     int lda = m;
     if (m == 1 && g->a_k == 1) {
@@ -2514,22 +2514,7 @@ static void dlm__gemm_job(void *arg, int job)
         dlm__pack_panel(a_panel, m, m, g->kc, a, g->a_i, g->a_k);
         a = a_panel;
     }
-    for (int j = first, step; j < end; j += step) {
-        const size_t panel = (size_t)k->nr * (size_t)(g->packed ? g->K : g->kc);
-        const size_t at = (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr);
-        const float *b = g->packed ? g->packed + at
-                                   : g->ctx->scratch + (size_t)j * (size_t)g->kc;
-        const void *packed = g->packed;
-        const uint16_t *b16 = bf16 ? (const uint16_t *)packed + at : NULL;
-        float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
-        const int wide = m == 1 && j + 4 * k->nr <= end, add = g->add || g->k0 > 0;
-        const int n = dlm__min(k->nr, g->nc - j), ldc = (int)g->ldc;
-        step = wide ? 4 * k->nr : k->nr;
-        if (bf16 && wide) k->row_bf16(c, a, b16, panel, g->kc, add);
-        else if (bf16) k->tile_bf16(c, ldc, a, lda, b16, k->nr, m, n, g->kc, add);
-        else if (wide) k->row(c, a, b, panel, g->kc, add);
-        else k->tile(c, ldc, a, lda, b, k->nr, m, n, g->kc, add);
-    }
+    for (int j = first; j < end; j += dlm__gemm_tile(g, i0, m, a, lda, j, end)) { }
 }
 
 static void dlm__gemm_block(dlm__gemm *g)
@@ -2537,6 +2522,7 @@ static void dlm__gemm_block(dlm__gemm *g)
     const dlm__kernels *k = g->ctx->k;
     const int panels = dlm__ceil_div(g->nc, k->nr), tiles = dlm__ceil_div(g->M, k->mr);
     const double flops = 2.0 * g->M * g->nc * g->kc;
+    g->in_place = !g->packed && g->b_j == 1 && tiles <= DLM__IN_PLACE;
     if (!g->packed)
         dlm__parallel(g->ctx, panels, flops, dlm__gemm_pack_job, g);
     g->per_group = tiles >= 8 ? panels : dlm__max(g->M == 1 ? 4 : 1, panels / 8);

@@ -101,7 +101,8 @@ static void print_row(const generation *g, const bench_case *c, double speedup,
     printf("%s,%s,%d,%d,%d,%s,%d,%s,%.1f,%.1f,%.1f,%.3f,%.2f,%.1f,%.2f,%s,%d,%d\n",
            as->model->name, patterns[as->pattern], as->generated, as->block, as->steps,
            as->cached ? "yes" : "no", as->threads, as->bf16 ? "bf16" : "f32",
-           bench_median(c), bench_min(c), bench_max(c), bench_ms(c) / forwards, as->generated / forwards,
+           bench_median(c), bench_min(c), bench_max(c), bench_ms(c) / forwards,
+           as->generated / forwards,
            1e-9 * g->flops * bench_median(c) / c->work, speedup, versus, BENCH_SAMPLES,
            bench_noisy(c));
     fflush(stdout);
