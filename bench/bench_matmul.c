@@ -195,6 +195,8 @@ static void peer_run(const peer *r, int op, float *out, const float *a, const fl
         r->gemv(ROW_MAJOR, NO_TRANS, N, K, 1.0f, b, K, a, 1, 0.0f, out, 1);
 }
 
+#ifdef HAVE_PEERS
+
 /* A rival that computes something else, or nothing, would be no rival. */
 static int peer_agrees(const peer *r)
 {
@@ -212,8 +214,6 @@ static int peer_agrees(const peer *r)
         }
     return peer_can(r, NT, 1);
 }
-
-#ifdef HAVE_PEERS
 
 static void symbol(void *library, const char *name, void *function)
 {
