@@ -16,7 +16,9 @@
    training corpus is not here: fresh samples of the teacher stand for it.
 
    All arms begin with the same weights and prompts, take as many updates of as many
-   texts and share a learning rate; x3 and the like have that many times the texts.
+   texts and share a learning rate (--rate tries another); x3 and the like have that many
+   times the texts.  Row i of a student predicts token i + 1 as it did in the teacher,
+   except in opdlm_same.  scratch_x5 and cpt_x15 run only when --arm names them.
 
    Pre-registered (methods D.4), intervals are 95 % t-intervals of paired differences over
    seeds, in points (sudoku) or hundredths of a nat (stories):
@@ -103,7 +105,7 @@ static const arm arms[] = {
     { "cpt",        2, CORPUS,  1, 0, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
     { "cpt_x3",     2, CORPUS,  1, 0, RANDOM,      4,  3.0, 0.0, 0, 0, 0, 0 },
     { "cpt_x5",     2, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 0, 0, 0 },
-    { "scratch_x5", 2, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 0, 1, 0 },
+    { "scratch_x5", 3, CORPUS,  1, 0, RANDOM,      4,  5.0, 0.0, 0, 0, 1, 0 },
     { "cpt_x15",    3, CORPUS,  1, 0, RANDOM,      4, 15.0, 0.0, 0, 0, 0, 0 }
 };
 enum { ARMS = sizeof arms / sizeof *arms };
