@@ -2100,11 +2100,48 @@ static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
    dlm__parallel(ctx, n, ...) runs job(arg, i) for i in [0, n).  What a job computes
    depends on i alone, so results do not depend on who runs it.  The pool's threads
    spin a moment for the next call, because a training step makes hundreds of short
-   ones, then sleep. */
+   ones, then sleep.  A caller that has run out of jobs closes the round and waits only
+   for workers that have joined it: one that slept, or that found its core taken by
+   somebody else, costs nothing but its help. */
 
 #ifdef DLM__POSIX_THREADS
 
-enum { DLM__SPINS = 4000 };
+enum { DLM__SPINS = 4000, DLM__OPEN = 1 << 20 };
+
+typedef struct dlm__cpus { unsigned long word[1024 / (8 * sizeof(long))]; } dlm__cpus;
+
+#ifdef __GLIBC__
+/* Under names of our own, so that no feature macro is asked of the user. */
+extern int dlm__get_affinity(int tid, size_t size, unsigned long *mask)
+    __asm__("sched_getaffinity");
+extern int dlm__set_affinity(int tid, size_t size, const unsigned long *mask)
+    __asm__("sched_setaffinity");
+extern int dlm__get_cpu(void) __asm__("sched_getcpu");
+
+/* How many CPUs this thread may use, 0 if nobody says, and all of them but the one it
+   is on. */
+static int dlm__cpus_elsewhere(dlm__cpus *others)
+{
+    const int bits = 8 * (int)sizeof(long), here = dlm__get_cpu();
+    int n = 0;
+    memset(others, 0, sizeof *others);
+    if (dlm__get_affinity(0, sizeof others->word, others->word) != 0) return 0;
+    for (int i = 0; i < 1024; i++) n += (int)(others->word[i / bits] >> i % bits & 1);
+    if (here < 0 || here >= 1024) return 0;
+    others->word[here / bits] &= ~(1UL << here % bits);
+    return n;
+}
+
+/* A woken worker that is put on the caller's core, where it was needed last, takes turns
+   with it instead of helping: so the workers stay away from there. */
+static void dlm__stay_on(const dlm__cpus *cpus)
+{
+    (void)dlm__set_affinity(0, sizeof cpus->word, cpus->word);
+}
+#else
+static int  dlm__cpus_elsewhere(dlm__cpus *others) { (void)others; return 0; }
+static void dlm__stay_on(const dlm__cpus *cpus) { (void)cpus; }
+#endif
 
 typedef struct dlm__pool {
     pthread_mutex_t lock;
@@ -2114,9 +2151,11 @@ typedef struct dlm__pool {
     void          (*job)(void *arg, int i);
     void           *arg;
     int             n_jobs, next;   /* next: the first job nobody has taken        */
-    int             busy;           /* workers that have not finished this round   */
+    int             joined;         /* workers at work, + DLM__OPEN: more may join */
     unsigned        round;          /* grows by one per dlm__parallel              */
     int             stop;
+    int             stay;           /* the workers stay on these CPUs              */
+    dlm__cpus       elsewhere;
 } dlm__pool;
 
 static int dlm__atomic_get(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -2143,6 +2182,7 @@ static void *dlm__pool_thread(void *arg)
 {
     dlm__pool *p = (dlm__pool *)arg;
     unsigned seen = 0;
+    if (p->stay) dlm__stay_on(&p->elsewhere);
     for (;;) {
         for (int i = 0; i < DLM__SPINS
                         && __atomic_load_n(&p->round, __ATOMIC_ACQUIRE) == seen; i++)
@@ -2152,8 +2192,8 @@ static void *dlm__pool_thread(void *arg)
         seen = p->round;
         pthread_mutex_unlock(&p->lock);
         if (dlm__atomic_get(&p->stop)) return NULL;
-        dlm__pool_run(p);
-        if (dlm__atomic_add(&p->busy, -1) == 1) {
+        if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p);
+        if (dlm__atomic_add(&p->joined, -1) == 1) {      /* closed, and the last one */
             pthread_mutex_lock(&p->lock);
             pthread_cond_signal(&p->idle);
             pthread_mutex_unlock(&p->lock);
@@ -2164,8 +2204,6 @@ static void *dlm__pool_thread(void *arg)
 static void dlm__pool_start_round(dlm__pool *p)
 {
     pthread_mutex_lock(&p->lock);
-    p->next = 0;
-    p->busy = p->n_threads;
     __atomic_store_n(&p->round, p->round + 1, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&p->work);
     pthread_mutex_unlock(&p->lock);
@@ -2176,11 +2214,15 @@ static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), vo
     p->job = job;
     p->arg = arg;
     p->n_jobs = n;
+    __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
+    dlm__atomic_add(&p->joined, DLM__OPEN);
     dlm__pool_start_round(p);
     dlm__pool_run(p);
-    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->busy) > 0; i++) dlm__pause();
+    dlm__atomic_add(&p->joined, -DLM__OPEN);
+    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->joined) > 0; i++) dlm__pause();
+    if (dlm__atomic_get(&p->joined) == 0) return;
     pthread_mutex_lock(&p->lock);
-    while (dlm__atomic_get(&p->busy) > 0) pthread_cond_wait(&p->idle, &p->lock);
+    while (dlm__atomic_get(&p->joined) > 0) pthread_cond_wait(&p->idle, &p->lock);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -2204,6 +2246,7 @@ static void dlm__pool_start(dlm__pool *p, int workers)
     pthread_cond_init(&p->idle, NULL);
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, (size_t)1 << 20);  /* attention tiles: 200 KiB */
+    p->stay = dlm__cpus_elsewhere(&p->elsewhere) > workers;
     for (int i = 0; i < workers; i++) {
         if (pthread_create(&p->threads[i], &attr, dlm__pool_thread, p) != 0) break;
         p->n_threads = i + 1;
@@ -2214,7 +2257,10 @@ static void dlm__pool_start(dlm__pool *p, int workers)
 /* More threads than cores only get in each other's way. */
 static int dlm__cores(void)
 {
+    dlm__cpus others;
+    const int allowed = dlm__cpus_elsewhere(&others);
     long n = sysconf(_SC_NPROCESSORS_ONLN);
+    if (allowed > 0 && allowed < n) n = allowed;
     return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
 }
 
