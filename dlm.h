@@ -191,7 +191,9 @@ typedef struct dlm_memory {
 
 typedef struct dlm_options {               /* all zero is right for most programs  */
     int           threads;                 /* * = 1, never "all cores" unasked; at most
-                                              the cores there are                  */
+                                              the cores there are.  On glibc workers keep
+                                              off the core that called dlm_init; the
+                                              caller's own affinity is left alone  */
     dlm_isa       isa;                     /* AUTO: env DLM_ISA, else the best     */
     dlm_allocator allocator;
     /* Your own pool: run job(arg, i) for every i in [0, n), in any order, on any

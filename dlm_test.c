@@ -179,6 +179,48 @@ TEST(context_defaults_to_one_thread_and_a_supported_isa)
     dlm_shutdown(NULL);
 }
 
+/* The line of /proc that says on which CPUs a thread may run; 0 where there is none. */
+static int test_affinity(char *line, int size)
+{
+    FILE *f = fopen("/proc/thread-self/status", "r");
+    int found = 0;
+    while (f && !found && fgets(line, size, f))
+        found = strncmp(line, "Cpus_allowed_list", 17) == 0;
+    if (f) fclose(f);
+    return found;
+}
+
+typedef struct test_where { char line[2][256]; int met; } test_where;
+
+static void test_where_job(void *arg, int i)
+{
+    test_where *w = (test_where *)arg;
+    const double until = 5.0 * CLOCKS_PER_SEC + (double)clock();
+    if (i > 1 || !test_affinity(w->line[i], 256)) return;
+    __atomic_fetch_add(&w->met, 1, __ATOMIC_ACQ_REL);      /* both at the same time  */
+    while (__atomic_load_n(&w->met, __ATOMIC_ACQUIRE) < 2 && (double)clock() < until) { }
+}
+
+TEST(workers_keep_off_the_callers_core_and_its_affinity_is_left_alone)
+{
+    char before[256], after[256];
+    test_where w;
+    dlm_options o = {0};
+    dlm_ctx *ctx;
+    memset(&w, 0, sizeof w);
+    if (!test_affinity(before, sizeof before)) SKIP("no /proc");
+    o.threads = 2;
+    CHECK_OK(dlm_init(&ctx, &o));
+    if (dlm_active_threads(ctx) < 2) { dlm_shutdown(ctx); SKIP("one core"); }
+    dlm__parallel(ctx, 2, 1e9, test_where_job, &w);
+    CHECK(test_affinity(after, sizeof after) && strcmp(before, after) == 0);
+    CHECK(strcmp(w.line[0], before) == 0 || strcmp(w.line[1], before) == 0);
+#ifdef __GLIBC__
+    CHECK(strcmp(w.line[0], w.line[1]) != 0);
+#endif
+    dlm_shutdown(ctx);
+}
+
 TEST(context_uses_the_isa_and_threads_it_was_asked_for)
 {
     FOR_EACH_ISA(isa) {
@@ -8743,6 +8785,7 @@ typedef struct test_case {
 static const test_case test_cases[] = {
     RUN(context_defaults_to_one_thread_and_a_supported_isa),
     RUN(context_uses_the_isa_and_threads_it_was_asked_for),
+    RUN(workers_keep_off_the_callers_core_and_its_affinity_is_left_alone),
     RUN(context_lives_in_memory_of_exactly_the_predicted_size),
     RUN(context_refuses_options_that_make_no_sense),
     RUN(context_refuses_an_isa_this_cpu_lacks),
