@@ -99,6 +99,7 @@ static const arm arms[] = {
     { "opdlm_rev",  2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, REVERSE, 0, 0 },
     { "opdlm_mix",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.0, 4, 0, 0, 0 },
     { "opdlm_same", 2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, 0, 0, 1 },
+    { "opdlm_x4",   2, ROLLOUT, 0, 0, TRAJECTORY,  4,  4.0, 0.0, 0, 0, 0, 0 },
     { "opdlm_b8",   2, ROLLOUT, 0, 0, TRAJECTORY,  8,  1.0, 0.0, 0, 0, 0, 0 },
     { "opdlm_b16",  2, ROLLOUT, 0, 0, TRAJECTORY, 16,  1.0, 0.0, 0, 0, 0, 0 },
     { "sft_flat",   2, TEACHER, 1, 1, RANDOM,      4,  1.0, 0.0, 0, 0, 0, 0 },
@@ -936,10 +937,10 @@ static void report(void)
         teacher = mean_of(task, ARMS, of_quality, STATIC);
         rate = over_seeds(task, arm_index("opdlm"), -1, of_quality, STATIC);
         if (task == SUDOKU)
-            printf("  accuracy: opdlm %.3f, opdlm_warm %.3f, teacher %.3f, untouched "
-                   "%.3f\n",
-                   rate.mean, mean_of(task, arm_index("opdlm_warm"), of_quality, STATIC),
-                   teacher, mean_of(task, arm_index("untouched"), of_quality, STATIC));
+            printf("  accuracy: opdlm %.3f, opdlm_x4 %.3f, teacher %.3f, untouched %.3f\n",
+                   rate.mean,
+                   mean_of(task, arm_index("opdlm_x4"), of_quality, STATIC), teacher,
+                   mean_of(task, arm_index("untouched"), of_quality, STATIC));
         if (task == SUDOKU)
             verdict("EO1", rate.n > 1, rate.mean >= 0.9 * teacher
                     && mean_of(task, arm_index("untouched"), of_quality, STATIC)
