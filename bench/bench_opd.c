@@ -937,7 +937,7 @@ static void report(void)
         teacher = mean_of(task, ARMS, of_quality, STATIC);
         rate = over_seeds(task, arm_index("opdlm"), -1, of_quality, STATIC);
         if (task == SUDOKU)
-            printf("  accuracy: opdlm %.3f, opdlm_x4 %.3f, teacher %.3f, untouched %.3f\n",
+            printf("  accuracy: opdlm %.3f, _x4 %.3f, teacher %.3f, untouched %.3f\n",
                    rate.mean,
                    mean_of(task, arm_index("opdlm_x4"), of_quality, STATIC), teacher,
                    mean_of(task, arm_index("untouched"), of_quality, STATIC));
