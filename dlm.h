@@ -192,8 +192,9 @@ typedef struct dlm_memory {
 typedef struct dlm_options {               /* all zero is right for most programs  */
     int           threads;                 /* * = 1, never "all cores" unasked; at most
                                               the cores there are.  On glibc workers keep
-                                              off the core that called dlm_init; the
-                                              caller's own affinity is left alone  */
+                                              off the core that called dlm_init, if there
+                                              are enough others; the caller's own affinity
+                                              is left alone                        */
     dlm_isa       isa;                     /* AUTO: env DLM_ISA, else the best     */
     dlm_allocator allocator;
     /* Your own pool: run job(arg, i) for every i in [0, n), in any order, on any
@@ -205,9 +206,10 @@ typedef struct dlm_options {               /* all zero is right for most program
     size_t        scratch;                 /* * = 1 MiB, at least 64 KiB: room for the
                                               matmul's packed panels               */
     int           precision;               /* DLM_F32 (0) or DLM_BF16: in how many bits
-                                              packed weights are kept.  BF16 rounds them
-                                              to nearest even; everything else, sums and
-                                              training included, stays in 32 bits  */
+                                              packed weights are kept, those of sessions
+                                              (a distiller's teacher, too) without
+                                              no_pack.  BF16 rounds them to nearest even;
+                                              sums and trained weights have 32 bits */
 } dlm_options;
 
 typedef struct dlm_ctx dlm_ctx;
@@ -262,9 +264,9 @@ DLM_API void dlm_matmul_nt(dlm_ctx *ctx, float *out, const float *a, const float
 DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K);
 
-/* Weights (N,K) that do not change, rearranged once for the kernels of this ctx.
-   packed has room for dlm_pack_floats() floats, caller-owned, 64-byte aligned; half of
-   them when the context's precision is BF16. */
+/* Weights (N,K) that do not change, rearranged once for the kernels of this ctx, in its
+   precision.  packed has room for dlm_pack_floats() floats (about N * K, in BF16 half as
+   many), caller-owned, 64-byte aligned. */
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
 DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
 DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
@@ -388,8 +390,8 @@ typedef struct dlm_limits {                /* 0 in a field marked * = the defaul
     int out;                               /* * = rows: rows looked at             */
     int cached;                            /* 1: keep keys and values between calls
                                               (needs layers times the memory)      */
-    int no_pack;                           /* 1: no packed copy of the weights: half
-                                              the memory, slower                   */
+    int no_pack;                           /* 1: no packed copy of the weights: less
+                                              memory, slower, always in 32 bits    */
 } dlm_limits;
 
 typedef struct dlm_session dlm_session;
@@ -1195,7 +1197,8 @@ typedef struct dlm__kernels {
     int mr, nr, vw;                 /* the largest tile: mr rows, nr columns; lanes
                                        of one vector                               */
     /* c (m, n) (+)= sum over k of a[k][i] * b[k][j]; a has rows of lda, b of ldb;
-       m <= mr, n <= nr; a row of b must be readable for nr floats. */
+       m <= mr, n <= nr; a row of b must be readable for nr floats, c is touched in n
+       columns only. */
     void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
                  int m, int n, int k, int add);
     /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `next` apart: one panel gives a
@@ -1214,7 +1217,8 @@ typedef struct dlm__kernels {
     void (*softmax_tile)(float *s, int rows, int lanes, float *max, float *sum,
                          float *rescale);
     /* Attention of at most vw / 4 queries, keys in the lanes: as the tiles, to the bit.
-       s (queries, ld): a query's scores in a row.  q, o (queries, DLM__MAX_D). */
+       s (F, ld): a query's scores in a row, ld with room for a vector more; q, o (F,
+       DLM__MAX_D); F = (vw + 3) / 4 rows are computed, needed or not. */
     void (*few_scores)(float *s, int ld, const float *panels, int n_panels,
                        const float *q, int D);
     void (*few_softmax)(float *s, int ld, int queries, int n, float *max, float *rescale);
@@ -2103,8 +2107,8 @@ static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
    depends on i alone, so results do not depend on who runs it.  The pool's threads
    spin a moment for the next call, because a training step makes hundreds of short
    ones, then sleep.  A caller that has run out of jobs closes the round and waits only
-   for workers that have joined it: one that slept, or that found its core taken by
-   somebody else, costs nothing but its help. */
+   for workers that have joined it: one that still sleeps, or has not got a core yet,
+   costs nothing but its help. */
 
 #ifdef DLM__POSIX_THREADS
 
@@ -2112,7 +2116,7 @@ enum { DLM__SPINS = 4000, DLM__OPEN = 1 << 20 };
 
 typedef struct dlm__cpus { unsigned long word[1024 / (8 * sizeof(long))]; } dlm__cpus;
 
-#ifdef __GLIBC__
+#if defined(__GLIBC__) && !defined(__UCLIBC__)
 /* Under names of our own, so that no feature macro is asked of the user. */
 extern int dlm__get_affinity(int tid, size_t size, unsigned long *mask)
     __asm__("sched_getaffinity");
@@ -2120,8 +2124,8 @@ extern int dlm__set_affinity(int tid, size_t size, const unsigned long *mask)
     __asm__("sched_setaffinity");
 extern int dlm__get_cpu(void) __asm__("sched_getcpu");
 
-/* How many CPUs this thread may use, 0 if nobody says, and all of them but the one it
-   is on. */
+/* Returns how many CPUs this thread may use, 0 if that is not known; then `others` are
+   those without the one it is on. */
 static int dlm__cpus_elsewhere(dlm__cpus *others)
 {
     const int bits = 8 * (int)sizeof(long), here = dlm__get_cpu();
@@ -2156,8 +2160,8 @@ typedef struct dlm__pool {
     int             joined;         /* workers at work, + DLM__OPEN: more may join */
     unsigned        round;          /* grows by one per dlm__parallel              */
     int             stop;
-    int             stay;           /* the workers stay on these CPUs              */
-    dlm__cpus       elsewhere;
+    int             stay;           /* workers stay on the CPUs of `elsewhere`     */
+    dlm__cpus       elsewhere;      /* all but the one that dlm_init ran on        */
 } dlm__pool;
 
 static int dlm__atomic_get(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -2440,11 +2444,14 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
 /* ==[ matmul ]================================================================
    c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
    rearranged into panels of nr columns, [k][nr], zero-padded, in blocks of at most
-   256 k; a goes, one tile of mr rows at a time, into a panel on the stack.  Each
-   output is one chain of multiply-adds over k from 0 up: the tile continues from c
-   where the block before stopped.  So no size but K can change a result. */
+   256 k; or that was done before (dlm_pack, perhaps in bf16); or, when a has few rows
+   and rows of b are contiguous, whole panels are read where they stand.  a goes, one
+   tile of mr rows at a time, into a panel on the stack; a single row of it stays where
+   it is and meets four panels at once.  Each output is one chain of multiply-adds over
+   k from 0 up: the tile continues from c where the block before stopped.  So no size
+   but K can change a result. */
 
-enum { DLM__IN_PLACE = 24 };        /* tile rows from which packing rows of b pays  */
+enum { DLM__IN_PLACE = 24 };        /* up to so many tile rows, packing does not pay */
 
 typedef struct dlm__gemm {
     dlm_ctx *ctx;
@@ -2518,8 +2525,8 @@ static void dlm__gemm_pack_job(void *arg, int p)
                     g->b_j, g->b_k);
 }
 
-/* Row i0 of a against the panel at column j and, where it pays, the next three; returns
-   the columns that are done. */
+/* m rows of a, from i0 on, against the panel at column j; a single row against the next
+   three, too, if the group has them.  Returns how many columns are done. */
 static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int lda,
                           int j, int end)
 {
@@ -2530,15 +2537,14 @@ static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int
     const size_t next = (size_t)k->nr
         * (size_t)(in_place ? 1 : g->packed ? g->K : g->kc);
     const size_t at = (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr);
-    const float *b = in_place ? g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j)
-        : g->packed ? g->packed + at : g->ctx->scratch + (size_t)j * (size_t)g->kc;
     float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
     if (g->packed && g->ctx->opt.precision == DLM_BF16) {
-        const void *packed = g->packed;
-        const uint16_t *b16 = (const uint16_t *)packed + at;
-        if (wide) k->row_bf16(c, a, b16, ldb, next, g->kc, add);
-        else k->tile_bf16(c, ldc, a, lda, b16, ldb, m, n, g->kc, add);
+        const uint16_t *b = (const uint16_t *)(const void *)g->packed + at;
+        if (wide) k->row_bf16(c, a, b, ldb, next, g->kc, add);
+        else k->tile_bf16(c, ldc, a, lda, b, ldb, m, n, g->kc, add);
     } else {
+        const float *b = in_place ? g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j)
+            : g->packed ? g->packed + at : g->ctx->scratch + (size_t)j * (size_t)g->kc;
         if (wide) k->row(c, a, b, ldb, next, g->kc, add);
         else k->tile(c, ldc, a, lda, b, ldb, m, n, g->kc, add);
     }
@@ -2971,7 +2977,7 @@ static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, 
 
 enum {
     DLM__CHUNK = 96,                /* a multiple of every mr and nr               */
-    DLM__FEW_LANES = 4              /* vw / 4 of the widest vectors                */
+    DLM__FEW_LANES = 4              /* DLM__FEW of the widest vectors              */
 };
 
 /* Keys stand in panels of mr slots, [slot / mr][D][mr], ready to be the tile's a. */

@@ -5,7 +5,7 @@
                            [--only sudoku|stories] [--arm NAME] [--rate LR]
            build/bench_opd report FILE...            the tables again, files put together
    Tiers:  smoke under a minute (checks invariants; --quick is the same), short under ten
-           minutes, full some hours.  Every finished run appends a row to FILE and is
+           minutes, full about an hour.  Every finished run appends a row to FILE and is
            skipped when its row is there: an interrupted bench goes on.  It uses one
            thread; processes with files and seeds of their own run side by side.
 
@@ -57,7 +57,7 @@ typedef struct plan {                      /* a tier                            
     int rounds[TASKS], texts, batch;       /* rollouts; texts of each; of an update */
     int length;                            /* of a story                           */
     int n_eval[TASKS];
-    double rate[TASKS];                    /* learning rate, times the arm's       */
+    double rate[TASKS];                    /* learning rate of every arm            */
 } plan;
 
 static const plan plans[] = {

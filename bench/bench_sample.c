@@ -4,10 +4,9 @@
    Run:    build/bench_sample [--quick]            (isa: DLM_ISA=avx2 and so on)
 
    Random weights, temperature 0, a prompt of 8 tokens.  Rows "full" denoise a whole
-   canvas, recomputing everything in every step; "block" and "causal" generate 256
-   tokens, with the keys and values of finished blocks cached or recomputed.  weights:
-   how packed weights are kept.  speedup is against the row named in versus, measured in
-   turns with it. */
+   canvas, recomputing everything in every step; "block" and "causal" generate with the
+   keys and values of finished blocks cached or recomputed.  weights: how packed weights
+   are kept.  speedup is against the row named in versus, measured in turns with it. */
 #define _POSIX_C_SOURCE 199309L
 #define DLM_IMPLEMENTATION
 #include "dlm.h"

@@ -1,7 +1,7 @@
 /* 12_convert.c - make a block-diffusion model of an autoregressive one (OPDLM).
 
    Build:  cc -O2 -I.. 12_convert.c -o convert -lm -pthread
-   Run:    ./convert MODEL TOKENIZER OUT.safetensors [minutes]
+   Run:    ./convert MODEL TOKENIZER OUT.safetensors [minutes, else 2]
            MODEL is a llama2.c .bin file with its TOKENIZER, or a checkpoint of ours with
            its tokenizer in it (TOKENIZER is then "-").  Then: 13_continue.
    See:    a line per round; at the end what the teacher thinks of samples of both. */

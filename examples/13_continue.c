@@ -42,7 +42,7 @@ static dlm_error go_on(const writer *w, const int *prompt, int given, int length
     limits.slots = length, limits.cached = 1;
     how.temperature = temperature, how.threshold = threshold, how.seed = 1;
     how.order = threshold > 0 ? DLM_ORDER_THRESHOLD : DLM_ORDER_SEQUENTIAL;
-    how.left_first = 1;                      /* a converted model knows its left      */
+    how.left_first = 1;                      /* a converted model ignores its right   */
     how.stop = &stop, how.n_stop = 1;
     dlm_error e = dlm_session_create(&session, w->ctx, w->model, &limits, NULL);
     if (!e) e = dlm_sampler_create(&sampler, session, &how, NULL);
