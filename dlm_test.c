@@ -2009,7 +2009,7 @@ TEST(bf16_session_equals_a_model_with_rounded_matrices_bit_for_bit)
         narrow.isa = (dlm_isa)isa, narrow.precision = DLM_BF16;
         CHECK_OK(dlm_init(&half, &narrow));
         batch_clear(&t);
-        batch_add(&t, 20, c.vocab, (dlm_pattern)c.pattern, c.block, 0);
+        batch_add(&t, 20, c.vocab, c.pattern, c.block, 0);
         batch_close(&t, 1);
         const size_t size = (size_t)(t.b.n_out * c.vocab) * sizeof(float);
         LABEL("%s", dlm_isa_name((dlm_isa)isa));
