@@ -305,7 +305,7 @@ static dlm_error step_student(struct demo *d, int round)
 static dlm_error stage_convert(struct demo *d)
 {
     static const struct phase p = {
-        .which = STUDENT, .seconds = 27.0, .step_name = "round", .step = step_student,
+        .which = STUDENT, .seconds = 25.0, .step_name = "round", .step = step_student,
         .how = {.max_rows = 2 * WINDOWS * T, .lr = 1e-3f, .lr_min = 1e-5f,
                 .level_min = 0.2f, .level_max = 0.9f}, .updates = 1 + READINGS};
     return learn(d, &p);
