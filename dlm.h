@@ -760,7 +760,9 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
 DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL is ok */
 /* One update on n finished sequences: loss is the mean over sequences of the mean
    divergence over masked tokens.  steps[i] (length) is the step map of example i, 0
-   where a token was given; not read for RANDOM (may be NULL). */
+   where a token was given; not read for RANDOM (may be NULL).  Its targets know only
+   the left, so the student comes to ignore its right (methods B.1): who wants infilling
+   puts dlm_trainer_step on clean texts, same trainer, in between. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples,
                                      const int *const *steps, int n, dlm_report *report);
 /* The step at which each token of a sequence was filled in, 0 where it was given.  steps

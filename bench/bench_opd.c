@@ -78,8 +78,9 @@ typedef struct arm {
     int    block;
     double times;                          /* texts, relative to the plan          */
     double warm;                           /* share of off-policy rounds before    */
-    int    mix;                            /* every mix-th update: cross-entropy on the
-                                              student's own texts; 0: never        */
+    int    mix;                            /* every |mix|-th update: cross-entropy on the
+                                              student's own texts, or if negative on those
+                                              of the corpus; 0: never              */
     int    kind;                           /* a dlm_divergence_kind                */
     int    scratch;                        /* 1: random weights                    */
     int    same;                           /* 1: row i predicts token i, as in the paper;
@@ -98,6 +99,7 @@ static const arm arms[] = {
     { "opdlm_jsd",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, JSD, 0, 0 },
     { "opdlm_rev",  2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, REVERSE, 0, 0 },
     { "opdlm_mix",  1, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.0, 4, 0, 0, 0 },
+    { "opdlm_both", 2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.0, -2, 0, 0, 0 },
     { "opdlm_same", 2, ROLLOUT, 0, 0, TRAJECTORY,  4,  1.0, 0.1, 0, 0, 0, 1 },
     { "opdlm_x4",   2, ROLLOUT, 0, 0, TRAJECTORY,  4,  4.0, 0.0, 0, 0, 0, 0 },
     { "opdlm_b8",   2, ROLLOUT, 0, 0, TRAJECTORY,  8,  1.0, 0.0, 0, 0, 0, 0 },
@@ -446,7 +448,7 @@ typedef struct course {                    /* an arm under way                  
     dlm_model     *student;
     dlm_trainer   *trainer;
     dlm_distiller *distiller, *warm;       /* of the arm; with random masks        */
-    texts          x;
+    texts          x, corpus;              /* corpus: for mix < 0                  */
     int            rounds;
     run           *r;
 } course;
@@ -466,6 +468,7 @@ static void course_open(course *c)
     }
     c->student->config.shifted = !c->a->same;
     c->x = texts_new(l->p->texts);
+    c->corpus = texts_new(l->p->texts);
     c->rounds = (int)(c->a->times * l->p->rounds[l->task]);
     if (c->rounds == 0) return;
     how.lr = (float)l->rate, how.lr_min = how.lr * 0.02f, how.seed = l->seed;
@@ -489,6 +492,7 @@ static void course_open(course *c)
 static void course_close(course *c)
 {
     texts_free(&c->x);
+    texts_free(&c->corpus);
     dlm_distiller_free(c->warm);
     dlm_distiller_free(c->distiller);
     dlm_trainer_free(c->trainer);
@@ -515,24 +519,30 @@ static int course_texts(course *c, int round)
     } else if (c->a->from != CORPUS || l->task == STORIES) {
         teacher_writes(l, &c->x, first_id, &t);
     }
+    if (c->a->mix < 0) {
+        prompts(l, &c->corpus, (uint32_t)(round + c->rounds));
+        if (l->task == STORIES) teacher_writes(l, &c->corpus, 0x30000000u + first_id, &t);
+    }
     c->r->rollout_flops += t.flops;
     return warm;
 }
 
 static void course_round(course *c, int round)
 {
-    const int warm = course_texts(c, round);
+    const int warm = course_texts(c, round), mix = abs(c->a->mix);
     dlm_report r;
     dlm_example ex[MOST_TEXTS];
     const int *steps[MOST_TEXTS];
     for (int i = 0; i < c->x.n; i += c->l->p->batch) {
         int n = c->x.n - i < c->l->p->batch ? c->x.n - i : c->l->p->batch;
+        const int mixed = mix && i / c->l->p->batch % mix == mix - 1;
+        const texts *x = mixed && c->a->mix < 0 ? &c->corpus : &c->x;
         for (int k = 0; k < n; k++) {
-            ex[k].tokens = c->x.tokens + (i + k) * SLOTS;
-            ex[k].length = c->x.length[i + k], ex[k].prompt = c->x.prompt[i + k];
-            steps[k] = c->x.steps + (i + k) * SLOTS;
+            ex[k].tokens = x->tokens + (i + k) * SLOTS;
+            ex[k].length = x->length[i + k], ex[k].prompt = x->prompt[i + k];
+            steps[k] = x->steps + (i + k) * SLOTS;
         }
-        if (c->a->ce || (c->a->mix && i / c->l->p->batch % c->a->mix == c->a->mix - 1))
+        if (c->a->ce || mixed)
             bench_require(c->l->ctx, dlm_trainer_step(c->trainer, ex, n, &r));
         else
             bench_require(c->l->ctx, dlm_distiller_step(warm ? c->warm : c->distiller, ex,
@@ -918,9 +928,11 @@ static void verdict_right(int task)
     const interval sft = over_seeds(task, arm_index("sft"), ARMS, of_log_gold, 0);
     printf("  log p(gold) of an infilling, above the left-only teacher's: opdlm %.3f +- "
            "%.3f, sft %.3f +- %.3f", same.mean, same.half, sft.mean, sft.half);
-    if (over_seeds(task, arm_index("opdlm_mix"), ARMS, of_log_gold, 0).n > 0)
-        printf(", opdlm_mix %.3f", over_seeds(task, arm_index("opdlm_mix"), ARMS,
-                                              of_log_gold, 0).mean);
+    for (int i = 0; i < 2; i++) {
+        const char *name = i ? "opdlm_both" : "opdlm_mix";
+        const interval v = over_seeds(task, arm_index(name), ARMS, of_log_gold, 0);
+        if (v.n > 0) printf(", %s %.3f +- %.3f", name, v.mean, v.half);
+    }
     printf("\n");
     verdict("EO7", same.n > 1 && sft.n > 1, same.mean < 0.1 && sft.mean - sft.half
             > same.mean + same.half, "the student is blind to its right, SFT is not");
@@ -948,7 +960,7 @@ static void report(void)
         verdict_tokens(task);
         verdict_arms(task);
         verdict_blocks(task);
-        if (task == STORIES) verdict_right(task);
+        verdict_right(task);
     }
 }
 
