@@ -17,7 +17,7 @@ EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = bench/bench.h bench/tasks.h bench/lines.awk bench/hygiene.sh Makefile README.md
+HELPERS  = $(wildcard bench/*.h) bench/lines.awk bench/hygiene.sh Makefile README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
@@ -29,7 +29,7 @@ build/dlm_test: dlm_test.c dlm.h
 build/%: examples/%.c dlm.h
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
-build/%: bench/%.c bench/bench.h bench/tasks.h dlm.h
+build/%: bench/%.c $(wildcard bench/*.h) dlm.h
 	@mkdir -p build
 	$(BUILD) -DDLM_BENCH_FLAGS='"$(CFLAGS)"' $< -o $@ $(LDLIBS)
 

@@ -20,45 +20,30 @@
 #include "dlm.h"
 #include "bench.h"
 #include "tasks.h"
+#include "solver.h"
 #include <unistd.h>
 
 enum {
     THREADS = 2, DIM = 128, LAYERS = 3, HEADS = 4, FFN = 384,
     LENGTH = TASK_COUNTDOWN_LENGTH, PROMPT = TASK_COUNTDOWN_PROMPT,
-    BATCH = 64,                            /* problems of a step, and of a forward */
+    BATCH = SOLVER_SEQS,
     BASE_STEPS = 3000, LIFT_STEPS = 1000, REPORT = 100,
     CHECKS = 512                           /* validation problems while training   */
 };
 
+static void train_example(task_example *ex, uint64_t seed, uint32_t number);
+static double validate(dlm_ctx *ctx, const dlm_model *m);
+static solver_task task = {
+    "countdown", 0 /* main says */, LENGTH, BASE_STEPS, LIFT_STEPS, REPORT,
+    train_example, validate
+};
+
 static void fail(const char *what, const char *detail)
 {
-    fprintf(stderr, "countdown: %s%s\n", what, detail);
-    exit(1);
+    solver_fail(&task, what, detail);
 }
 
 /* --[ solving ]------------------------------------------------------------- */
-
-typedef struct solver {
-    dlm_session *session;
-    dlm_sampler *sampler;
-    dlm_ctx     *ctx;
-    int          canvas[BATCH * LENGTH];
-} solver;
-
-static void solver_open(solver *s, dlm_ctx *ctx, const dlm_model *m)
-{
-    dlm_limits limits = {0};
-    limits.seqs = BATCH, limits.slots = LENGTH;
-    s->ctx = ctx;
-    bench_require(ctx, dlm_session_create(&s->session, ctx, m, &limits, NULL));
-    bench_require(ctx, dlm_sampler_create(&s->sampler, s->session, NULL, NULL));
-}
-
-static void solver_close(solver *s)
-{
-    dlm_sampler_free(s->sampler);
-    dlm_session_free(s->session);
-}
 
 /* Prompt and, where there is one, the response to learn. */
 static void make_example(task_example *ex, const task_problem *p)
@@ -118,21 +103,11 @@ static void init_numbers(dlm_model *m)
     dlm_model_changed(m);
 }
 
-/* One step on BATCH training problems.  Which is a function of (seed, step). */
-static void train_step(dlm_trainer *t, dlm_ctx *ctx, uint64_t seed, int step,
-                       dlm_report *report)
+static void train_example(task_example *ex, uint64_t seed, uint32_t number)
 {
-    static task_example examples[BATCH];
-    dlm_example batch[BATCH];
-    for (int i = 0; i < BATCH; i++) {
-        task_problem p;
-        task_countdown_problem(&p, task_countdown_large, TASK_TRAIN, seed,
-                               (uint32_t)(step * BATCH + i));
-        make_example(&examples[i], &p);
-        batch[i].tokens = examples[i].tokens;
-        batch[i].length = LENGTH, batch[i].prompt = PROMPT;
-    }
-    bench_require(ctx, dlm_trainer_step(t, batch, BATCH, report));
+    task_problem p;
+    task_countdown_problem(&p, task_countdown_large, TASK_TRAIN, seed, number);
+    make_example(ex, &p);
 }
 
 /* The fraction of validation problems solved; their triples are never trained on. */
@@ -141,7 +116,7 @@ static double validate(dlm_ctx *ctx, const dlm_model *m)
     solver s;
     task_problem problems[BATCH];
     int right = 0;
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     for (int first = 0; first < CHECKS; first += BATCH) {
         for (int i = 0; i < BATCH; i++)
             task_countdown_problem(&problems[i], task_countdown_large, TASK_VALIDATION, 0,
@@ -152,37 +127,13 @@ static double validate(dlm_ctx *ctx, const dlm_model *m)
     return (double)right / CHECKS;
 }
 
-/* how->total steps of one method with a schedule of its own, numbered from first. */
-static void train_phase(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *how,
-                        uint64_t seed, int first, double started)
-{
-    dlm_trainer *t;
-    double loss = 0.0;
-    const char *const name = how->lift.method ? "LIFT" : "base";
-    bench_require(ctx, dlm_trainer_create(&t, ctx, m, how, NULL));
-    for (int step = 1; step <= how->total; step++) {
-        dlm_report r;
-        const int done = first + step;
-        train_step(t, ctx, seed, done, &r);
-        loss += r.loss;
-        if (step % REPORT != 0) continue;
-        const double spent = bench_now() - started;
-        printf("%s step %5d of %d  loss %.3f  validation %.3f  %.0f s, %.0f s left\n",
-               name, done, BASE_STEPS + LIFT_STEPS, loss / REPORT, validate(ctx, m),
-               spent, spent / done * (BASE_STEPS + LIFT_STEPS - done));
-        fflush(stdout);
-        loss = 0.0;
-    }
-    dlm_trainer_free(t);
-}
-
 static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
 {
     dlm_config cfg = {0};
     dlm_train_options how = {0};
     dlm_model *m;
     const double started = bench_now();
-    cfg.vocab = task_countdown_vocab(task_countdown_large), cfg.mask_id = TASK_MASK;
+    cfg.vocab = task.vocab, cfg.mask_id = TASK_MASK;
     cfg.dim = DIM, cfg.layers = LAYERS, cfg.heads = HEADS, cfg.ffn = FFN;
     cfg.max_seq = LENGTH, cfg.pattern = DLM_PATTERN_FULL;
     bench_require(ctx, dlm_model_create(&m, ctx, &cfg, seed, NULL));
@@ -193,11 +144,11 @@ static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
     how.schedule = DLM_SCHEDULE_COSINE, how.warmup = 100;
     how.lr = 3e-3f, how.lr_min = 3e-4f, how.total = BASE_STEPS;
     how.level_min = 0.3f, how.level_max = 1.0f;
-    train_phase(ctx, m, &how, seed, 0, started);
+    solver_learn(&task, ctx, m, &how, 0, started);
 
     how.lr = 1e-3f, how.lr_min = 1e-5f, how.total = LIFT_STEPS;
     how.lift.method = DLM_METHOD_LIFT3;
-    train_phase(ctx, m, &how, seed, BASE_STEPS, started);
+    solver_learn(&task, ctx, m, &how, BASE_STEPS, started);
 
     bench_require(ctx, dlm_save(ctx, path, m, NULL));
     printf("saved %s\n", path);
@@ -276,22 +227,11 @@ static int in_range(const task_problem *p)
     return good;
 }
 
-static dlm_model *load(dlm_ctx *ctx, const char *path)
-{
-    dlm_model *m;
-    bench_require(ctx, dlm_load(&m, NULL, ctx, path));
-    if (m->config.vocab != task_countdown_vocab(task_countdown_large)
-        || m->config.mask_id != TASK_MASK || m->config.max_seq < LENGTH
-        || m->config.pattern != DLM_PATTERN_FULL)
-        fail("not a model of countdown train: ", path);
-    return m;
-}
-
 /* --[ eval ]---------------------------------------------------------------- */
 
 static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
 {
-    dlm_model *const m = load(ctx, model_path);
+    dlm_model *const m = solver_load(&task, ctx, model_path);
     FILE *const f = fopen(path, "rb");
     task_problem problems[BATCH];
     solver s;
@@ -299,7 +239,7 @@ static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
     long right = 0, total = 0, foreign = 0;
     int n = 0, line = 0, more = 1;
     if (f == NULL) fail("cannot open ", path);
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     while (more) {
         task_problem *const p = &problems[n];
         more = read_problem(f, p, &line);
@@ -360,7 +300,7 @@ static void show_state(const int *canvas, const dlm_event *events, int n)
 static void show(dlm_ctx *ctx, const char *model_path, const char *numbers,
                  const char *target)
 {
-    dlm_model *const m = load(ctx, model_path);
+    dlm_model *const m = solver_load(&task, ctx, model_path);
     task_problem p = {{0}, 0};
     solver s;
     const dlm_event *events;
@@ -370,7 +310,7 @@ static void show(dlm_ctx *ctx, const char *model_path, const char *numbers,
     if (!read_target(&p.target, target)) fail("not a target: ", target);
     if (!in_range(&p)) fail("numbers and targets go from 1 to 100", "");
     colours = isatty(fileno(stdout)) && getenv("NO_COLOR") == NULL;
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     solve(&s, &p, 1);
     events = dlm_sampler_trace(s.sampler, &n);
     for (int e = 0; e <= n; e++) show_state(s.canvas, events, e);
@@ -402,6 +342,7 @@ int main(int argc, char **argv)
 {
     const char *const command = argc > 2 ? argv[1] : "";
     dlm_ctx *const ctx = bench_ctx(DLM_ISA_AUTO, THREADS);
+    task.vocab = task_countdown_vocab(task_countdown_large);
     if (!strcmp(command, "train"))
         train(ctx, argv[2], argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
     else if (!strcmp(command, "eval") && argc > 3) eval(ctx, argv[2], argv[3]);

@@ -21,47 +21,32 @@
 #include "dlm.h"
 #include "bench.h"
 #include "tasks.h"
+#include "solver.h"
 #include <unistd.h>
 
 enum {
     THREADS = 2, DIM = 64, LAYERS = 4, HEADS = 4, FFN = 192,
     LENGTH = 17,                           /* format token, 16 digits              */
-    BATCH = 64,                            /* grids of a step; puzzles of a forward */
+    BATCH = SOLVER_SEQS,
     BASE_STEPS = 1200, LIFT_STEPS = 600, REPORT = 100,
     CHECKS = 256, CHECK_BLANKS = 8         /* validation puzzles while training    */
 };
 
 static task_grids grids;
 
+static void train_example(task_example *ex, uint64_t seed, uint32_t number);
+static double validate(dlm_ctx *ctx, const dlm_model *m);
+static const solver_task task = {
+    "sudoku", TASK_SUDOKU_VOCAB, LENGTH, BASE_STEPS, LIFT_STEPS, REPORT,
+    train_example, validate
+};
+
 static void fail(const char *what, const char *detail)
 {
-    fprintf(stderr, "sudoku: %s%s\n", what, detail);
-    exit(1);
+    solver_fail(&task, what, detail);
 }
 
 /* --[ solving ]------------------------------------------------------------- */
-
-typedef struct solver {
-    dlm_session *session;
-    dlm_sampler *sampler;
-    dlm_ctx     *ctx;
-    int          canvas[BATCH * LENGTH];
-} solver;
-
-static void solver_open(solver *s, dlm_ctx *ctx, const dlm_model *m)
-{
-    dlm_limits limits = {0};
-    limits.seqs = BATCH, limits.slots = LENGTH;
-    s->ctx = ctx;
-    bench_require(ctx, dlm_session_create(&s->session, ctx, m, &limits, NULL));
-    bench_require(ctx, dlm_sampler_create(&s->sampler, s->session, NULL, NULL));
-}
-
-static void solver_close(solver *s)
-{
-    dlm_sampler_free(s->sampler);
-    dlm_session_free(s->session);
-}
 
 /* Lays n <= BATCH puzzles out, blanks as masks. */
 static void solver_begin(solver *s, const task_puzzle *puzzles, int n)
@@ -99,20 +84,11 @@ static double ratio(long a, long b)
 
 /* --[ train ]--------------------------------------------------------------- */
 
-/* One step on BATCH training grids.  Which is a function of (seed, step). */
-static void train_step(dlm_trainer *t, dlm_ctx *ctx, uint64_t seed, int step,
-                       dlm_report *report)
+static void train_example(task_example *ex, uint64_t seed, uint32_t number)
 {
-    static task_example examples[BATCH];
-    dlm_example batch[BATCH];
-    for (int i = 0; i < BATCH; i++) {
-        task_puzzle p;
-        task_sudoku_puzzle(&p, &grids, TASK_TRAIN, 0, seed, (uint32_t)(step * BATCH + i));
-        task_sudoku_example(&examples[i], &p, TASK_CANVAS);
-        batch[i].tokens = examples[i].tokens;
-        batch[i].length = examples[i].length, batch[i].prompt = examples[i].prompt;
-    }
-    bench_require(ctx, dlm_trainer_step(t, batch, BATCH, report));
+    task_puzzle p;
+    task_sudoku_puzzle(&p, &grids, TASK_TRAIN, 0, seed, number);
+    task_sudoku_example(ex, &p, TASK_CANVAS);
 }
 
 /* Exactly solved validation puzzles; their grids are in neither training nor test. */
@@ -121,7 +97,7 @@ static double validate(dlm_ctx *ctx, const dlm_model *m)
     solver s;
     task_score score = {0};
     task_puzzle puzzles[BATCH];
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     for (int first = 0; first < CHECKS; first += BATCH) {
         for (int i = 0; i < BATCH; i++)
             task_sudoku_puzzle(&puzzles[i], &grids, TASK_VALIDATION, CHECK_BLANKS, 0,
@@ -130,30 +106,6 @@ static double validate(dlm_ctx *ctx, const dlm_model *m)
     }
     solver_close(&s);
     return ratio(score.exact, score.puzzles);
-}
-
-/* `steps` steps of one method with a schedule of its own, numbered from first. */
-static void train_phase(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *how,
-                        uint64_t seed, int first, double started)
-{
-    dlm_trainer *t;
-    double loss = 0.0;
-    const char *const name = how->lift.method ? "LIFT" : "base";
-    bench_require(ctx, dlm_trainer_create(&t, ctx, m, how, NULL));
-    for (int step = 1; step <= how->total; step++) {
-        dlm_report r;
-        const int done = first + step;
-        train_step(t, ctx, seed, done, &r);
-        loss += r.loss;
-        if (step % REPORT != 0) continue;
-        const double spent = bench_now() - started;
-        printf("%s step %4d of %d  loss %.3f  validation exact %.3f  %.0f s, %.0f s left"
-               "\n", name, done, BASE_STEPS + LIFT_STEPS, loss / REPORT,
-               validate(ctx, m), spent, spent / done * (BASE_STEPS + LIFT_STEPS - done));
-        fflush(stdout);
-        loss = 0.0;
-    }
-    dlm_trainer_free(t);
 }
 
 static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
@@ -173,12 +125,12 @@ static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
     how.schedule = DLM_SCHEDULE_COSINE, how.warmup = 50;
     how.lr = 3e-3f, how.lr_min = 3e-4f, how.total = BASE_STEPS;
     how.level_min = 0.3f, how.level_max = 0.7f;
-    train_phase(ctx, m, &how, seed, 0, started);
+    solver_learn(&task, ctx, m, &how, 0, started);
 
     how.lr = 1e-3f, how.lr_min = 1e-5f, how.total = LIFT_STEPS;
     how.level_min = 0.0f, how.level_max = 0.0f;     /* zeros: all levels           */
     how.lift.method = DLM_METHOD_LIFT3;
-    train_phase(ctx, m, &how, seed, BASE_STEPS, started);
+    solver_learn(&task, ctx, m, &how, BASE_STEPS, started);
 
     bench_require(ctx, dlm_save(ctx, path, m, NULL));
     printf("saved %s\n", path);
@@ -223,21 +175,11 @@ static void read_header(FILE *f)
         fail("the first line is not Puzzle,Solution but ", text);
 }
 
-static dlm_model *load(dlm_ctx *ctx, const char *path)
-{
-    dlm_model *m;
-    bench_require(ctx, dlm_load(&m, NULL, ctx, path));
-    if (m->config.vocab != TASK_SUDOKU_VOCAB || m->config.mask_id != TASK_MASK
-        || m->config.max_seq < LENGTH || m->config.pattern != DLM_PATTERN_FULL)
-        fail("not a model of sudoku train: ", path);
-    return m;
-}
-
 /* --[ eval ]---------------------------------------------------------------- */
 
 static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
 {
-    dlm_model *const m = load(ctx, model_path);
+    dlm_model *const m = solver_load(&task, ctx, model_path);
     FILE *const f = fopen(path, "rb");
     task_puzzle puzzles[BATCH];
     task_score score = {0};
@@ -245,7 +187,7 @@ static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
     int n = 0, line = 1, more = 1;
     if (f == NULL) fail("cannot open ", path);
     read_header(f);
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     while (more) {
         more = read_puzzle(f, &puzzles[n], &line);
         n += more;
@@ -341,7 +283,7 @@ static void show_verdict(const task_puzzle *p, const int *digits, int unique)
 
 static void show(dlm_ctx *ctx, const char *model_path, const char *text)
 {
-    dlm_model *const m = load(ctx, model_path);
+    dlm_model *const m = solver_load(&task, ctx, model_path);
     task_puzzle p = {0};
     solver s;
     const dlm_event *events;
@@ -350,7 +292,7 @@ static void show(dlm_ctx *ctx, const char *model_path, const char *text)
     if (end == NULL || *end != 0) fail("not 16 digits from 0 to 4: ", text);
     unique = task_solve(&p);
     colours = isatty(fileno(stdout)) && getenv("NO_COLOR") == NULL;
-    solver_open(&s, ctx, m);
+    solver_open(&s, &task, ctx, m);
     solver_begin(&s, &p, 1);
     while (!dlm_sampler_done(s.sampler))
         bench_require(ctx, dlm_sampler_step(s.sampler));
