@@ -68,7 +68,8 @@
        DLM_MALLOC(n) DLM_FREE(p)   both or none; dlm_allocator replaces them at run time
        DLM_SELF                    this file's name, if you renamed it: "my_dlm.h"
        DLM_ALLOW_FAST_MATH         -ffast-math is refused without it (NaN, infinity)
-   and the environment variable DLM_ISA=scalar|sse2|avx2|avx512|neon at run time.
+   and at run time the environment variable DLM_ISA=scalar, sse2, avx2, avx512,
+   avx512bf16 (with dot products of bf16 and int8), amx or neon.
 
    SHAPES AND NAMES                row-major, last index fastest, contiguous
        N   rows (tokens) of a pass, all sequences one after the other    64 .. 4096
@@ -171,7 +172,11 @@ DLM_API const char *dlm_error_string(dlm_error e);      /* static text, never NU
 
 typedef enum dlm_isa {
     DLM_ISA_AUTO = 0, DLM_ISA_SCALAR, DLM_ISA_SSE2, DLM_ISA_AVX2,
-    DLM_ISA_AVX512, DLM_ISA_NEON, DLM_ISA_COUNT
+    DLM_ISA_AVX512,      /* F and BW                                               */
+    DLM_ISA_AVX512BF16,  /* and dot products of bf16 and int8 (VNNI); AUTO takes it on
+                            AMD alone, where that of bf16 is faster than f32's     */
+    DLM_ISA_AMX,         /* and tiles of both; Linux is asked for them             */
+    DLM_ISA_NEON, DLM_ISA_COUNT
 } dlm_isa;
 
 typedef struct dlm_allocator {             /* all zero: DLM_MALLOC and DLM_FREE    */
@@ -205,11 +210,11 @@ typedef struct dlm_options {               /* all zero is right for most program
                                               the allocator                        */
     size_t        scratch;                 /* * = 1 MiB, at least 64 KiB: room for the
                                               matmul's packed panels               */
-    int           precision;               /* DLM_F32 (0) or DLM_BF16: in how many bits
-                                              packed weights are kept, those of sessions
-                                              (a distiller's teacher, too) without
-                                              no_pack.  BF16 rounds them to nearest even;
-                                              sums and trained weights have 32 bits */
+    int           precision;               /* DLM_F32 (0), DLM_BF16 or DLM_I8: how packed
+                                              weights are kept and multiplied, those of
+                                              sessions (a distiller's teacher, too)
+                                              without no_pack; see dlm_pack.  Training:
+                                              dlm_train_options                    */
 } dlm_options;
 
 typedef struct dlm_ctx dlm_ctx;
@@ -265,8 +270,13 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
                            int M, int N, int K);
 
 /* Weights (N,K) that do not change, rearranged once for the kernels of this ctx, in its
-   precision.  packed has room for dlm_pack_floats() floats (about N * K, in BF16 half as
-   many), caller-owned, 64-byte aligned. */
+   precision.  packed has room for dlm_pack_floats() floats (about N * K, in BF16 half, in
+   I8 a quarter), caller-owned, 64-byte aligned.
+     BF16  both factors are rounded to nearest even, products are summed in f32: about
+           2^-9 of error per factor.  ISAs agree to the order of two sums, and to what
+           avx512bf16 and amx flush to zero (below 2^-126)
+     I8    rows of both factors are scaled to -127..127 and rounded, sums are exact: the
+           same bits on every ISA; a row that is not finite gives NaN or infinity */
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
 DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
 DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
@@ -636,6 +646,10 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
                                               this range (BD3-LM's clipped schedule);
                                               * = 0.001, 1: all of them, the ELBO   */
     int      independent_levels;           /* 0: noise levels stratified over the batch */
+    int      precision;                    /* DLM_F32 (0) or DLM_BF16: the factors of
+                                              products with weights, forward and back, are
+                                              rounded to it, as by dlm_pack; weights, sums,
+                                              norms, attention, loss, moments stay f32 */
     dlm_lift_options lift;                 /* zeros: plain masks                   */
     uint64_t seed;
 } dlm_train_options;
@@ -949,6 +963,14 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
 #define DLM__UNROLL
 #endif
 
+/* Here the compiler forgets what it has read, so as not to keep more of it than there
+   are registers. */
+#if defined(__GNUC__)
+#define DLM__RELOAD __asm__ volatile("" : : : "memory")
+#else
+#define DLM__RELOAD ((void)0)
+#endif
+
 #define DLM__JOIN2(a, b) a##_##b
 #define DLM__JOIN(a, b) DLM__JOIN2(a, b)
 
@@ -956,6 +978,13 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
   #if defined(__x86_64__)
     #define DLM__X86 1
     #include <immintrin.h>
+    #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+      #define DLM__AVX512BF16 1     /* older compilers have not heard of it        */
+      #if defined(__linux__)
+        #define DLM__AMX 1
+        #include <cpuid.h>
+      #endif
+    #endif
   #elif defined(__aarch64__)
     #define DLM__ARM 1
     #include <arm_neon.h>
@@ -981,12 +1010,19 @@ DLM__INLINE int dlm__round_up(int a, int b) { return dlm__ceil_div(a, b) * b; }
 enum { DLM__ALIGN = 64, DLM__KC = 256, DLM__MAX_D = 256 };
 
 #if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
-enum { DLM__MAX_MR = 12, DLM__MAX_NR = 32 };
+enum { DLM__MAX_MR = 32, DLM__MAX_NR = 32 };
 #elif defined(DLM__ARM)
 enum { DLM__MAX_MR = 8, DLM__MAX_NR = 8 };
 #else
 enum { DLM__MAX_MR = 4, DLM__MAX_NR = 4 };
 #endif
+
+/* Factors of a product are kept in words of 32 bits: one f32, or two bf16 or four int8
+   that follow each other along K.  Two words are multiplied into the sum of their
+   values' products, so that one tile, one panel and one packing serve all three. */
+typedef enum dlm__word {
+    DLM__WORD_F32, DLM__WORD_BF16, DLM__WORD_I8, DLM__WORDS
+} dlm__word;
 
 struct dlm__pool;
 struct dlm__kernels;
@@ -995,6 +1031,8 @@ struct dlm_ctx {
     dlm_options   opt;
     const struct dlm__kernels *k;   /* the kernels of the chosen ISA               */
     struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
+    dlm__word     as_stored;        /* how unpacked factors are multiplied: f32 but
+                                       within a trainer's pass in bf16             */
     float        *scratch;          /* packed B of the matmul that is running      */
     size_t        scratch_floats;
     void         *block;            /* what was allocated, NULL if the user's      */
@@ -1194,24 +1232,40 @@ DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i)
 #define DLM_SELF "dlm.h"            /* vendored under another name?  define this too */
 #endif
 
+/* How an ISA wants the narrow words, bf16 and int8, of a product laid out. */
+typedef struct dlm__narrow {
+    int mr;                         /* rows of the largest tile                    */
+    int k_step;                     /* K is padded to a multiple of so many words  */
+    int by_rows;                    /* tiles of a: 0 [k][m] as f32's, 1 [m][k]     */
+    int offset;                     /* is added to the int8 of a: 128 where only
+                                       unsigned times signed can be multiplied     */
+    void (*enter)(int yes);         /* before and after tiles are used, or NULL    */
+} dlm__narrow;
+
 /* Letters: x, y rows of n floats; "tile" arrays are [rows][nr], one lane per column. */
 typedef struct dlm__kernels {
     int mr, nr, vw;                 /* the largest tile: mr rows, nr columns; lanes
                                        of one vector                               */
-    /* c (m, n) (+)= sum over k of a[k][i] * b[k][j]; a has rows of lda, b of ldb;
-       m <= mr, n <= nr; a row of b must be readable for nr floats, c is touched in n
-       columns only. */
-    void (*tile)(float *c, int ldc, const float *a, int lda, const float *b, int ldb,
-                 int m, int n, int k, int add);
+    dlm__narrow narrow;
+    /* c (m, n) (+)= sum over k of a[k][i] * b[k][j], in words; a has rows of lda, b of
+       ldb; m <= mr, n <= nr; a row of b must be readable for nr words, c is touched in n
+       columns only.  Of int8, c gets the sum as a 32-bit integer. */
+    void (*tile[DLM__WORDS])(float *c, int ldc, const float *a, int lda, const float *b,
+                             int ldb, int m, int n, int k, int add);
     /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `next` apart: one panel gives a
-       single row too few chains of multiply-adds to hide their latency. */
-    void (*row)(float *c, const float *a, const float *b, int ldb, size_t next, int k,
-                int add);
-    /* The same with b in bf16, widened as it is loaded. */
-    void (*tile_bf16)(float *c, int ldc, const float *a, int lda, const uint16_t *b,
-                      int ldb, int m, int n, int k, int add);
-    void (*row_bf16)(float *c, const float *a, const uint16_t *b, int ldb, size_t next,
-                     int k, int add);
+       single row too few chains of multiply-adds to hide their latency.  Or NULL. */
+    void (*row[DLM__WORDS])(float *c, const float *a, const float *b, int ldb,
+                            size_t next, int k, int add);
+    /* words = x in bf16, to nearest even; or in int8, as round(x scale) + offset.  Up to
+       vw - 1 values past n are written, too. */
+    void (*to_bf16)(float *words, const float *x, int n);
+    void (*to_int8)(float *words, const float *x, int n, float scale, int offset);
+    /* words[i] = x[i] and y[i] as one word of bf16; y NULL: zeros. */
+    void (*pair)(float *words, const float *x, const float *y, int n);
+    /* The largest |x_i|, NaN if one of them is not finite. */
+    float (*magnitude)(const float *x, int n);
+    /* y_i, an integer, becomes the float y_i * (r x_i). */
+    void (*scale_int)(float *y, const float *x, float r, int n);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
     void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
@@ -1255,11 +1309,30 @@ DLM_API const char *dlm_isa_name(dlm_isa isa)
     case DLM_ISA_SSE2:   return "sse2";
     case DLM_ISA_AVX2:   return "avx2";
     case DLM_ISA_AVX512: return "avx512";
+    case DLM_ISA_AVX512BF16: return "avx512bf16";
+    case DLM_ISA_AMX:    return "amx";
     case DLM_ISA_NEON:   return "neon";
     case DLM_ISA_COUNT:  break;
     }
     return "unknown";
 }
+
+#ifdef DLM__AMX
+/* Tiles have 8 KiB of state, which Linux keeps for a process only if it has asked:
+   arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), called without a libc that may
+   not know it.  Asking twice does no harm. */
+static int dlm__ask_for_amx(void)
+{
+    enum { TILE = 1 << 24, BF16 = 1 << 22, INT8 = 1 << 25 };
+    unsigned a, b, c, d;
+    long result;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if ((d & (TILE | BF16 | INT8)) != (TILE | BF16 | INT8)) return 0;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L)
+                     : "rcx", "r11", "memory");
+    return result == 0;
+}
+#endif
 
 DLM_API int dlm_isa_supported(dlm_isa isa)
 {
@@ -1267,7 +1340,17 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
     if (isa == DLM_ISA_SSE2) return 1;                  /* part of x86-64          */
     if (isa == DLM_ISA_AVX2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == DLM_ISA_AVX512) return __builtin_cpu_supports("avx512f") != 0;
+    if (isa == DLM_ISA_AVX512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#endif
+#ifdef DLM__AVX512BF16
+    if (isa == DLM_ISA_AVX512BF16)
+        return dlm_isa_supported(DLM_ISA_AVX512) && __builtin_cpu_supports("avx512bf16")
+            && __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef DLM__AMX
+    if (isa == DLM_ISA_AMX)
+        return dlm_isa_supported(DLM_ISA_AVX512BF16) && dlm__ask_for_amx();
 #endif
 #ifdef DLM__ARM
     if (isa == DLM_ISA_NEON) return 1;                  /* part of AArch64         */
@@ -1285,15 +1368,26 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
        DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
        dlm__vf            a vector of floats, and words on it: dlm__vload vstore
-                          (vloadn vstoren: the first n lanes, others 0; vwiden: loads
-                          bf16 as the upper halves of floats) vset1 vadd vsub
+                          (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
                           vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax;
                           fma1: vfma of single floats
+       dlm__vu            the same bits as integers: bits floats convert; vnan: all bits
+                          of the lanes that are NaN; vtoint vfromint; vstore16: the
+                          upper halves of the lanes, vstore8: their lowest bytes
+       dlm__bf16_parts    1: bf16_fma(a, b, c) multiplies whole words into c; 2: part(w,
+                          0) and part(w, 1) of both factors are multiplied one after the
+                          other.  Likewise dlm__int8_parts, int8_part, int8_fma and, see
+                          dlm__narrow, int8_offset
    and includes this file again; only this section is then visible, and it undefines
    all of them at its end.  The scalar instance is the same code with one lane. */
 #ifdef DLM__KERNEL_PASS
 #define DLM__K(name) DLM__JOIN(name, DLM__KERNEL_PASS)
 #define DLM__NR (DLM__VW * DLM__NV)
+#if DLM__VW > 1                     /* casts of vectors keep their bits            */
+#define dlm__bits(v) ((dlm__vu)(v))
+#define dlm__floats(u) ((dlm__vf)(u))
+#define dlm__vnan(v) ((dlm__vu)((v) != (v)))
+#endif
 
 /* The vector at p of which n lanes remain, n >= 1. */
 DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__ld)(const float *p, int n)
@@ -1336,21 +1430,57 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vsigmoid)(dlm__vf x)
     return dlm__vdiv(one, dlm__vadd(one, e));
 }
 
-/* A vector of weights that are kept in 32 bits, or in the upper 16 of them. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__weights)(const void *b, size_t at,
-                                                     const int bf16)
+/* Words of bf16 are floats without their lower halves, the later value on top. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__bf16_half)(dlm__vf word, const int upper)
 {
-    if (bf16) return dlm__vwiden((const uint16_t *)b + at);
-    return dlm__vload((const float *)b + at);
+    const dlm__vu u = dlm__bits(word);
+    return dlm__floats(upper ? u & 0xffff0000U : u << 16);
 }
 
-/* The register tile.  m, nv and bf16 are constants where this is inlined, so the loops
+#ifdef dlm__vmadd16
+/* Two of the four int8 of a word as int16: the first and third, or the others. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__int8_half)(dlm__vf word, const int upper)
+{
+    const dlm__vu u = dlm__bits(word);
+    return dlm__floats((dlm__vs)(upper ? u : u << 8) >> 8);
+}
+#endif
+
+/* Rounded to bf16, nearest even; NaN stays one whatever its bits. */
+DLM__INLINE DLM__TARGET dlm__vu DLM__K(dlm__round_bf16)(dlm__vf x)
+{
+    const dlm__vu u = dlm__bits(x), nan = dlm__vnan(x);
+    const dlm__vu rounded = u + 0x7fffU + (u >> 16 & 1U);
+    return ((rounded & ~nan) | (nan & 0x7fc00000U)) & 0xffff0000U;
+}
+
+/* The part of a word that dlm__multiply takes, and how many there are. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__part)(dlm__vf word, const int part,
+                                                  const dlm__word kind)
+{
+    if (kind == DLM__WORD_BF16) return dlm__bf16_part(word, part);
+    if (kind == DLM__WORD_I8) return dlm__int8_part(word, part);
+    return word;
+}
+
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__multiply)(dlm__vf a, dlm__vf b, dlm__vf c,
+                                                      const dlm__word kind)
+{
+    if (kind == DLM__WORD_BF16) return dlm__bf16_fma(a, b, c);
+    if (kind == DLM__WORD_I8) return dlm__int8_fma(a, b, c);
+    return dlm__vfma(a, b, c);
+}
+
+#define DLM__PARTS(kind) ((kind) == DLM__WORD_BF16 ? dlm__bf16_parts \
+                          : (kind) == DLM__WORD_I8 ? dlm__int8_parts : 1)
+
+/* The register tile.  m, nv and kind are constants where this is inlined, so the loops
    over them unroll and acc lives in registers; columns from n on are left alone. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
-    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
-    const int m, const int nv, int n, int k, int add, const int bf16)
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    const int m, const int nv, int n, int k, int add, const dlm__word kind)
 {
-    size_t at = 0;
+    const int parts = DLM__PARTS(kind);
     dlm__vf acc[DLM__MR][DLM__NV];
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -1360,19 +1490,22 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
                 ? DLM__K(dlm__ld)(c + (size_t)i * (size_t)ldc + v * DLM__VW,
                                   n - v * DLM__VW) : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++) {
-        dlm__vf b_k[DLM__NV];
+    for (int kk = 0; kk < k; kk++, a += lda, b += ldb) {
         DLM__UNROLL
-        for (int v = 0; v < nv; v++)
-            b_k[v] = DLM__K(dlm__weights)(b, at + (size_t)v * DLM__VW, bf16);
-        DLM__UNROLL
-        for (int i = 0; i < m; i++) {
-            const dlm__vf a_ki = dlm__vset1(a[i]);
+        for (int part = 0; part < parts; part++) {
+            dlm__vf b_k[DLM__NV];
             DLM__UNROLL
-            for (int v = 0; v < nv; v++) acc[i][v] = dlm__vfma(a_ki, b_k[v], acc[i][v]);
+            for (int v = 0; v < nv; v++)
+                b_k[v] = DLM__K(dlm__part)(dlm__vload(b + v * DLM__VW), part, kind);
+            DLM__UNROLL
+            for (int i = 0; i < m; i++) {
+                const dlm__vf a_ki = DLM__K(dlm__part)(dlm__vset1(a[i]), part, kind);
+                DLM__UNROLL
+                for (int v = 0; v < nv; v++)
+                    acc[i][v] = DLM__K(dlm__multiply)(a_ki, b_k[v], acc[i][v], kind);
+            }
+            if (parts > 1 && DLM__VW < 16) DLM__RELOAD;
         }
-        a += lda;
-        at += (size_t)ldb;
     }
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -1384,23 +1517,24 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     }
 }
 
-/* One vector wide where that is enough: few queries, few classes. */
+/* One vector wide where that is enough: few queries, few classes.  Narrow words are not
+   met there often enough for another twelve tiles. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
-    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
-    const int m, int n, int k, int add, const int bf16)
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    const int m, int n, int k, int add, const dlm__word kind)
 {
-    if (n <= DLM__VW)
-        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, n, k, add, bf16);
+    if (n <= DLM__VW && kind == DLM__WORD_F32)
+        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, n, k, add, kind);
     else
-        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, n, k, add, bf16);
+        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, n, k, add, kind);
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
-    float *c, int ldc, const float *a, int lda, const void *b, int ldb,
-    int m, int n, int k, int add, const int bf16)
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    int m, int n, int k, int add, const dlm__word kind)
 {
 #define DLM__CASE(m) \
-    case m: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, m, n, k, add, bf16); break;
+    case m: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, m, n, k, add, kind); break;
     switch (m) {
     DLM__CASE(1) DLM__CASE(2) DLM__CASE(3) DLM__CASE(4)
 #if DLM__MR > 4
@@ -1417,26 +1551,12 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 #undef DLM__CASE
 }
 
-static DLM__TARGET void DLM__K(dlm__tile)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
-    int m, int n, int k, int add)
-{
-    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 0);
-}
-
-static DLM__TARGET void DLM__K(dlm__tile_bf16)(
-    float *c, int ldc, const float *a, int lda, const uint16_t *b, int ldb,
-    int m, int n, int k, int add)
-{
-    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, 1);
-}
-
 DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
-    float *c, const float *a, const void *b, int ldb, size_t next, int k, int add,
-    const int bf16)
+    float *c, const float *a, const float *b, int ldb, size_t next, int k, int add,
+    const dlm__word kind)
 {
+    const int parts = DLM__PARTS(kind);
     dlm__vf acc[4][DLM__NV];
-    size_t at = 0;
     DLM__UNROLL
     for (int p = 0; p < 4; p++) {
         DLM__UNROLL
@@ -1444,15 +1564,18 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
             acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
                             : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++, at += (size_t)ldb) {
-        const dlm__vf a_k = dlm__vset1(a[kk]);
+    for (int kk = 0; kk < k; kk++, b += ldb) {
         DLM__UNROLL
-        for (int p = 0; p < 4; p++) {
+        for (int part = 0; part < parts; part++) {
+            const dlm__vf a_k = DLM__K(dlm__part)(dlm__vset1(a[kk]), part, kind);
             DLM__UNROLL
-            for (int v = 0; v < DLM__NV; v++) {
-                const size_t from = at + (size_t)p * next + (size_t)v * DLM__VW;
-                const dlm__vf b_k = DLM__K(dlm__weights)(b, from, bf16);
-                acc[p][v] = dlm__vfma(a_k, b_k, acc[p][v]);
+            for (int p = 0; p < 4; p++) {
+                DLM__UNROLL
+                for (int v = 0; v < DLM__NV; v++) {
+                    const dlm__vf b_k = dlm__vload(b + (size_t)p * next + v * DLM__VW);
+                    acc[p][v] = DLM__K(dlm__multiply)(
+                        a_k, DLM__K(dlm__part)(b_k, part, kind), acc[p][v], kind);
+                }
             }
         }
     }
@@ -1464,16 +1587,71 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
     }
 }
 
-static DLM__TARGET void DLM__K(dlm__row)(float *c, const float *a, const float *b,
-                                         int ldb, size_t next, int k, int add)
+/* The tile and the row of each kind of words. */
+#define DLM__PRODUCTS(name, kind) \
+static DLM__TARGET void DLM__K(dlm__tile_##name)( \
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb, \
+    int m, int n, int k, int add) \
+{ \
+    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, kind); \
+} \
+static DLM__TARGET void DLM__K(dlm__row_##name)( \
+    float *c, const float *a, const float *b, int ldb, size_t next, int k, int add) \
+{ \
+    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, kind); \
+}
+DLM__PRODUCTS(f32, DLM__WORD_F32)
+DLM__PRODUCTS(bf16, DLM__WORD_BF16)
+DLM__PRODUCTS(int8, DLM__WORD_I8)
+
+static DLM__TARGET void DLM__K(dlm__to_bf16)(float *words, const float *x, int n)
 {
-    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, 0);
+    char *out = (char *)words;
+    for (int i = 0; i < n; i += DLM__VW)
+        dlm__vstore16(out + 2 * i,
+                      DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(x + i, n - i)));
 }
 
-static DLM__TARGET void DLM__K(dlm__row_bf16)(float *c, const float *a, const uint16_t *b,
-                                              int ldb, size_t next, int k, int add)
+static DLM__TARGET void DLM__K(dlm__to_int8)(float *words, const float *x, int n,
+                                             float scale, int offset)
 {
-    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, 1);
+    char *out = (char *)words;
+    const dlm__vf s = dlm__vset1(scale);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf y = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), s);
+        dlm__vstore8(out + i, dlm__vtoint(y) + (unsigned)offset);
+    }
+}
+
+static DLM__TARGET void DLM__K(dlm__pair)(float *words, const float *x, const float *y,
+                                          int n)
+{
+    for (int i = 0; i < n; i += DLM__VW) {
+        dlm__vu word = DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(x + i, n - i)) >> 16;
+        if (y) word |= DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(y + i, n - i));
+        DLM__K(dlm__st)(words + i, dlm__floats(word), n - i);
+    }
+}
+
+static DLM__TARGET float DLM__K(dlm__magnitude)(const float *x, int n)
+{
+    dlm__vf m = dlm__vset1(0.0f), finite = m;
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
+        m = dlm__vmax(dlm__floats(dlm__bits(x_i) & 0x7fffffffU), m);
+        finite = dlm__vfma(x_i, dlm__vset1(0.0f), finite);
+    }
+    return dlm__hmax(m) + dlm__hsum(finite);
+}
+
+static DLM__TARGET void DLM__K(dlm__scale_int)(float *y, const float *x, float r, int n)
+{
+    const dlm__vf rv = dlm__vset1(r);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf y_i = dlm__vfromint(dlm__bits(DLM__K(dlm__ld)(y + i, n - i)));
+        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
+        DLM__K(dlm__st)(y + i, dlm__vmul(y_i, dlm__vmul(rv, x_i)), n - i);
+    }
 }
 
 static DLM__TARGET void DLM__K(dlm__tiny)(
@@ -1807,33 +1985,64 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     }
 }
 
-static const dlm__kernels DLM__K(dlm__table) = {
-    DLM__MR, DLM__NR, DLM__VW,
-    DLM__K(dlm__tile), DLM__K(dlm__row), DLM__K(dlm__tile_bf16), DLM__K(dlm__row_bf16),
-    DLM__K(dlm__tiny),
-    DLM__K(dlm__softmax_tile), DLM__K(dlm__few_scores), DLM__K(dlm__few_softmax),
-    DLM__K(dlm__few_mix), DLM__K(dlm__softmax_tile_backward),
-    DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward),
-    DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward),
-    DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot),
-    DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled),
+#define DLM__ALL_BUT_PRODUCTS \
+    DLM__K(dlm__to_bf16), DLM__K(dlm__to_int8), DLM__K(dlm__pair), \
+    DLM__K(dlm__magnitude), DLM__K(dlm__scale_int), DLM__K(dlm__tiny), \
+    DLM__K(dlm__softmax_tile), DLM__K(dlm__few_scores), DLM__K(dlm__few_softmax), \
+    DLM__K(dlm__few_mix), DLM__K(dlm__softmax_tile_backward), \
+    DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward), \
+    DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward), \
+    DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot), \
+    DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled), \
     DLM__K(dlm__adamw)
+
+static const dlm__kernels DLM__K(dlm__table) = {
+    DLM__MR, DLM__NR, DLM__VW, { DLM__MR, 1, 0, dlm__int8_offset, NULL },
+    { DLM__K(dlm__tile_f32), DLM__K(dlm__tile_bf16), DLM__K(dlm__tile_int8) },
+    { DLM__K(dlm__row_f32), DLM__K(dlm__row_bf16), DLM__K(dlm__row_int8) },
+    DLM__ALL_BUT_PRODUCTS
 };
+
+#ifdef DLM__AMX_TILES               /* see instances                               */
+static const dlm__kernels dlm__table_amx = {
+    DLM__MR, DLM__NR, DLM__VW, { 32, 16, 1, 0, dlm__amx_enter },
+    { DLM__K(dlm__tile_f32), dlm__amx_tile_bf16, dlm__amx_tile_int8 },
+    { DLM__K(dlm__row_f32), NULL, NULL },
+    DLM__ALL_BUT_PRODUCTS
+};
+#endif
 
 #undef DLM__K
 #undef DLM__NR
 #undef DLM__FEW
+#undef DLM__PARTS
+#undef DLM__PRODUCTS
+#undef DLM__ALL_BUT_PRODUCTS
 #undef DLM__KERNEL_PASS
 #undef DLM__TARGET
+#undef dlm__bits
+#undef dlm__floats
+#undef dlm__vnan
+#undef dlm__bf16_parts
+#undef dlm__bf16_part
+#undef dlm__bf16_fma
+#undef dlm__int8_parts
+#undef dlm__int8_part
+#undef dlm__int8_fma
+#undef dlm__int8_offset
+#ifndef DLM__SAME_WORDS             /* the next instance has all others in common  */
 #undef DLM__VW
 #undef DLM__MR
 #undef DLM__NV
 #undef dlm__vf
+#undef dlm__vu
+#undef dlm__vs
 #undef dlm__vload
 #undef dlm__vstore
 #undef dlm__vloadn
-#undef dlm__vwiden
 #undef dlm__vstoren
+#undef dlm__vstore16
+#undef dlm__vstore8
 #undef dlm__vset1
 #undef dlm__vadd
 #undef dlm__vsub
@@ -1841,6 +2050,9 @@ static const dlm__kernels DLM__K(dlm__table) = {
 #undef dlm__vdiv
 #undef dlm__vfma
 #undef dlm__fma1
+#undef dlm__vmadd16
+#undef dlm__vtoint
+#undef dlm__vfromint
 #undef dlm__vmax
 #undef dlm__vmin
 #undef dlm__vsqrt
@@ -1849,6 +2061,7 @@ static const dlm__kernels DLM__K(dlm__table) = {
 #undef dlm__vnotbelow
 #undef dlm__hsum
 #undef dlm__hmax
+#endif
 #else /* door 2: back to the ordinary reading of the file */
 
 #if defined(DLM_IMPLEMENTATION) && !defined(DLM__IMPLEMENTED)
@@ -1858,11 +2071,33 @@ static const dlm__kernels DLM__K(dlm__table) = {
    One paragraph per instruction set: its vocabulary, then the kernels above. */
 
 /* --[ scalar ]---------------------------------------------------------------- */
-DLM__INLINE float dlm__widen_bf16(uint16_t x)
+DLM__INLINE uint32_t dlm__bits_scalar(float x)
+{
+    union { float f; uint32_t u; } bits;
+    bits.f = x;
+    return bits.u;
+}
+
+DLM__INLINE float dlm__floats_scalar(uint32_t x)
 {
     union { uint32_t u; float f; } bits;
-    bits.u = (uint32_t)x << 16;
+    bits.u = x;
     return bits.f;
+}
+
+DLM__INLINE void dlm__store16_scalar(char *p, uint32_t x)
+{
+    const uint16_t upper = (uint16_t)(x >> 16);
+    memcpy(p, &upper, sizeof upper);
+}
+
+DLM__INLINE float dlm__int8_fma_scalar(float a, float b, float c)
+{
+    const uint32_t x = dlm__bits_scalar(a), y = dlm__bits_scalar(b);
+    uint32_t sum = dlm__bits_scalar(c);
+    for (int i = 0; i < 32; i += 8)
+        sum += (uint32_t)((int8_t)(x >> i & 255) * (int8_t)(y >> i & 255));
+    return dlm__floats_scalar(sum);
 }
 
 DLM__INLINE float dlm__pow2_scalar(float n)
@@ -1878,10 +2113,24 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define DLM__MR 4
 #define DLM__NV 4
 #define dlm__vf float
+#define dlm__vu uint32_t
+#define dlm__bits(v) dlm__bits_scalar(v)
+#define dlm__floats(u) dlm__floats_scalar(u)
+#define dlm__vnan(v) ((v) != (v) ? ~0U : 0U)
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) ((a) * (b) + (c))
+#define dlm__int8_parts 1
+#define dlm__int8_part(w, part) ((void)(part), (w))
+#define dlm__int8_fma(a, b, c) dlm__int8_fma_scalar(a, b, c)
+#define dlm__int8_offset 0
+#define dlm__vtoint(v) ((uint32_t)(int32_t)rintf(v))
+#define dlm__vfromint(u) ((float)(int32_t)(u))
+#define dlm__vstore16(p, u) dlm__store16_scalar(p, u)
+#define dlm__vstore8(p, u) (*(p) = (char)(u))
 #define dlm__vload(p) (*(p))
 #define dlm__vstore(p, v) (*(p) = (v))
 #define dlm__vloadn(p, n) ((void)(n), *(p))
-#define dlm__vwiden(p) dlm__widen_bf16(*(p))
 #define dlm__vstoren(p, v, n) ((void)(n), *(p) = (v))
 #define dlm__vset1(x) (x)
 #define dlm__vadd(a, b) ((a) + (b))
@@ -1901,6 +2150,13 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #include DLM_SELF                   /* not found?  see DLM_SELF in the top comment */
 
 #ifdef DLM__X86
+typedef uint32_t dlm__u32x4  __attribute__((vector_size(16)));
+typedef uint32_t dlm__u32x8  __attribute__((vector_size(32)));
+typedef uint32_t dlm__u32x16 __attribute__((vector_size(64)));
+typedef int16_t  dlm__i16x8  __attribute__((vector_size(16)));
+typedef int16_t  dlm__i16x16 __attribute__((vector_size(32)));
+typedef int16_t  dlm__i16x32 __attribute__((vector_size(64)));
+
 /* --[ sse2 ]------------------------------------------------------------------ */
 DLM__INLINE __m128 dlm__loadn_sse2(const float *p, int n)
 {
@@ -1928,17 +2184,42 @@ DLM__INLINE float dlm__hmax_sse2(__m128 v)
     return _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps(v, v, 1)));
 }
 
+/* Four numbers in the lower halves of x, as int16 or, in the lowest bytes, as int8. */
+DLM__INLINE void dlm__store16_sse2(char *p, __m128i x)
+{
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi32(x, x));
+}
+
+DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
+{
+    const __m128i y = _mm_packs_epi32(x, x);
+    const int four = _mm_cvtsi128_si32(_mm_packs_epi16(y, y));
+    memcpy(p, &four, sizeof four);
+}
+
 #define DLM__KERNEL_PASS sse2
 #define DLM__TARGET
 #define DLM__VW 4
 #define DLM__MR 4
 #define DLM__NV 2
 #define dlm__vf __m128
+#define dlm__vu dlm__u32x4
+#define dlm__vs dlm__i16x8
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
+#define dlm__int8_parts 2
+#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
+#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
+#define dlm__int8_offset 0
+#define dlm__vmadd16(a, b) _mm_madd_epi16((__m128i)(a), (__m128i)(b))
+#define dlm__vtoint(v) ((dlm__vu)_mm_cvtps_epi32(v))
+#define dlm__vfromint(u) _mm_cvtepi32_ps((__m128i)(u))
+#define dlm__vstore16(p, u) dlm__store16_sse2(p, _mm_srai_epi32((__m128i)(u), 16))
+#define dlm__vstore8(p, u) dlm__store8_sse2(p, (__m128i)(u))
 #define dlm__vload(p) _mm_loadu_ps(p)
 #define dlm__vstore(p, v) _mm_storeu_ps(p, v)
 #define dlm__vloadn(p, n) dlm__loadn_sse2(p, n)
-#define dlm__vwiden(p) _mm_castsi128_ps(_mm_unpacklo_epi16( \
-    _mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)(const void *)(p))))
 #define dlm__vstoren(p, v, n) dlm__storen_sse2(p, v, n)
 #define dlm__vset1(x) _mm_set1_ps(x)
 #define dlm__vadd(a, b) _mm_add_ps(a, b)
@@ -1972,17 +2253,46 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
     return sum ? _mm_add_ps(lo, hi) : _mm_max_ps(lo, hi);
 }
 
+/* Eight numbers in the lower halves of x as int16, in the lower half of the result. */
+DLM__INLINE DLM__AVX2 __m128i dlm__pack16_avx2(__m256i x)
+{
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 8));
+}
+
+DLM__INLINE DLM__AVX2 void dlm__store16_avx2(char *p, __m256i x)
+{
+    _mm_storeu_si128((__m128i *)(void *)p, dlm__pack16_avx2(x));
+}
+
+DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
+{
+    const __m128i y = dlm__pack16_avx2(x);
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(y, y));
+}
+
 #define DLM__KERNEL_PASS avx2
 #define DLM__TARGET DLM__AVX2
 #define DLM__VW 8
 #define DLM__MR 6
 #define DLM__NV 2
 #define dlm__vf __m256
+#define dlm__vu dlm__u32x8
+#define dlm__vs dlm__i16x16
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
+#define dlm__int8_parts 2
+#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
+#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
+#define dlm__int8_offset 0
+#define dlm__vmadd16(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#define dlm__vtoint(v) ((dlm__vu)_mm256_cvtps_epi32(v))
+#define dlm__vfromint(u) _mm256_cvtepi32_ps((__m256i)(u))
+#define dlm__vstore16(p, u) dlm__store16_avx2(p, _mm256_srai_epi32((__m256i)(u), 16))
+#define dlm__vstore8(p, u) dlm__store8_avx2(p, (__m256i)(u))
 #define dlm__vload(p) _mm256_loadu_ps(p)
 #define dlm__vstore(p, v) _mm256_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm256_maskload_ps(p, dlm__first_avx2(n))
-#define dlm__vwiden(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32( \
-    _mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
 #define dlm__vstoren(p, v, n) _mm256_maskstore_ps(p, dlm__first_avx2(n), v)
 #define dlm__vset1(x) _mm256_set1_ps(x)
 #define dlm__vadd(a, b) _mm256_add_ps(a, b)
@@ -2003,17 +2313,32 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #include DLM_SELF
 
 /* --[ avx512 ]---------------------------------------------------------------- */
+#define DLM__SAME_WORDS
 #define DLM__KERNEL_PASS avx512
-#define DLM__TARGET __attribute__((target("avx512f")))
+#define DLM__TARGET __attribute__((target("avx512f,avx512bw")))
 #define DLM__VW 16
 #define DLM__MR 12
 #define DLM__NV 2
 #define dlm__vf __m512
+#define dlm__vu dlm__u32x16
+#define dlm__vs dlm__i16x32
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
+#define dlm__int8_parts 2
+#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
+#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
+#define dlm__int8_offset 0
+#define dlm__vmadd16(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#define dlm__vtoint(v) ((dlm__vu)_mm512_cvtps_epi32(v))
+#define dlm__vfromint(u) _mm512_cvtepi32_ps((__m512i)(u))
+#define dlm__vstore16(p, u) _mm256_storeu_si256( \
+    (__m256i *)(void *)(p), _mm512_cvtepi32_epi16((__m512i)((u) >> 16)))
+#define dlm__vstore8(p, u) _mm_storeu_si128( \
+    (__m128i *)(void *)(p), _mm512_cvtepi32_epi8((__m512i)(u)))
 #define dlm__vload(p) _mm512_loadu_ps(p)
 #define dlm__vstore(p, v) _mm512_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
-#define dlm__vwiden(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32( \
-    _mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
 #define dlm__vstoren(p, v, n) _mm512_mask_storeu_ps(p, (__mmask16)((1U << (n)) - 1U), v)
 #define dlm__vset1(x) _mm512_set1_ps(x)
 #define dlm__vadd(a, b) _mm512_add_ps(a, b)
@@ -2033,6 +2358,79 @@ DLM__INLINE DLM__AVX2 __m128 dlm__lower_avx2(__m256 v, int sum)
 #define dlm__hsum(v) _mm512_reduce_add_ps(v)
 #define dlm__hmax(v) _mm512_reduce_max_ps(v)
 #include DLM_SELF
+#undef DLM__SAME_WORDS
+
+#ifdef DLM__AVX512BF16
+/* --[ amx ]-------------------------------------------------------------------
+   Eight tile registers of 16 rows of 64 bytes.  A block of c, 32 by 32, stays in four of
+   them, two hold 16 words of each of its rows of a, two as many words of its columns of
+   b.  Rows of a beyond m hold whatever is there: a row of c depends on its own alone. */
+#ifdef DLM__AMX
+#define DLM__AMX_TILES
+#define DLM__AMX_TARGET __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+
+static DLM__AMX_TARGET void dlm__amx_enter(int yes)
+{
+    struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } t;
+    memset(&t, 0, sizeof t);
+    t.palette = 1;
+    for (int i = 0; i < 8; i++) t.bytes[i] = 64, t.rows[i] = 16;
+    if (yes) _tile_loadconfig(&t);
+    else _tile_release();
+}
+
+#define DLM__AMX_TILE(name, multiply) \
+static DLM__AMX_TARGET void dlm__amx_tile_##name( \
+    float *c, int ldc, const float *a, int lda, const float *b, int ldb, \
+    int m, int n, int k, int add) \
+{ \
+    float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge; \
+    const size_t a_row = 4 * (size_t)lda, b_row = 4 * (size_t)ldb; \
+    const size_t row = 4 * (size_t)(block == c ? ldc : 32); \
+    float *lower = block + 4 * row; \
+    for (int i = 0; add && block != c && i < m; i++) \
+        memcpy(edge + 32 * i, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c); \
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); \
+    if (add) { \
+        _tile_loadd(0, block, row); _tile_loadd(1, block + 16, row); \
+        if (m > 16) { _tile_loadd(2, lower, row); _tile_loadd(3, lower + 16, row); } \
+    } \
+    for (int kk = 0; kk < k; kk += 16, a += 16, b += 16 * ldb) { \
+        _tile_loadd(4, a, a_row); \
+        _tile_loadd(6, b, b_row); \
+        _tile_loadd(7, b + 16, b_row); \
+        multiply(0, 4, 6); \
+        multiply(1, 4, 7); \
+        if (m > 16) { \
+            _tile_loadd(5, a + 4 * a_row, a_row); \
+            multiply(2, 5, 6); \
+            multiply(3, 5, 7); \
+        } \
+    } \
+    _tile_stored(0, block, row); _tile_stored(1, block + 16, row); \
+    if (m > 16) { _tile_stored(2, lower, row); _tile_stored(3, lower + 16, row); } \
+    for (int i = 0; block != c && i < m; i++) \
+        memcpy(c + (size_t)i * (size_t)ldc, edge + 32 * i, (size_t)n * sizeof *c); \
+}
+DLM__AMX_TILE(bf16, _tile_dpbf16ps)
+DLM__AMX_TILE(int8, _tile_dpbssd)
+#endif
+
+/* --[ avx512bf16 ]------------------------------------------------------------
+   The same words, but those that multiply narrow ones; the tables of avx512bf16, amx. */
+#define DLM__KERNEL_PASS avx512bf16
+#define DLM__TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,avx512vnni")))
+#define dlm__bf16_parts 1
+#define dlm__bf16_part(w, part) ((void)(part), (w))
+#define dlm__bf16_fma(a, b, c) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
+#define dlm__int8_parts 1
+#define dlm__int8_part(w, part) ((void)(part), (w))
+#define dlm__int8_fma(a, b, c) \
+    ((__m512)_mm512_dpbusd_epi32((__m512i)(c), (__m512i)(a), (__m512i)(b)))
+#define dlm__int8_offset 128
+#include DLM_SELF
+#undef DLM__AMX_TILES
+#endif
 #undef DLM__AVX2
 #endif /* DLM__X86 */
 
@@ -2052,6 +2450,28 @@ DLM__INLINE void dlm__storen_neon(float *p, float32x4_t x, int n)
     for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
+typedef uint32_t dlm__u32x4 __attribute__((vector_size(16)));
+typedef int16_t  dlm__i16x8 __attribute__((vector_size(16)));
+
+/* Sums of neighbouring products, as _mm_madd_epi16. */
+DLM__INLINE int32x4_t dlm__madd16_neon(int16x8_t a, int16x8_t b)
+{
+    return vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
+}
+
+DLM__INLINE void dlm__store16_neon(char *p, uint32x4_t x)
+{
+    const uint16x4_t four = vshrn_n_u32(x, 16);
+    memcpy(p, &four, sizeof four);
+}
+
+DLM__INLINE void dlm__store8_neon(char *p, uint32x4_t x)
+{
+    const uint16x4_t y = vmovn_u32(x);
+    const uint8x8_t four = vmovn_u16(vcombine_u16(y, y));
+    memcpy(p, &four, 4);
+}
+
 /* vmaxq and vminq would return NaN where the x86 words return the second operand. */
 DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float32x4_t b)
 {
@@ -2064,10 +2484,23 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define DLM__MR 8
 #define DLM__NV 2
 #define dlm__vf float32x4_t
+#define dlm__vu dlm__u32x4
+#define dlm__vs dlm__i16x8
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
+#define dlm__int8_parts 2
+#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
+#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
+#define dlm__int8_offset 0
+#define dlm__vmadd16(a, b) dlm__madd16_neon((int16x8_t)(a), (int16x8_t)(b))
+#define dlm__vtoint(v) ((dlm__vu)vcvtnq_s32_f32(v))
+#define dlm__vfromint(u) vcvtq_f32_s32((int32x4_t)(u))
+#define dlm__vstore16(p, u) dlm__store16_neon(p, (uint32x4_t)(u))
+#define dlm__vstore8(p, u) dlm__store8_neon(p, (uint32x4_t)(u))
 #define dlm__vload(p) vld1q_f32(p)
 #define dlm__vstore(p, v) vst1q_f32(p, v)
 #define dlm__vloadn(p, n) dlm__loadn_neon(p, n)
-#define dlm__vwiden(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define dlm__vstoren(p, v, n) dlm__storen_neon(p, v, n)
 #define dlm__vset1(x) vdupq_n_f32(x)
 #define dlm__vadd(a, b) vaddq_f32(a, b)
@@ -2097,6 +2530,12 @@ static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
     if (isa == DLM_ISA_SSE2) return &dlm__table_sse2;
     if (isa == DLM_ISA_AVX2) return &dlm__table_avx2;
     if (isa == DLM_ISA_AVX512) return &dlm__table_avx512;
+#endif
+#ifdef DLM__AVX512BF16
+    if (isa == DLM_ISA_AVX512BF16) return &dlm__table_avx512bf16;
+#endif
+#ifdef DLM__AMX
+    if (isa == DLM_ISA_AMX) return &dlm__table_amx;
 #endif
 #ifdef DLM__ARM
     if (isa == DLM_ISA_NEON) return &dlm__table_neon;
@@ -2288,10 +2727,15 @@ static int  dlm__cores(void) { return 1; }
 
 /* flops: about what all jobs cost together; below half a million the hand-over costs
    more than it saves. */
+static int dlm__alone(const dlm_ctx *ctx, double flops)
+{
+    return flops < 5e5 || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
+}
+
 static void dlm__parallel(dlm_ctx *ctx, int n, double flops, void (*job)(void *, int),
                           void *arg)
 {
-    const int alone = n <= 1 || flops < 5e5;
+    const int alone = n <= 1 || dlm__alone(ctx, flops);
     if (!alone && ctx->opt.parallel_for)
         ctx->opt.parallel_for(ctx->opt.parallel_user, n, job, arg);
     else if (!alone && ctx->pool)
@@ -2327,6 +2771,17 @@ static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
 /* ==[ context ]===============================================================
    Choosing the kernels, reading options, making and releasing the context. */
 
+/* DLM__WORDS: there are none.  Floats in x87 registers do not keep every bit pattern. */
+static dlm__word dlm__word_of(int precision)
+{
+    if (precision == DLM_F32) return DLM__WORD_F32;
+#if !defined(FLT_EVAL_METHOD) || FLT_EVAL_METHOD != 2
+    if (precision == DLM_BF16) return DLM__WORD_BF16;
+    if (precision == DLM_I8) return DLM__WORD_I8;
+#endif
+    return DLM__WORDS;
+}
+
 static dlm_isa dlm__isa_from_name(const char *name)
 {
     for (int i = 0; i < DLM_ISA_COUNT; i++)
@@ -2336,8 +2791,12 @@ static dlm_isa dlm__isa_from_name(const char *name)
 
 static dlm_isa dlm__best_isa(void)
 {
-    for (int i = DLM_ISA_COUNT - 1; i > DLM_ISA_SCALAR; i--)
+    for (int i = DLM_ISA_COUNT - 1; i > DLM_ISA_SCALAR; i--) {
+#ifdef DLM__AVX512BF16              /* others multiply bf16 at half the rate of f32 */
+        if (i == DLM_ISA_AVX512BF16 && !__builtin_cpu_is("amd")) continue;
+#endif
         if (dlm_isa_supported((dlm_isa)i)) return (dlm_isa)i;
+    }
     return DLM_ISA_SCALAR;
 }
 
@@ -2378,9 +2837,9 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     if (opt) c->opt = *opt;
     if (c->opt.threads < 0 || c->opt.threads > 1024)
         return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
-    if (c->opt.precision != DLM_F32 && c->opt.precision != DLM_BF16)
-        return dlm__fail(c, DLM_E_CONFIG, "precision: %d is neither DLM_F32 nor DLM_BF16",
-                         c->opt.precision);
+    if (dlm__word_of(c->opt.precision) == DLM__WORDS)
+        return dlm__fail(c, DLM_E_CONFIG, "precision: %d is none of DLM_F32, DLM_BF16, "
+                         "DLM_I8", c->opt.precision);
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
@@ -2446,12 +2905,17 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
 /* ==[ matmul ]================================================================
    c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
    rearranged into panels of nr columns, [k][nr], zero-padded, in blocks of at most
-   256 k; or that was done before (dlm_pack, perhaps in bf16); or, when a has few rows
-   and rows of b are contiguous, whole panels are read where they stand.  a goes, one
-   tile of mr rows at a time, into a panel on the stack; a single row of it stays where
-   it is and meets four panels at once.  Each output is one chain of multiply-adds over
-   k from 0 up: the tile continues from c where the block before stopped.  So no size
-   but K can change a result. */
+   256 k; or that was done before (dlm_pack); or, when a has few rows and rows of b are
+   contiguous, whole panels are read where they stand.  a goes, one tile of mr rows at a
+   time, into a panel on the stack; a single row of it stays where it is and meets four
+   panels at once.  Each output is one chain of multiply-adds over k from 0 up: the tile
+   continues from c where the block before stopped.  So no size but K can change a result.
+
+   In bf16 and int8, both factors are narrowed while they are packed and from there on k
+   counts words (dlm__word).  bf16 rounds both and sums in f32.  int8 has a scale per
+   row of a, found when the row is packed, and one per row of the weights:
+     c_ij = s_i t_j sum_k round(a_ik / s_i) round(b_jk / t_j)     s_i = max_k |a_ik| / 127
+   and the sum is one of integers, the same on every ISA. */
 
 enum { DLM__IN_PLACE = 24 };        /* up to so many tile rows, packing does not pay */
 
@@ -2461,12 +2925,24 @@ typedef struct dlm__gemm {
     const float *a, *b;     /* a(i,k) = a[i*a_i + k*a_k]   b(k,j) = b[k*b_k + j*b_j] */
     size_t ldc, a_i, a_k, b_k, b_j;
     int M, N, K, add;
-    const float *packed;    /* whole panels (K, nr) of b from dlm_pack, or NULL; in the
-                               precision of ctx                                    */
+    dlm__word kind;         /* in which it is computed                             */
+    int per, words, mr;     /* values in a word; K in words; rows of a tile        */
+    const float *packed;    /* whole panels (words, nr) of b from dlm_pack, or NULL */
     int in_place;           /* whole panels of b are read where they stand         */
-    int k0, kc, j0, nc;     /* the block in work: k in [k0,k0+kc), j in [j0,j0+nc) */
+    int k0, kc, j0, nc;     /* the block in work: words [k0,k0+kc), j in [j0,j0+nc) */
     int groups, per_group;  /* column panels are shared out in groups              */
 } dlm__gemm;
+
+static int dlm__values_per_word(dlm__word kind)
+{
+    return kind == DLM__WORD_I8 ? 4 : kind == DLM__WORD_BF16 ? 2 : 1;
+}
+
+static int dlm__words_of(const dlm__kernels *k, dlm__word kind, int K)
+{
+    const int step = kind == DLM__WORD_F32 ? 1 : k->narrow.k_step;
+    return dlm__round_up(dlm__ceil_div(K, dlm__values_per_word(kind)), step);
+}
 
 /* out (4 rows, ldo apart) = the transposed of in (4 rows, ldi apart), 4 by 4. */
 DLM__INLINE void dlm__transpose4(float *out, size_t ldo, const float *in, size_t ldi)
@@ -2517,14 +2993,70 @@ static void dlm__pack_panel(float *dst, int w, int n, int k, const float *src, s
     }
 }
 
+/* A part of a factor: values src[i*s_i + k*s_k], i < n, k < K. */
+typedef struct dlm__slice {
+    const float *src;
+    size_t s_i, s_k;
+    int n, K;
+    const float *inverse;           /* for int8: (n) 1 / scale of each i           */
+    int offset;                     /* for int8: is added to each value            */
+} dlm__slice;
+
+/* The slice as words, dst[word*w + i] or, by rows, dst[i*words + word]: padded with
+   zeros to `words` and, if not by rows, to w.  dst has room for 16 words more. */
+static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, int w,
+                             int by_rows, int words, const dlm__slice *s)
+{
+    const int along_k = s->s_k == 1, per = dlm__values_per_word(kind);
+    const int full = dlm__ceil_div(s->K, per), lines = along_k ? s->n : full;
+    const int direct = along_k == by_rows, ld = by_rows ? words : w;
+    float four[4 * DLM__KC + 16];
+    if (kind == DLM__WORD_F32) {
+        dlm__pack_panel(dst, w, s->n, s->K, s->src, s->s_i, s->s_k);
+        return;
+    }
+    if (!along_k || s->n < w) memset(dst, 0, (size_t)(w * words) * sizeof *dst);
+    for (int line = 0; line < lines; line++) {
+        float *out = direct ? dst + (size_t)line * (size_t)ld
+                            : four + line % 4 * DLM__KC;
+        const float *x = s->src + (size_t)line * (along_k ? s->s_i : 2 * s->s_k);
+        if (along_k) {
+            if (full > 0) out[full - 1] = 0.0f;          /* if K ends within it        */
+            if (kind == DLM__WORD_BF16) k->to_bf16(out, x, s->K);
+            else k->to_int8(out, x, s->K, s->inverse[line], s->offset);
+            if (full < words)
+                memset(out + full, 0, (size_t)(words - full) * sizeof *out);
+        } else {
+            k->pair(out, x, 2 * line + 1 < s->K ? x + s->s_k : NULL, s->n);
+        }
+        if (!direct && (line % 4 == 3 || line == lines - 1))
+            dlm__transpose(dst + line / 4 * 4, (size_t)ld, four, DLM__KC, line % 4 + 1,
+                           along_k ? words : s->n);
+    }
+}
+
+/* The values of slice s, K of them from word k0 on. */
+static dlm__slice dlm__slice_of(const dlm__gemm *g, const float *src, size_t s_i,
+                                size_t s_k, int n)
+{
+    dlm__slice s;
+    s.src = src + (size_t)(g->k0 * g->per) * s_k;
+    s.s_i = s_i; s.s_k = s_k; s.n = n;
+    s.inverse = NULL; s.offset = g->ctx->k->narrow.offset;
+    s.K = dlm__max(0, dlm__min(g->kc * g->per, g->K - g->k0 * g->per));
+    return s;
+}
+
 static void dlm__gemm_pack_job(void *arg, int p)
 {
     const dlm__gemm *g = (const dlm__gemm *)arg;
-    const int nr = g->ctx->k->nr, j = p * nr, n = dlm__min(nr, g->nc - j);
-    if (g->in_place && n == nr) return;
-    dlm__pack_panel(g->ctx->scratch + (size_t)j * (size_t)g->kc, nr, n, g->kc,
-                    g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j) * g->b_j,
-                    g->b_j, g->b_k);
+    const dlm__kernels *k = g->ctx->k;
+    const int j = p * k->nr, n = dlm__min(k->nr, g->nc - j);
+    float *panel = g->ctx->scratch + (size_t)j * (size_t)g->kc;
+    const dlm__slice s = dlm__slice_of(g, g->b + (size_t)(g->j0 + j) * g->b_j, g->b_j,
+                                       g->b_k, n);
+    if (g->in_place && n == k->nr) return;
+    dlm__pack_slice(k, g->kind, panel, k->nr, 0, g->kc, &s);
 }
 
 /* m rows of a, from i0 on, against the panel at column j; a single row against the next
@@ -2534,23 +3066,58 @@ static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int
 {
     const dlm__kernels *k = g->ctx->k;
     const int n = dlm__min(k->nr, g->nc - j), in_place = g->in_place && n == k->nr;
-    const int wide = m == 1 && j + 4 * k->nr <= end, add = g->add || g->k0 > 0;
+    const int wide = m == 1 && j + 4 * k->nr <= end && k->row[g->kind];
     const int ldb = in_place ? (int)g->b_k : k->nr, ldc = (int)g->ldc;
+    const int add = g->add || g->k0 > 0
+        || (g->kind == DLM__WORD_I8 && k->narrow.offset);   /* c holds what corrects it */
     const size_t next = (size_t)k->nr
-        * (size_t)(in_place ? 1 : g->packed ? g->K : g->kc);
-    const size_t at = (size_t)(g->j0 + j) * (size_t)g->K + (size_t)(g->k0 * k->nr);
+        * (size_t)(in_place ? 1 : g->packed ? g->words : g->kc);
     float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
-    if (g->packed && g->ctx->opt.precision == DLM_BF16) {
-        const uint16_t *b = (const uint16_t *)(const void *)g->packed + at;
-        if (wide) k->row_bf16(c, a, b, ldb, next, g->kc, add);
-        else k->tile_bf16(c, ldc, a, lda, b, ldb, m, n, g->kc, add);
-    } else {
-        const float *b = in_place ? g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j)
-            : g->packed ? g->packed + at : g->ctx->scratch + (size_t)j * (size_t)g->kc;
-        if (wide) k->row(c, a, b, ldb, next, g->kc, add);
-        else k->tile(c, ldc, a, lda, b, ldb, m, n, g->kc, add);
-    }
+    const float *b = g->ctx->scratch + (size_t)j * (size_t)g->kc;
+    if (in_place)
+        b = g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j);
+    else if (g->packed)
+        b = g->packed + (size_t)(g->j0 + j) * (size_t)g->words + (size_t)(g->k0 * k->nr);
+    if (wide) k->row[g->kind](c, a, b, ldb, next, g->kc, add);
+    else k->tile[g->kind](c, ldc, a, lda, b, ldb, m, n, g->kc, add);
     return wide ? 4 * k->nr : k->nr;
+}
+
+/* Of n values; not finite if one of them is not. */
+static void dlm__int8_scale(const dlm__kernels *k, const float *x, int n, float *scale,
+                            float *inverse)
+{
+    const float most = k->magnitude(x, n);
+    *scale = most / 127.0f;
+    *inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+}
+
+/* Before the first block of words c gets what makes up for the offset of a, after the
+   last one the integers become floats. */
+static void dlm__int8_edges(const dlm__gemm *g, int i0, int m, int j, int n, int last,
+                            const float *scale)
+{
+    const size_t N = (size_t)dlm__round_up(g->N, g->ctx->k->nr), at = (size_t)(g->j0 + j);
+    const float *column = g->packed + N * (size_t)g->words + at;
+    for (int i = 0; i < m; i++) {
+        float *c = g->c + (size_t)(i0 + i) * g->ldc + at;
+        if (last) g->ctx->k->scale_int(c, column, scale[i], n);
+        else memcpy(c, column + N, (size_t)n * sizeof *c);
+    }
+}
+
+/* m rows of a into a panel of words; a single row that lies well stays where it is. */
+static const float *dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
+                                   int *lda, const float *inverse)
+{
+    const dlm__kernels *k = g->ctx->k;
+    const int by_rows = g->kind != DLM__WORD_F32 && k->narrow.by_rows;
+    dlm__slice s = dlm__slice_of(g, g->a + (size_t)i0 * g->a_i, g->a_i, g->a_k, m);
+    s.inverse = inverse;
+    *lda = by_rows ? g->kc : m;
+    if (g->kind == DLM__WORD_F32 && m == 1 && g->a_k == 1) return s.src;
+    dlm__pack_slice(k, g->kind, panel, m, by_rows, g->kc, &s);
+    return panel;
 }
 
 /* One tile row: mr rows of a against the column panels of one group. */
@@ -2558,47 +3125,63 @@ static void dlm__gemm_job(void *arg, int job)
 {
     const dlm__gemm *g = (const dlm__gemm *)arg;
     const dlm__kernels *k = g->ctx->k;
-    const int i0 = job / g->groups * k->mr, m = dlm__min(k->mr, g->M - i0);
+    const int i0 = job / g->groups * g->mr, m = dlm__min(g->mr, g->M - i0);
     const int first = job % g->groups * g->per_group * k->nr;
     const int end = dlm__min(g->nc, first + g->per_group * k->nr);
-    const float *a = g->a + (size_t)i0 * g->a_i + (size_t)g->k0 * g->a_k;
-    float a_panel[DLM__MAX_MR * DLM__KC];
-    int lda = m;
-    if (m == 1 && g->a_k == 1) {
-        lda = 1;
-    } else {
-        dlm__pack_panel(a_panel, m, m, g->kc, a, g->a_i, g->a_k);
-        a = a_panel;
+    const int enter = g->kind != DLM__WORD_F32 && k->narrow.enter;
+    float a_panel[DLM__MAX_MR * DLM__KC + 16];
+    float scale[DLM__MAX_MR], inverse[DLM__MAX_MR];
+    const float *a;
+    int lda;
+    if (g->kind == DLM__WORD_I8) {
+        for (int i = 0; i < m; i++)
+            dlm__int8_scale(k, g->a + (size_t)(i0 + i) * g->a_i, g->K, &scale[i],
+                            &inverse[i]);
+        if (g->k0 == 0) dlm__int8_edges(g, i0, m, first, end - first, 0, scale);
     }
+    a = dlm__gemm_rows(g, i0, m, a_panel, &lda, inverse);
+    if (enter) k->narrow.enter(1);
     for (int j = first; j < end; j += dlm__gemm_tile(g, i0, m, a, lda, j, end)) { }
+    if (enter) k->narrow.enter(0);
+    if (g->kind == DLM__WORD_I8 && g->k0 + g->kc == g->words)
+        dlm__int8_edges(g, i0, m, first, end - first, 1, scale);
 }
 
 static void dlm__gemm_block(dlm__gemm *g)
 {
     const dlm__kernels *k = g->ctx->k;
-    const int panels = dlm__ceil_div(g->nc, k->nr), tiles = dlm__ceil_div(g->M, k->mr);
+    const int panels = dlm__ceil_div(g->nc, k->nr), tiles = dlm__ceil_div(g->M, g->mr);
     const double flops = 2.0 * g->M * g->nc * g->kc;
-    g->in_place = !g->packed && g->b_j == 1 && tiles <= DLM__IN_PLACE;
+    g->in_place = !g->packed && g->kind == DLM__WORD_F32 && g->b_j == 1
+        && tiles <= DLM__IN_PLACE;
     if (!g->packed)
         dlm__parallel(g->ctx, panels, flops, dlm__gemm_pack_job, g);
-    g->per_group = tiles >= 8 ? panels : dlm__max(g->M == 1 ? 4 : 1, panels / 8);
+    /* Every group packs its rows of a again: no more of them than give threads work. */
+    g->per_group = dlm__ceil_div(panels, dlm__alone(g->ctx, flops)
+                                         ? 1 : dlm__ceil_div(8, tiles));
+    if (g->M == 1) g->per_group = dlm__max(g->per_group, 4);
     g->groups = dlm__ceil_div(panels, g->per_group);
     dlm__parallel(g->ctx, tiles * g->groups, flops, dlm__gemm_job, g);
 }
 
 static void dlm__gemm_run(dlm__gemm *g)
 {
-    const int nr = g->ctx->k->nr, kc = dlm__min(DLM__KC, dlm__max(g->K, 1));
+    const dlm__kernels *k = g->ctx->k;
+    const int nr = k->nr, words = dlm__words_of(k, g->kind, g->K);
+    const int kc = dlm__min(DLM__KC, dlm__max(words, 1));
     int nc = (int)(g->ctx->scratch_floats / (size_t)kc / (size_t)nr) * nr;
     if (g->packed) nc = dlm__round_up(g->N, nr);
+    g->words = words;
+    g->per = dlm__values_per_word(g->kind);
+    g->mr = g->kind == DLM__WORD_F32 ? k->mr : k->narrow.mr;
     if (g->K == 0 && !g->add)
         for (int i = 0; i < g->M; i++)
             memset(g->c + (size_t)i * g->ldc, 0, (size_t)g->N * sizeof *g->c);
     if (g->M == 0) return;
     for (g->j0 = 0; g->j0 < g->N; g->j0 += nc)
-        for (g->k0 = 0; g->k0 < g->K; g->k0 += kc) {
+        for (g->k0 = 0; g->k0 < words; g->k0 += kc) {
             g->nc = dlm__min(nc, g->N - g->j0);
-            g->kc = dlm__min(kc, g->K - g->k0);
+            g->kc = dlm__min(kc, words - g->k0);
             dlm__gemm_block(g);
         }
 }
@@ -2611,13 +3194,15 @@ static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, si
                           const int mnk[3], int add)
 {
     dlm__gemm g;
-    if (!packed && (double)mnk[0] * mnk[1] * mnk[2] <= DLM__TINY) {
+    const dlm__word kind = packed ? dlm__word_of(ctx->opt.precision) : ctx->as_stored;
+    if (!packed && kind == DLM__WORD_F32
+        && (double)mnk[0] * mnk[1] * mnk[2] <= DLM__TINY) {
         ctx->k->tiny(c, (size_t)mnk[1], a, a_i, a_k, b, b_k, b_j, mnk, add);
         return;
     }
     memset(&g, 0, sizeof g);
     g.ctx = ctx; g.c = c; g.ldc = (size_t)mnk[1];
-    g.M = mnk[0]; g.N = mnk[1]; g.K = mnk[2]; g.add = add;
+    g.M = mnk[0]; g.N = mnk[1]; g.K = mnk[2]; g.add = add; g.kind = kind;
     g.a = a; g.a_i = a_i; g.a_k = a_k;
     g.b = b; g.b_k = b_k; g.b_j = b_j; g.packed = packed;
     dlm__gemm_run(&g);
@@ -2667,33 +3252,51 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
 
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K)
 {
-    const size_t n = (size_t)dlm__round_up(N, ctx->k->nr) * (size_t)K;
-    return ctx->opt.precision == DLM_BF16 ? (n + 1) / 2 : n;
+    const dlm__word kind = dlm__word_of(ctx->opt.precision);
+    const size_t columns = (size_t)dlm__round_up(N, ctx->k->nr);
+    return columns * (size_t)(dlm__words_of(ctx->k, kind, K)
+                              + (kind == DLM__WORD_I8 ? 2 : 0));
 }
 
-/* The upper half of a float, rounded to nearest even; NaN stays one. */
-static uint16_t dlm__narrow_bf16(float x)
+/* What the offset of a adds to column i of a panel of int8, with its sign turned. */
+static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int words,
+                                  int i)
 {
-    union { float f; uint32_t u; } bits;
-    bits.f = x;
-    if (x != x) return (uint16_t)(bits.u >> 16 | 0x40);
-    return (uint16_t)((bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16);
+    int32_t sum = 0;
+    for (int word = 0; word < words; word++) {
+        int8_t four[4];
+        memcpy(four, panel + word * k->nr + i, sizeof four);
+        sum += four[0] + four[1] + four[2] + four[3];
+    }
+    return dlm__floats_scalar((uint32_t)(-k->narrow.offset * sum));
 }
 
+/* Panels (words, nr), of int8 followed by a scale and a correction per row of b. */
 DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K)
 {
-    const int nr = ctx->k->nr, bf16 = ctx->opt.precision == DLM_BF16;
-    uint16_t *narrow = (uint16_t *)(void *)packed;
-    float part[DLM__MAX_NR * DLM__KC];
-    for (int j = 0; j < N; j += nr)
-        for (int k = 0; k < K; k += DLM__KC) {
-            const int kc = dlm__min(DLM__KC, K - k), n = dlm__min(nr, N - j);
-            const size_t at = (size_t)j * (size_t)K + (size_t)(k * nr);
-            dlm__pack_panel(bf16 ? part : packed + at, nr, n, kc,
-                            b + (size_t)j * (size_t)K + (size_t)k, (size_t)K, 1);
-            for (int i = 0; bf16 && i < kc * nr; i++)
-                narrow[at + (size_t)i] = dlm__narrow_bf16(part[i]);
+    const dlm__kernels *k = ctx->k;
+    const dlm__word kind = dlm__word_of(ctx->opt.precision);
+    const int nr = k->nr, per = dlm__values_per_word(kind);
+    const int words = dlm__words_of(k, kind, K), columns = dlm__round_up(N, nr);
+    float inverse[DLM__MAX_NR], *scale = packed + (size_t)columns * (size_t)words;
+    dlm__slice s;
+    if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
+    s.s_i = (size_t)K; s.s_k = 1; s.inverse = inverse; s.offset = 0;
+    for (int j = 0; j < N; j += nr) {
+        float *panel = packed + (size_t)j * (size_t)words;
+        s.n = dlm__min(nr, N - j);
+        for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
+            dlm__int8_scale(k, b + (size_t)(j + i) * (size_t)K, K, &scale[j + i],
+                            &inverse[i]);
+        for (int at = 0; at < words; at += DLM__KC) {
+            const int kc = dlm__min(DLM__KC, words - at);
+            s.src = b + (size_t)j * (size_t)K + (size_t)(at * per);
+            s.K = dlm__max(0, dlm__min(kc * per, K - at * per));
+            dlm__pack_slice(k, kind, panel + at * nr, nr, 0, kc, &s);
         }
+        for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
+            scale[columns + j + i] = dlm__int8_correction(k, panel, words, i);
+    }
 }
 
 DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
@@ -3102,8 +3705,9 @@ static void dlm__lanes_scores(const dlm__attention *a, const dlm__lanes *l, floa
 {
     const dlm__kernels *k = a->ctx->k;
     for (int j = (from - chunk) / k->mr * k->mr; j < to - chunk; j += k->mr)
-        k->tile(s + j * k->nr, k->nr, panels + (size_t)(chunk + j) * (size_t)a->D, k->mr,
-                x, k->nr, k->mr, l->width, a->D, 0);
+        k->tile[DLM__WORD_F32](s + j * k->nr, k->nr,
+                               panels + (size_t)(chunk + j) * (size_t)a->D, k->mr,
+                               x, k->nr, k->mr, l->width, a->D, 0);
 }
 
 /* out [D][nr] += sum over slots [from, to) of rows[slot][d] * p[slot - chunk][lane]. */
@@ -3113,9 +3717,10 @@ static void dlm__lanes_mix(const dlm__attention *a, const dlm__lanes *l, float *
 {
     const dlm__kernels *k = a->ctx->k;
     for (int d = 0; d < a->D; d += k->mr)
-        k->tile(out + d * k->nr, k->nr, rows + (size_t)from * ld + (size_t)d, (int)ld,
-                p + (from - chunk) * k->nr, k->nr, dlm__min(k->mr, a->D - d), l->width,
-                to - from, 1);
+        k->tile[DLM__WORD_F32](out + d * k->nr, k->nr,
+                               rows + (size_t)from * ld + (size_t)d, (int)ld,
+                               p + (from - chunk) * k->nr, k->nr,
+                               dlm__min(k->mr, a->D - d), l->width, to - from, 1);
 }
 
 /* The output of every lane from its weighted sum and the sum of its weights. */
@@ -3237,9 +3842,10 @@ static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
     const dlm__kernels *k = a->ctx->k;
     for (int d = 0; d < a->D; d += k->mr)
         for (int j = 0; j < slots; j += k->nr)
-            k->tile(columns + (size_t)d * (size_t)ld + (size_t)j, ld, rows + d, a->D,
-                    p + j, DLM__CHUNK, dlm__min(k->mr, a->D - d),
-                    dlm__min(k->nr, slots - j), l->n, 1);
+            k->tile[DLM__WORD_F32](columns + (size_t)d * (size_t)ld + (size_t)j, ld,
+                                   rows + d, a->D, p + j, DLM__CHUNK,
+                                   dlm__min(k->mr, a->D - d),
+                                   dlm__min(k->nr, slots - j), l->n, 1);
 }
 
 typedef struct dlm__lanes_back {    /* one tile's gradient work space              */
@@ -4967,6 +5573,9 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
                                        0,
                                        1);
     if (e != DLM_OK) return e;
+    if (o->precision == DLM_I8 || dlm__word_of(o->precision) == DLM__WORDS)
+        return dlm__fail(ctx, DLM_E_CONFIG, "precision: %d is neither DLM_F32 nor "
+                         "DLM_BF16", o->precision);
     if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
     if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
         return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
@@ -5084,9 +5693,11 @@ static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn scor
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK) return e;
     if (b->n_out == 0) return DLM_OK;
+    t->w.ctx->as_stored = dlm__word_of(t->opt.precision);
     dlm__layers_forward(&t->w, t->m, learn ? t->w.acts : t->w.scout);
     dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
     if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
+    t->w.ctx->as_stored = DLM__WORD_F32;
     t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
     return DLM_OK;
 }

@@ -89,15 +89,21 @@ static void test_error(const char *file, int line, const char *label, dlm_error 
         if (!dlm_isa_supported((dlm_isa)isa)) { } else
 
 /* A context for one test; CHECK_OK prints its last error until test_close. */
-static dlm_ctx *test_open(int isa, int threads)
+static dlm_ctx *test_open_in(int isa, int threads, int precision)
 {
     dlm_ctx *ctx = NULL;
     dlm_options o = {0};
     o.isa = (dlm_isa)isa;
     o.threads = threads;
+    o.precision = precision;
     CHECK_OK(dlm_init(&ctx, &o));
     test_ctx = ctx;
     return ctx;
+}
+
+static dlm_ctx *test_open(int isa, int threads)
+{
+    return test_open_in(isa, threads, DLM_F32);
 }
 
 static void test_close(dlm_ctx *ctx)
@@ -310,6 +316,8 @@ TEST(error_strings_and_isa_names_exist_and_differ)
     CHECK(strcmp(dlm_isa_name(DLM_ISA_SCALAR), "scalar") == 0);
     CHECK(strcmp(dlm_isa_name(DLM_ISA_AVX2), "avx2") == 0);
     CHECK(strcmp(dlm_isa_name(DLM_ISA_AVX512), "avx512") == 0);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_AVX512BF16), "avx512bf16") == 0);
+    CHECK(strcmp(dlm_isa_name(DLM_ISA_AMX), "amx") == 0);
     CHECK(strcmp(dlm_isa_name(DLM_ISA_NEON), "neon") == 0);
 }
 
@@ -1382,6 +1390,8 @@ TEST(trainer_options_are_checked_by_name)
         TRY(causal, o.objective = DLM_OBJECTIVE_MDLM, "objective");
         TRY(causal, o.objective = DLM_OBJECTIVE_BLOCK, "objective");
         TRY(m, o.objective = DLM_OBJECTIVE_AR, "objective");
+        TRY(m, o.precision = DLM_I8, "precision");
+        TRY(m, o.precision = -1, "precision");
         TRY(m, o.lr = -1, "lr");
         TRY(m, o.lr = NAN, "lr");
         TRY(m, o.lr = INFINITY, "lr");
@@ -1962,76 +1972,213 @@ static float test_round_bf16(float x)
     return (float)((low + up) * step);
 }
 
-TEST(bf16_packed_matmul_equals_f32_with_rounded_weights_bit_for_bit)
+/* What widens bf16 computes the chain of f32 over rounded factors; dot products sum two
+   at a time and flush what is tiny. */
+static int test_dots(int isa)
 {
-    static const int sizes[][3] = { { 1, 1, 1 }, { 1, 5, 7 }, { 1, 300, 300 },
-        { 3, 130, 257 }, { 13, 33, 64 }, { 40, 96, 520 }, { 2, 4, 0 } };
+    return isa == DLM_ISA_AVX512BF16 || isa == DLM_ISA_AMX;
+}
+
+typedef struct narrow_case {               /* c (M,N) = a (M,K) b^T, b (N,K)       */
+    int    M, N, K;
+    float *a, *b, *got, *packed;
+} narrow_case;
+
+static narrow_case narrow_open(const dlm_ctx *ctx, int M, int N, int K, int spread)
+{
+    narrow_case c;
+    c.M = M, c.N = N, c.K = K;
+    c.a = test_floats((size_t)(M * K + 1)), c.b = test_floats((size_t)(N * K + 1));
+    c.got = test_floats((size_t)(M * N));
+    c.packed = test_floats(dlm_pack_floats(ctx, N, K) + 16);
+    for (int i = 0; i < M * K; i++) c.a[i] = test_float();
+    for (int i = 0; i < N * K; i++)
+        c.b[i] = ldexpf(test_float(), test_below(spread + 1) - spread / 2);
+    if (N * K > 8) {                                 /* ties, and what carries over */
+        c.b[0] = 1.00390625f, c.b[1] = 1.01171875f, c.b[2] = -1.00390625f;
+        c.b[3] = 1.998f, c.b[4] = 0.0f, c.b[5] = 1e-40f;
+    }
+    for (int i = 0; i < M * N; i++) c.got[i] = (float)NAN;
+    return c;
+}
+
+static void narrow_close(narrow_case *c)
+{
+    free(c->a); free(c->b); free(c->got); free(c->packed);
+}
+
+static void narrow_packed(dlm_ctx *ctx, narrow_case *c)
+{
+    dlm_pack(ctx, c->packed, c->b, c->N, c->K);
+    dlm_matmul_packed(ctx, c->got, c->a, c->packed, c->M, c->N, c->K);
+}
+
+static float *test_transposed(const float *x, int rows, int cols)
+{
+    float *y = test_floats((size_t)(rows * cols + 1));
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) y[j * rows + i] = x[i * cols + j];
+    return y;
+}
+
+static const int narrow_sizes[][3] = { { 1, 1, 1 }, { 1, 5, 7 }, { 1, 300, 300 },
+    { 3, 130, 257 }, { 13, 33, 64 }, { 40, 96, 520 }, { 70, 31, 1300 }, { 2, 4, 0 } };
+enum { NARROW_SIZES = sizeof narrow_sizes / sizeof *narrow_sizes };
+
+TEST(bf16_products_round_both_factors)
+{
     FOR_EACH_ISA(isa) {
-        dlm_options narrow = {0};
-        dlm_ctx *ctx = test_open(isa, 1), *half;
-        narrow.isa = (dlm_isa)isa, narrow.precision = DLM_BF16;
-        CHECK_OK(dlm_init(&half, &narrow));
-        for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
-            const int M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
-            const size_t floats = dlm_pack_floats(half, N, K);
-            const size_t size = (size_t)(M * N) * sizeof(float);
-            float *a = test_floats((size_t)(M * K + 1));
-            float *b = test_floats((size_t)(N * K + 1));
-            float *want = (float *)test_malloc(size), *got = (float *)test_malloc(size);
-            float *packed = test_floats(floats + 16);
+        dlm_ctx *ctx = test_open(isa, 1), *half = test_open_in(isa, 1, DLM_BF16);
+        for (int s = 0; s < NARROW_SIZES; s++) {
+            const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
+            const int K = narrow_sizes[s][2];
+            narrow_case c = narrow_open(half, M, N, K, 40);
+            float *same = test_floats((size_t)(M * N));
             LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
-            CHECK(2 * floats <= dlm_pack_floats(ctx, N, K) + 1);
-            for (int i = 0; i < M * K; i++) a[i] = test_float();
-            for (int i = 0; i < N * K; i++)
-                b[i] = ldexpf(test_float(), test_below(40) - 20);
-            if (N * K > 8) {                         /* ties, and what carries over */
-                b[0] = 1.00390625f, b[1] = 1.01171875f, b[2] = -1.00390625f;
-                b[3] = 1.998f, b[4] = 0.0f, b[5] = 1e-40f;
+            narrow_packed(half, &c);
+            dlm_matmul_packed(half, same, c.a, c.packed, 1, N, K);
+            CHECK(memcmp(c.got, same, (size_t)N * sizeof(float)) == 0);
+            for (int i = 0; i < M * K; i++) c.a[i] = test_round_bf16(c.a[i]);
+            for (int i = 0; i < N * K; i++) c.b[i] = test_round_bf16(c.b[i]);
+            dlm_matmul_nt(ctx, same, c.a, c.b, M, N, K);
+            if (!test_dots(isa))
+                CHECK(memcmp(c.got, same, (size_t)(M * N) * sizeof(float)) == 0);
+            for (int i = 0; i < M * N; i++) {
+                double sum = 0, size = 1e-30;
+                for (int k = 0; k < K; k++) {
+                    double x = (double)c.a[i / N * K + k] * c.b[i % N * K + k];
+                    sum += x, size += fabs(x);
+                }
+                CHECK_CLOSE(c.got[i], sum, 6e-8 * (K + 1) * size);
             }
-            dlm_pack(half, packed, b, N, K);
-            dlm_matmul_packed(half, got, a, packed, M, N, K);
-            for (int i = 0; i < N * K; i++) b[i] = test_round_bf16(b[i]);
-            dlm_matmul_nt(ctx, want, a, b, M, N, K);
-            CHECK(memcmp(got, want, size) == 0);
-            free(a); free(b); free(want); free(got); free(packed);
+            free(same);
+            narrow_close(&c);
         }
         dlm_shutdown(half);
         test_close(ctx);
     }
 }
 
-/* The embedding is only looked up, so it is not rounded. */
-TEST(bf16_session_equals_a_model_with_rounded_matrices_bit_for_bit)
+/* What a trainer in bf16 multiplies: every orientation, added to what is there or not,
+   gives the bits of the packed product. */
+TEST(bf16_products_of_factors_as_stored_equal_packed_ones)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *half = test_open_in(isa, 1, DLM_BF16);
+        for (int s = 0; s < NARROW_SIZES; s++) {
+            const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
+            const int K = narrow_sizes[s][2];
+            narrow_case c = narrow_open(half, M, N, K, 4);
+            const size_t size = (size_t)(M * N) * sizeof(float);
+            float *got = test_floats((size_t)(M * N));
+            float *at = test_transposed(c.a, M, K), *bt = test_transposed(c.b, N, K);
+            LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
+            narrow_packed(half, &c);
+            half->as_stored = DLM__WORD_BF16;
+            dlm_matmul_nt(half, got, c.a, c.b, M, N, K);
+            CHECK(memcmp(c.got, got, size) == 0);
+            dlm_matmul_nn(half, got, c.a, bt, M, N, K);
+            CHECK(memcmp(c.got, got, size) == 0);
+            dlm_matmul_tn(half, got, at, bt, M, N, K);
+            CHECK(memcmp(c.got, got, size) == 0);
+            dlm__gemm_tn(half, got, at, bt, M, N, K, 1);
+            for (int i = 0; i < M * N; i++)
+                CHECK_CLOSE(got[i], 2.0 * c.got[i], 1e-5 * (K + 1));
+            half->as_stored = DLM__WORD_F32;
+            free(got); free(at); free(bt);
+            narrow_close(&c);
+        }
+        test_close(half);
+    }
+}
+
+static float narrow_most(const float *x, int n)
+{
+    float most = 0;
+    for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+    return most;
+}
+
+TEST(int8_products_equal_integers_bit_for_bit)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open_in(isa, 1, DLM_I8);
+        for (int s = 0; s < NARROW_SIZES; s++) {
+            const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
+            const int K = narrow_sizes[s][2];
+            narrow_case c = narrow_open(ctx, M, N, K, 4);
+            LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
+            for (int k = 0; M > 2 && k < K; k++) c.a[K + k] = 0;    /* a row of zeros */
+            narrow_packed(ctx, &c);
+            for (int i = 0; i < M * N; i++) {
+                const float *x = c.a + i / N * K, *y = c.b + i % N * K;
+                const float s_i = narrow_most(x, K), t_j = narrow_most(y, K);
+                int32_t sum = 0;
+                for (int k = 0; k < K; k++)
+                    sum += (int32_t)rintf(x[k] * (s_i > 0 ? 127 / s_i : 0))
+                         * (int32_t)rintf(y[k] * (t_j > 0 ? 127 / t_j : 0));
+                CHECK(c.got[i] == (float)sum * ((s_i / 127) * (t_j / 127)));
+            }
+            narrow_close(&c);
+        }
+        test_close(ctx);
+    }
+}
+
+TEST(narrow_products_show_what_is_not_finite)
+{
+    static const int precisions[] = { DLM_BF16, DLM_I8 };
+    FOR_EACH_ISA(isa) {
+        for (int p = 0; p < 2; p++) {
+            dlm_ctx *ctx = test_open_in(isa, 1, precisions[p]);
+            narrow_case c = narrow_open(ctx, 3, 40, 70, 4);
+            union { uint32_t u; float f; } nan = { 0x7fffffff }, quiet = { 0x7f800001 };
+            LABEL("precision %d, %s", precisions[p], dlm_isa_name((dlm_isa)isa));
+            memcpy(c.a + 33, &nan, 4);
+            memcpy(c.a + 70 + 69, &quiet, 4);
+            narrow_packed(ctx, &c);
+            for (int j = 0; j < 40; j++) {
+                CHECK(!isfinite(c.got[j]) && !isfinite(c.got[40 + j]));
+                CHECK(isfinite(c.got[80 + j]));
+            }
+            c.a[33] = c.a[70 + 69] = 0;
+            c.b[0] = INFINITY;
+            narrow_packed(ctx, &c);
+            for (int j = 0; j < 40; j++) CHECK(!isfinite(c.got[j]) == (j == 0));
+            narrow_close(&c);
+            test_close(ctx);
+        }
+    }
+}
+
+TEST(narrow_sessions_differ_from_f32_by_their_rounding)
 {
     static test_batch t;
+    static const struct { int precision; double most; } cases[] = {
+        { DLM_BF16, 0.02 }, { DLM_I8, 0.05 } };
     FOR_EACH_ISA(isa) {
-        dlm_config c = case_config(&model_grid[3], 64);
-        dlm_options narrow = {0};
-        dlm_ctx *ctx = test_open(isa, 1), *half;
-        dlm_model *m = test_model(ctx, &c);
-        narrow.isa = (dlm_isa)isa, narrow.precision = DLM_BF16;
-        CHECK_OK(dlm_init(&half, &narrow));
-        batch_clear(&t);
-        batch_add(&t, 20, c.vocab, c.pattern, c.block, 0);
-        batch_close(&t, 1);
-        const size_t size = (size_t)(t.b.n_out * c.vocab) * sizeof(float);
-        LABEL("%s", dlm_isa_name((dlm_isa)isa));
-        float *got = test_logits(half, m, &t.b, 0), *full = test_logits(ctx, m, &t.b, 0);
-        for (int i = 0; i < dlm_model_tensors(m); i++) {
-            dlm_tensor w;
-            dlm_model_tensor(m, i, &w);
-            if (w.cols == 1 || strstr(w.name, "embed")) continue;
-            for (int k = 0; k < w.rows * w.cols; k++)
-                w.data[k] = test_round_bf16(w.data[k]);
+        for (int p = 0; p < 2; p++) {
+            dlm_config c = case_config(&model_grid[3], 64);
+            dlm_ctx *ctx = test_open(isa, 1);
+            dlm_ctx *narrow = test_open_in(isa, 1, cases[p].precision);
+            dlm_model *m = test_model(ctx, &c);
+            double difference = 0, size = 0;
+            batch_clear(&t);
+            batch_add(&t, 20, c.vocab, c.pattern, c.block, 0);
+            batch_close(&t, 1);
+            LABEL("precision %d, %s", cases[p].precision, dlm_isa_name((dlm_isa)isa));
+            float *got = test_logits(narrow, m, &t.b, 0);
+            float *want = test_logits(ctx, m, &t.b, 0);
+            for (int i = 0; i < t.b.n_out * c.vocab; i++) {
+                difference += pow((double)got[i] - want[i], 2);
+                size += pow(want[i], 2);
+            }
+            CHECK(difference > 0 && sqrt(difference / size) < cases[p].most);
+            free(got); free(want);
+            dlm_model_free(m);
+            dlm_shutdown(narrow);
+            test_close(ctx);
         }
-        dlm_model_changed(m);
-        float *want = test_logits(ctx, m, &t.b, 0);
-        CHECK(memcmp(got, want, size) == 0);
-        CHECK(memcmp(got, full, size) != 0);
-        free(got); free(full); free(want);
-        dlm_model_free(m);
-        dlm_shutdown(half);
-        test_close(ctx);
     }
 }
 
@@ -2049,21 +2196,26 @@ TEST(precision_is_checked)
 TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
 {
     static test_batch whole;
+    static const int precisions[] = { DLM_F32, DLM_BF16, DLM_I8 };
     FOR_EACH_ISA(isa) {
-        for (int kv = 1; kv <= 4; kv *= 2) {
+        for (int kv = 1, p = 0; kv <= 4; kv *= 2, p++) {
             dlm_config c = {0};
             c.vocab = 300, c.dim = 96, c.layers = 2, c.heads = 4, c.kv_heads = kv;
             c.head_dim = kv == 2 ? 34 : 24;
             c.ffn = 70, c.max_seq = 140, c.pattern = DLM_PATTERN_CAUSAL;
-            dlm_ctx *ctx = test_open(isa, 1 + kv % 2);
-            dlm_model *m = test_model(ctx, &c);
-            batch_clear(&whole);
-            batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
-            batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
-            LABEL("%d key/value heads, %s", kv, dlm_isa_name((dlm_isa)isa));
-            cached_compare(ctx, m, &whole, 131, 1);
-            dlm_model_free(m);
-            test_close(ctx);
+            for (int pass = 0; pass < 2; pass++) {
+                const int precision = precisions[pass ? p : 0];
+                dlm_ctx *ctx = test_open_in(isa, 1 + kv % 2, precision);
+                dlm_model *m = test_model(ctx, &c);
+                batch_clear(&whole);
+                batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
+                batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
+                LABEL("%d key/value heads, precision %d, %s", kv, precision,
+                      dlm_isa_name((dlm_isa)isa));
+                cached_compare(ctx, m, &whole, 131, 1);
+                dlm_model_free(m);
+                test_close(ctx);
+            }
         }
     }
 }
@@ -3885,16 +4037,23 @@ typedef struct grad_probe {
     double numeric;
 } grad_probe;
 
-static float *grad_of_pass(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce_score *c)
+static float *grad_of_pass_in(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce_score *c,
+                              int precision)
 {
     dlm_train_options o = {0};
     o.max_rows = b->start[b->n_seqs];
+    o.precision = precision;
     dlm_trainer *t = test_trainer(ctx, m, &o);
     float *grad = test_floats(m->n_params);
     CHECK_OK(dlm_trainer_pass(t, b, ce_apply, c));
     memcpy(grad, dlm_trainer_gradients(t), m->n_params * sizeof(float));
     dlm_trainer_free(t);
     return grad;
+}
+
+static float *grad_of_pass(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce_score *c)
+{
+    return grad_of_pass_in(ctx, m, b, c, DLM_F32);
 }
 
 static size_t grad_largest(const float *g, size_t n)
@@ -4004,6 +4163,39 @@ TEST(gradients_of_long_sequences_match_finite_differences)
         9, 8, 2, 2, 2, 4, 8, 0, 0, 0, DLM_PATTERN_CAUSAL, 0, 1, 0, 0 };
     grad_check_case(&wide, 6);
     grad_check_case(&causal, 5);
+}
+
+/* Against the f32 gradients, which the differences above have checked. */
+TEST(gradients_in_bf16_are_those_of_f32_but_for_rounding)
+{
+    static test_batch t;
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int g = 0; g < 7; g++) {
+            dlm_config c = case_config(&model_grid[g], 64);
+            dlm_model *m = test_model(ctx, &c);
+            const dlm_batch *b = case_batch(&t, &c, 0);
+            double along = 0, sizes[2] = { 0, 0 };
+            ce_score score;
+            ce_open(&score, b, c.vocab);
+            float *want = grad_of_pass(ctx, m, b, &score);
+            float *got = grad_of_pass_in(ctx, m, b, &score, DLM_BF16);
+            for (size_t i = 0; i < m->n_params; i++) {
+                along += (double)got[i] * want[i];
+                sizes[0] += (double)got[i] * got[i];
+                sizes[1] += (double)want[i] * want[i];
+            }
+            LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
+            CHECK(ctx->as_stored == DLM__WORD_F32);
+            CHECK(memcmp(got, want, m->n_params * sizeof(float)) != 0);
+            CHECK_CLOSE(sqrt(sizes[0] / sizes[1]), 1, 0.02);
+            CHECK_CLOSE(along / sqrt(sizes[0] * sizes[1]), 1, 0.001);
+            free(want); free(got);
+            ce_close(&score);
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
 }
 
 TEST(gradients_of_passes_add_up_until_the_update)
@@ -4452,7 +4644,8 @@ static void reverse_for(void *user, int n, void (*job)(void *arg, int i), void *
 }
 
 /* Five steps; the weights that come out (n_params), to be freed. */
-static float *train_five(int isa, int threads, const dlm_config *c, int *hook_calls)
+static float *train_five(int isa, int threads, const dlm_config *c, int precision,
+                         int *hook_calls)
 {
     dlm_ctx *ctx = NULL;
     dlm_options opt = {0};
@@ -4468,7 +4661,7 @@ static float *train_five(int isa, int threads, const dlm_config *c, int *hook_ca
     dlm_model *m = test_model(ctx, c);
     dlm_train_options o = {0};
     o.seed = test_seed; o.weight_decay = 0.1f; o.lr = 0.01f; o.max_rows = 200;
-    o.ema = 0.9f;
+    o.ema = 0.9f; o.precision = precision;
     dlm_trainer *t = test_trainer(ctx, m, &o);
     dlm_example e[6];
     run_examples(e, 6, c->vocab);
@@ -4492,8 +4685,9 @@ static float *train_five(int isa, int threads, const dlm_config *c, int *hook_ca
 TEST(training_is_bit_identical_for_any_threads_and_order)
 {
     FOR_EACH_ISA(isa) {
-        for (int g = 0; g < 7; g++) {
-            dlm_config c = case_config(&model_grid[g], 64);
+        for (int g = 0; g < 9; g++) {
+            dlm_config c = case_config(&model_grid[g % 7], 64);
+            const int precision = g < 7 ? DLM_F32 : DLM_BF16;
             size_t n = dlm_model_bytes(&c) / sizeof(float);
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
             CHECK(n > 0);
@@ -4502,10 +4696,11 @@ TEST(training_is_bit_identical_for_any_threads_and_order)
             size_t bytes = 2 * m->n_params * sizeof(float);
             dlm_model_free(m);
             test_close(ctx);
-            float *one = train_five(isa, 1, &c, NULL);
+            float *one = train_five(isa, 1, &c, precision, NULL);
             int calls = 0;
             for (int threads = 2; threads <= 4; threads++) {
-                float *many = train_five(isa, threads, &c, threads == 4 ? &calls : NULL);
+                float *many = train_five(isa, threads, &c, precision,
+                                         threads == 4 ? &calls : NULL);
                 LABEL("case %d, %s, %d threads%s", g, dlm_isa_name((dlm_isa)isa), threads,
                       threads == 4 ? " in reverse" : "");
                 CHECK(memcmp(one, many, bytes) == 0);
@@ -8820,8 +9015,11 @@ static const test_case test_cases[] = {
     RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
     RUN(cached_forward_equals_one_whole_forward_bit_for_bit),
     RUN(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit),
-    RUN(bf16_packed_matmul_equals_f32_with_rounded_weights_bit_for_bit),
-    RUN(bf16_session_equals_a_model_with_rounded_matrices_bit_for_bit),
+    RUN(bf16_products_round_both_factors),
+    RUN(bf16_products_of_factors_as_stored_equal_packed_ones),
+    RUN(int8_products_equal_integers_bit_for_bit),
+    RUN(narrow_products_show_what_is_not_finite),
+    RUN(narrow_sessions_differ_from_f32_by_their_rounding),
     RUN(precision_is_checked),
     RUN(session_in_used_memory_packs_its_own_weights),
     RUN(unseen_slots_do_not_matter),
@@ -8865,6 +9063,7 @@ static const test_case test_cases[] = {
     RUN(log_likelihood_of_a_causal_model_is_exact),
     RUN(gradients_match_finite_differences_of_the_reference),
     RUN(gradients_of_long_sequences_match_finite_differences),
+    RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),
     RUN(gradients_of_passes_add_up_until_the_update),
     RUN(trainer_pass_refuses_bad_batches_by_name),
     RUN(adamw_update_equals_double_reference_on_every_isa),

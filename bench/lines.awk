@@ -6,8 +6,8 @@
 BEGIN {
     total_target = 9000; total_limit = 10000
     function_limit = 60; exception_limit = 90; width_limit = 90
-    split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:650 " \
-          "instances:240 threads:180 context:120 matmul:350 layers:400 attention:400 " \
+    split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:720 " \
+          "instances:480 threads:180 context:120 matmul:420 layers:400 attention:400 " \
           "config:80 parameters:330 patterns:50 work:330 forward:200 backward:130 " \
           "sessions:120 objectives:350 lift:300 trainer:600 optimizer:200 sampler:800 " \
           "likelihood:120 distill:500 json:220 tokenizers:650 safetensors:450 " \
