@@ -648,7 +648,7 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     int      independent_levels;           /* 0: noise levels stratified over the batch */
     int      precision;                    /* DLM_F32 (0) or DLM_BF16: the factors of
                                               products with weights, forward and back, are
-                                              rounded to it, as by dlm_pack; weights, sums,
+                                              rounded to it as by dlm_pack; weights, sums,
                                               norms, attention, loss, moments stay f32 */
     dlm_lift_options lift;                 /* zeros: plain masks                   */
     uint64_t seed;

@@ -1,7 +1,7 @@
 /* 02_train_text.c - train a block-diffusion model on a text file; stop, resume.
 
    Build:  cc -O2 -I.. 02_train_text.c -o train_text -lm -pthread
-   Run:    ./train_text [text file or -] [checkpoint] [steps]
+   Run:    ./train_text [text file or -] [checkpoint] [steps] [f32 or bf16]
    See:    a line every second; before and after, the loss on the held-out last tenth.
            Without a file a text is made up.  Ctrl-C saves; the same command goes on. */
 #define _POSIX_C_SOURCE 200112L              /* clock_gettime under -std=c99         */
@@ -94,6 +94,7 @@ int main(int argc, char **argv)
 {
     const char *path = argc > 2 ? argv[2] : "model.safetensors";
     int steps = argc > 3 ? atoi(argv[3]) : 1000, resumed;
+    int bf16 = argc > 4 && !strcmp(argv[4], "bf16");       /* faster where the CPU can */
     FILE *input = argc > 1 ? fopen(argv[1], "rb") : NULL, *old;
     size_t size = input ? fread(text, 1, MAX_TEXT, input) : 0, n = 0, n_train;
     char state[1024];
@@ -128,6 +129,7 @@ int main(int argc, char **argv)
     n_train = n - n / 10;                    /* the rest is held out                 */
     how.max_rows = 2 * B * T, how.lr = 1e-3f, how.warmup = steps / 10, how.total = steps;
     how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 5e-5f, how.weight_decay = 0.01f;
+    how.precision = bf16 ? DLM_BF16 : DLM_F32;
     if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
     if (!e && resumed) e = dlm_trainer_load(trainer, state);
     if (!e) printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
