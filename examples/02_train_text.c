@@ -94,7 +94,6 @@ int main(int argc, char **argv)
 {
     const char *path = argc > 2 ? argv[2] : "model.safetensors";
     int steps = argc > 3 ? atoi(argv[3]) : 1000, resumed;
-    int bf16 = argc > 4 && !strcmp(argv[4], "bf16");       /* faster where the CPU can */
     FILE *input = argc > 1 ? fopen(argv[1], "rb") : NULL, *old;
     size_t size = input ? fread(text, 1, MAX_TEXT, input) : 0, n = 0, n_train;
     char state[1024];
@@ -129,7 +128,7 @@ int main(int argc, char **argv)
     n_train = n - n / 10;                    /* the rest is held out                 */
     how.max_rows = 2 * B * T, how.lr = 1e-3f, how.warmup = steps / 10, how.total = steps;
     how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 5e-5f, how.weight_decay = 0.01f;
-    how.precision = bf16 ? DLM_BF16 : DLM_F32;
+    if (argc > 4 && !strcmp(argv[4], "bf16")) how.precision = DLM_BF16;
     if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
     if (!e && resumed) e = dlm_trainer_load(trainer, state);
     if (!e) printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
