@@ -3946,14 +3946,22 @@ static void dlm__attention_backward(dlm__attention *a)
 
 /* --[ cross-entropy ]---------------------------------------------------------
      loss = log sum_v e^z_v - z_target          dz_v = w (softmax(z)_v - [v = target]) */
+
+/* The first place of the largest entry, V - 1 if none equals it: whole runs without it
+   are passed a vector at a time. */
+static int dlm__argmax(const dlm__kernels *k, const float *x, int V, float max)
+{
+    enum { RUN = 512 };
+    int at = 0;
+    while (V - at > RUN && !(k->max(x + at, RUN) == max)) at += RUN;
+    while (at < V - 1 && !(x[at] == max)) at++;
+    return at;
+}
+
 DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax)
 {
     const float max = ctx->k->max(logits, V);
-    if (argmax) {
-        int best = 0;
-        while (best < V - 1 && !(logits[best] == max)) best++;
-        *argmax = best;
-    }
+    if (argmax) *argmax = dlm__argmax(ctx->k, logits, V, max);
     if (max == -INFINITY) return -INFINITY;
     return (double)max + log(ctx->k->sum_exp(logits, V, max, NULL));
 }
@@ -6761,12 +6769,10 @@ static void dlm__restrict(const dlm_sampler *sm, const dlm__candidate *c, float 
 }
 
 /* Second largest logit, for the margin. */
-static float dlm__runner_up(const float *logits, int V, int argmax)
+static float dlm__runner_up(const dlm__kernels *k, const float *logits, int V, int argmax)
 {
-    float best = -INFINITY;
-    for (int v = 0; v < V; v++)
-        if (v != argmax && logits[v] > best) best = logits[v];
-    return best;
+    const float *after = logits + argmax + 1;
+    return fmaxf(k->max(logits, argmax), k->max(after, V - argmax - 1));
 }
 
 /* Token, confidence and order score of the candidate that out row i predicts. */
@@ -6779,7 +6785,7 @@ static void dlm__pick(void *user, int i, float *logits)
     dlm__candidate *c = &sm->cands[sm->out_cand[i]];
     double sum, sum_x, p_max;
     float max;
-    int argmax = 0;
+    int argmax;
     if (o->guidance != 0.0f) {
         const float *u = sm->unguided + (size_t)i * (size_t)V;
         for (int v = 0; v < V; v++)
@@ -6791,7 +6797,7 @@ static void dlm__pick(void *user, int i, float *logits)
         c->token = -1;
         return;
     }
-    while (logits[argmax] != max) argmax++;
+    argmax = dlm__argmax(k, logits, V, max);
     sum = k->sum_exp(logits, V, max, &sum_x);
     p_max = 1.0 / sum;
     if (c->check) {
@@ -6805,8 +6811,8 @@ static void dlm__pick(void *user, int i, float *logits)
     if (o->order == DLM_ORDER_ENTROPY || o->order == DLM_ORDER_ENTROPY_BOUND)
         c->score = (float)(sum_x / sum - log(sum));         /* minus the entropy   */
     if (o->order == DLM_ORDER_MARGIN)
-        c->score = (float)(p_max - p_max * exp((double)dlm__runner_up(logits, V, argmax)
-                                               - (double)max));
+        c->score = (float)(p_max - p_max * exp((double)(
+            dlm__runner_up(k, logits, V, argmax) - max)));
     if (o->temperature > 0.0f) {
         const float cold = 1.0f / o->temperature;
         for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) * cold;
