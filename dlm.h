@@ -2599,17 +2599,19 @@ typedef struct dlm__pool {
     void           *arg;
     int             n_jobs, next;   /* next: the first job nobody has taken        */
     int             joined;         /* workers at work, + DLM__OPEN: more may join */
-    unsigned        round;          /* grows by one per dlm__parallel              */
+    int             asleep;         /* workers that wait for `work`                */
+    int             waiting;        /* the caller waits for `idle`                 */
+    int             round;          /* changes with every dlm__parallel            */
     int             stop;
     int             stay;           /* workers stay on the CPUs of `elsewhere`     */
     dlm__cpus       elsewhere;      /* all but the one that dlm_init ran on        */
 } dlm__pool;
 
-static int dlm__atomic_get(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static int dlm__atomic_get(const int *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 
 static int dlm__atomic_add(int *p, int by)
 {
-    return __atomic_fetch_add(p, by, __ATOMIC_ACQ_REL);
+    return __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST);
 }
 
 static void dlm__pause(void)
@@ -2625,35 +2627,62 @@ static void dlm__pool_run(dlm__pool *p)
     while ((i = dlm__atomic_add(&p->next, 1)) < p->n_jobs) p->job(p->arg, i);
 }
 
-static void *dlm__pool_thread(void *arg)
+/* The lock is for those who go to sleep: a worker says so, looks once more whether there
+   is a new round, and sleeps; the caller first begins the round and then looks who
+   sleeps.  Each sees the other in one of the two orders, so nobody sleeps through. */
+static void dlm__pool_sleep(dlm__pool *p, int seen)
 {
-    dlm__pool *p = (dlm__pool *)arg;
-    unsigned seen = 0;
-    if (p->stay) dlm__stay_on(&p->elsewhere);
-    for (;;) {
-        for (int i = 0; i < DLM__SPINS
-                        && __atomic_load_n(&p->round, __ATOMIC_ACQUIRE) == seen; i++)
-            dlm__pause();
-        pthread_mutex_lock(&p->lock);
-        while (p->round == seen) pthread_cond_wait(&p->work, &p->lock);
-        seen = p->round;
-        pthread_mutex_unlock(&p->lock);
-        if (dlm__atomic_get(&p->stop)) return NULL;
-        if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p);
-        if (dlm__atomic_add(&p->joined, -1) == 1) {      /* closed, and the last one */
-            pthread_mutex_lock(&p->lock);
-            pthread_cond_signal(&p->idle);
-            pthread_mutex_unlock(&p->lock);
-        }
-    }
+    pthread_mutex_lock(&p->lock);
+    dlm__atomic_add(&p->asleep, 1);
+    while (dlm__atomic_get(&p->round) == seen) pthread_cond_wait(&p->work, &p->lock);
+    dlm__atomic_add(&p->asleep, -1);
+    pthread_mutex_unlock(&p->lock);
 }
 
 static void dlm__pool_start_round(dlm__pool *p)
 {
+    dlm__atomic_add(&p->round, 1);
+    if (dlm__atomic_get(&p->asleep) == 0) return;
     pthread_mutex_lock(&p->lock);
-    __atomic_store_n(&p->round, p->round + 1, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&p->work);
     pthread_mutex_unlock(&p->lock);
+}
+
+/* The caller's wait for those who joined; the same protocol the other way round. */
+static void dlm__pool_wait(dlm__pool *p)
+{
+    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->joined) > 0; i++) dlm__pause();
+    if (dlm__atomic_get(&p->joined) == 0) return;
+    pthread_mutex_lock(&p->lock);
+    dlm__atomic_add(&p->waiting, 1);
+    while (dlm__atomic_get(&p->joined) > 0) pthread_cond_wait(&p->idle, &p->lock);
+    dlm__atomic_add(&p->waiting, -1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void dlm__pool_leave(dlm__pool *p)
+{
+    if (dlm__atomic_add(&p->joined, -1) != 1) return;    /* open, or others work   */
+    if (dlm__atomic_get(&p->waiting) == 0) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_signal(&p->idle);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *dlm__pool_thread(void *arg)
+{
+    dlm__pool *p = (dlm__pool *)arg;
+    int seen = 0;
+    if (p->stay) dlm__stay_on(&p->elsewhere);
+    for (;;) {
+        for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->round) == seen; i++)
+            dlm__pause();
+        if (dlm__atomic_get(&p->round) == seen) dlm__pool_sleep(p, seen);
+        seen = dlm__atomic_get(&p->round);
+        if (dlm__atomic_get(&p->stop)) return NULL;
+        if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p);
+        dlm__pool_leave(p);
+    }
 }
 
 static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
@@ -2666,11 +2695,7 @@ static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), vo
     dlm__pool_start_round(p);
     dlm__pool_run(p);
     dlm__atomic_add(&p->joined, -DLM__OPEN);
-    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->joined) > 0; i++) dlm__pause();
-    if (dlm__atomic_get(&p->joined) == 0) return;
-    pthread_mutex_lock(&p->lock);
-    while (dlm__atomic_get(&p->joined) > 0) pthread_cond_wait(&p->idle, &p->lock);
-    pthread_mutex_unlock(&p->lock);
+    dlm__pool_wait(p);
 }
 
 static void dlm__pool_stop(dlm__pool *p)
