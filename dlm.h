@@ -963,12 +963,11 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
 #define DLM__UNROLL
 #endif
 
-/* Here the compiler forgets what it has read, so as not to keep more of it than there
-   are registers. */
+/* Here the compiler has written all it was to write and forgets what it has read. */
 #if defined(__GNUC__)
-#define DLM__RELOAD __asm__ volatile("" : : : "memory")
+#define DLM__BARRIER __asm__ volatile("" : : : "memory")
 #else
-#define DLM__RELOAD ((void)0)
+#define DLM__BARRIER ((void)0)
 #endif
 
 #define DLM__JOIN2(a, b) a##_##b
@@ -1504,7 +1503,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
                 for (int v = 0; v < nv; v++)
                     acc[i][v] = DLM__K(dlm__multiply)(a_ki, b_k[v], acc[i][v], kind);
             }
-            if (parts > 1 && DLM__VW < 16) DLM__RELOAD;
+            /* Of 16 registers none is left to keep the other part of a word in. */
+            if (parts > 1 && DLM__VW < 16) DLM__BARRIER;
         }
     }
     DLM__UNROLL
@@ -2375,6 +2375,7 @@ static DLM__AMX_TARGET void dlm__amx_enter(int yes)
     memset(&t, 0, sizeof t);
     t.palette = 1;
     for (int i = 0; i < 8; i++) t.bytes[i] = 64, t.rows[i] = 16;
+    DLM__BARRIER;                   /* gcc's words do not say all that they read   */
     if (yes) _tile_loadconfig(&t);
     else _tile_release();
 }
@@ -2390,6 +2391,7 @@ static DLM__AMX_TARGET void dlm__amx_tile_##name( \
     float *lower = block + 4 * row; \
     for (int i = 0; add && block != c && i < m; i++) \
         memcpy(edge + 32 * i, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c); \
+    DLM__BARRIER; \
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); \
     if (add) { \
         _tile_loadd(0, block, row); _tile_loadd(1, block + 16, row); \
