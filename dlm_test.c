@@ -8969,6 +8969,41 @@ TEST(llama2c_released_model_writes_the_published_text)
     test_close(ctx);
 }
 
+/* What rounding costs where it matters: nats per token of the published text. */
+TEST(llama2c_released_model_scores_its_text_in_every_precision)
+{
+    enum { T = 201 };
+    static const struct { int precision; double most; } cases[] = {
+        { DLM_F32, 0 }, { DLM_BF16, 0.02 }, { DLM_I8, 0.05 } };
+    static int ids[T];
+    double nats[3] = { 0, 0, 0 };
+    if (!golden_path("greedy.txt")) SKIP("no stories260K beside the repository");
+    test_file text = file_read(golden_path("greedy.txt"));
+    for (int i = 0; i < 3; i++) {
+        dlm_ctx *ctx = test_open_in(DLM_ISA_AUTO, 1, cases[i].precision);
+        dlm_model *m = NULL;
+        dlm_tokenizer *tok = NULL;
+        size_t n = 0;
+        CHECK_OK(dlm_load_llama2c(&m, ctx, golden_path("stories260K.bin")));
+        CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES,
+                                    golden_path("tok512.bin")));
+        if (m && tok) {
+            ids[0] = 1;                              /* beginning of text          */
+            CHECK_OK(dlm_encode(tok, (const char *)text.data, text.size, ids + 1, T - 1,
+                                &n));
+            dlm_session *s = test_session(ctx, m, 1, T, T, 0);
+            CHECK_OK(dlm_log_likelihood(s, ids, T, 1, 1, 1, &nats[i]));
+            dlm_session_free(s);
+        }
+        LABEL("precision %d: %.4f nats a token", cases[i].precision, -nats[i] / (T - 1));
+        CHECK(nats[i] < 0);
+        CHECK_CLOSE(nats[i] / (T - 1), nats[0] / (T - 1), cases[i].most);
+        dlm_tokenizer_free(tok); dlm_model_free(m);
+        test_close(ctx);
+    }
+    free(text.data);
+}
+
 #endif
 
 /* ==[ table ]=================================================================
@@ -9156,6 +9191,7 @@ static const test_case test_cases[] = {
 #ifndef DLM_NO_STDIO
     RUN(pieces_ride_along_in_a_checkpoint),
     RUN(llama2c_released_model_writes_the_published_text),
+    RUN(llama2c_released_model_scores_its_text_in_every_precision),
 #endif
     { NULL, NULL }
 };
