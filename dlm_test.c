@@ -3791,6 +3791,33 @@ TEST(cross_entropy_equals_double_on_every_isa)
    fused multiply-adds, 1.02e-7 without; half a unit in the last place is 6.0e-8. */
 #define EXP_BOUND 1.1e-7
 
+TEST(largest_and_second_largest_logits_are_found_wherever_they_stand)
+{
+    enum { V = 1100 };                     /* two whole runs of the search and a rest */
+    static float x[V];
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int at = 0; at < V; at += at < 3 || at > V - 40 ? 1 : 15) {
+            const int second = (at + 1 + test_below(V - 1)) % V, last = V - 1;
+            int argmax = -1;
+            test_fill(x, V, 1.0f);
+            x[at] = 3, x[second] = 2;
+            LABEL("%d then %d, %s", at, second, dlm_isa_name((dlm_isa)isa));
+            dlm_log_sum_exp(ctx, x, V, &argmax);
+            CHECK(argmax == at);
+            CHECK(dlm__runner_up(ctx->k, x, V, at) == 2);
+            x[second] = 3;                           /* equal ones: the first      */
+            dlm_log_sum_exp(ctx, x, V, &argmax);
+            CHECK(argmax == (at < second ? at : second));
+            CHECK(dlm__runner_up(ctx->k, x, V, argmax) == 3);
+            if (at == last) continue;
+            x[second] = 0, x[last] = 2;
+            CHECK(dlm__runner_up(ctx->k, x, V, at) == 2);
+        }
+        test_close(ctx);
+    }
+}
+
 TEST(exp_is_within_its_bound_of_libm_on_every_isa)
 {
     enum { N = 1 << 17 };
@@ -9092,6 +9119,7 @@ static const test_case test_cases[] = {
     RUN(stratified_noise_levels_of_every_row_are_uniform),
     RUN(mask_tokens_masks_a_fraction_t_after_first),
     RUN(cross_entropy_equals_double_on_every_isa),
+    RUN(largest_and_second_largest_logits_are_found_wherever_they_stand),
     RUN(exp_is_within_its_bound_of_libm_on_every_isa),
     RUN(log_likelihood_expectation_is_the_exact_bound),
     RUN(log_likelihood_of_blocks_is_the_sum_of_their_bounds),
