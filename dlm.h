@@ -2592,14 +2592,20 @@ static int  dlm__cpus_elsewhere(dlm__cpus *others) { (void)others; return 0; }
 static void dlm__stay_on(const dlm__cpus *cpus) { (void)cpus; }
 #endif
 
+typedef struct dlm__share {         /* of the jobs, alone in its cache line        */
+    int next, end;                  /* next: the first job nobody has taken        */
+    int pad[14];
+} dlm__share;
+
 typedef struct dlm__pool {
     pthread_mutex_t lock;
     pthread_cond_t  work, idle;
     pthread_t      *threads;
+    dlm__share     *shares;         /* of the caller, then of each worker          */
     int             n_threads;      /* workers besides the caller                  */
+    int             numbered;       /* workers that know which share is theirs     */
     void          (*job)(void *arg, int i);
     void           *arg;
-    int             n_jobs, next;   /* next: the first job nobody has taken        */
     int             joined;         /* workers at work, + DLM__OPEN: more may join */
     int             asleep;         /* workers that wait for `work`                */
     int             waiting;        /* the caller waits for `idle`                 */
@@ -2623,10 +2629,15 @@ static void dlm__pause(void)
 #endif
 }
 
-static void dlm__pool_run(dlm__pool *p)
+/* Its own share first: neighbouring jobs touch neighbouring rows, which the job before
+   has left in this core's cache.  Then what the others have not begun. */
+static void dlm__pool_run(dlm__pool *p, int self)
 {
-    int i;
-    while ((i = dlm__atomic_add(&p->next, 1)) < p->n_jobs) p->job(p->arg, i);
+    const int n = p->n_threads + 1;
+    for (int k = 0; k < n; k++) {
+        dlm__share *s = &p->shares[(self + k) % n];
+        for (int i; (i = dlm__atomic_add(&s->next, 1)) < s->end; ) p->job(p->arg, i);
+    }
 }
 
 /* The lock is for those who go to sleep: a worker says so, looks once more whether there
@@ -2674,6 +2685,7 @@ static void dlm__pool_leave(dlm__pool *p)
 static void *dlm__pool_thread(void *arg)
 {
     dlm__pool *p = (dlm__pool *)arg;
+    const int self = 1 + dlm__atomic_add(&p->numbered, 1);
     int seen = 0;
     if (p->stay) dlm__stay_on(&p->elsewhere);
     for (;;) {
@@ -2682,20 +2694,23 @@ static void *dlm__pool_thread(void *arg)
         if (dlm__atomic_get(&p->round) == seen) dlm__pool_sleep(p, seen);
         seen = dlm__atomic_get(&p->round);
         if (dlm__atomic_get(&p->stop)) return NULL;
-        if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p);
+        if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p, self);
         dlm__pool_leave(p);
     }
 }
 
 static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
 {
+    const double each = (double)n / (p->n_threads + 1);
     p->job = job;
     p->arg = arg;
-    p->n_jobs = n;
-    __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
+    for (int k = 0; k <= p->n_threads; k++) {
+        p->shares[k].next = (int)(k * each);
+        p->shares[k].end = k < p->n_threads ? (int)((k + 1) * each) : n;
+    }
     dlm__atomic_add(&p->joined, DLM__OPEN);
     dlm__pool_start_round(p);
-    dlm__pool_run(p);
+    dlm__pool_run(p, 0);
     dlm__atomic_add(&p->joined, -DLM__OPEN);
     dlm__pool_wait(p);
 }
@@ -2852,7 +2867,10 @@ static void dlm__ctx_carve(dlm__arena *a, dlm_ctx *ctx, int workers)
 #ifdef DLM__POSIX_THREADS
     {
         pthread_t *threads = (pthread_t *)dlm__push(a, (size_t)workers, sizeof *threads);
+        dlm__share *shares = (dlm__share *)dlm__push(a, (size_t)workers + 1,
+                                                     sizeof *shares);
         if (ctx->pool && workers > 0) ctx->pool->threads = threads;
+        if (ctx->pool && workers > 0) ctx->pool->shares = shares;
     }
 #endif
     if (workers == 0) ctx->pool = NULL;
