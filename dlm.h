@@ -1241,20 +1241,33 @@ typedef struct dlm__narrow {
     void (*enter)(int yes);         /* before and after tiles are used, or NULL    */
 } dlm__narrow;
 
+/* The left factor of a tile wherever it lies: a(i,k) = at[i*by_i + k*by_k]. */
+typedef struct dlm__left {
+    const float *at;
+    size_t by_i, by_k;
+} dlm__left;
+
+DLM__INLINE dlm__left dlm__left_of(const float *at, size_t by_i, size_t by_k)
+{
+    dlm__left a;
+    a.at = at; a.by_i = by_i; a.by_k = by_k;
+    return a;
+}
+
 /* Letters: x, y rows of n floats; "tile" arrays are [rows][nr], one lane per column. */
 typedef struct dlm__kernels {
     int mr, nr, vw;                 /* the largest tile: mr rows, nr columns; lanes
                                        of one vector                               */
     dlm__narrow narrow;
-    /* c (m, n) (+)= sum over k of a[k][i] * b[k][j], in words; a has rows of lda, b of
-       ldb; m <= mr, n <= nr; a row of b must be readable for nr words, c is touched in n
-       columns only.  Of int8, c gets the sum as a 32-bit integer. */
-    void (*tile[DLM__WORDS])(float *c, int ldc, const float *a, int lda, const float *b,
-                             int ldb, int m, int n, int k, int add);
+    /* c (m, n) (+)= sum over k of a(i,k) * b[k][j], in words; b has rows of ldb; m <= mr,
+       n <= nr; a row of b must be readable for nr words, c is touched in n columns only.
+       Of int8, c gets the sum as a 32-bit integer. */
+    void (*tile[DLM__WORDS])(float *c, int ldc, dlm__left a, const float *b, int ldb,
+                             int m, int n, int k, int add);
     /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `next` apart: one panel gives a
        single row too few chains of multiply-adds to hide their latency.  Or NULL. */
-    void (*row[DLM__WORDS])(float *c, const float *a, const float *b, int ldb,
-                            size_t next, int k, int add);
+    void (*row[DLM__WORDS])(float *c, dlm__left a, const float *b, int ldb, size_t next,
+                            int k, int add);
     /* words = x in bf16, to nearest even; or in int8, as round(x scale) + offset.  Up to
        vw - 1 values past n are written, too. */
     void (*to_bf16)(float *words, const float *x, int n);
@@ -1476,11 +1489,15 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__multiply)(dlm__vf a, dlm__vf b, dlm_
 /* The register tile.  m, nv and kind are constants where this is inlined, so the loops
    over them unroll and acc lives in registers; columns from n on are left alone. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    float *c, int ldc, dlm__left a, const float *b, int ldb,
     const int m, const int nv, int n, int k, int add, const dlm__word kind)
 {
+    enum { THIRDS = (DLM__MR + 2) / 3 };    /* base + 0, 1 or 2 by_i: one address mode */
     const int parts = DLM__PARTS(kind);
+    const float *third[THIRDS];
     dlm__vf acc[DLM__MR][DLM__NV];
+    DLM__UNROLL
+    for (int j = 0; j < THIRDS; j++) third[j] = a.at + (size_t)(3 * j) * a.by_i;
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
         DLM__UNROLL
@@ -1489,7 +1506,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
                 ? DLM__K(dlm__ld)(c + (size_t)i * (size_t)ldc + v * DLM__VW,
                                   n - v * DLM__VW) : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++, a += lda, b += ldb) {
+    for (int kk = 0; kk < k; kk++, b += ldb) {
         DLM__UNROLL
         for (int part = 0; part < parts; part++) {
             dlm__vf b_k[DLM__NV];
@@ -1498,7 +1515,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
                 b_k[v] = DLM__K(dlm__part)(dlm__vload(b + v * DLM__VW), part, kind);
             DLM__UNROLL
             for (int i = 0; i < m; i++) {
-                const dlm__vf a_ki = DLM__K(dlm__part)(dlm__vset1(a[i]), part, kind);
+                const float *a_i = third[i / 3] + (size_t)(i % 3) * a.by_i;
+                const dlm__vf a_ki = DLM__K(dlm__part)(dlm__vset1(*a_i), part, kind);
                 DLM__UNROLL
                 for (int v = 0; v < nv; v++)
                     acc[i][v] = DLM__K(dlm__multiply)(a_ki, b_k[v], acc[i][v], kind);
@@ -1506,6 +1524,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
             /* Of 16 registers none is left to keep the other part of a word in. */
             if (parts > 1 && DLM__VW < 16) DLM__BARRIER;
         }
+        DLM__UNROLL
+        for (int j = 0; j < THIRDS; j++) third[j] += a.by_k;
     }
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -1520,21 +1540,21 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
 /* One vector wide where that is enough: few queries, few classes.  Narrow words are not
    met there often enough for another twelve tiles. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    float *c, int ldc, dlm__left a, const float *b, int ldb,
     const int m, int n, int k, int add, const dlm__word kind)
 {
     if (n <= DLM__VW && kind == DLM__WORD_F32)
-        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, 1, n, k, add, kind);
+        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, m, 1, n, k, add, kind);
     else
-        DLM__K(dlm__tile_body)(c, ldc, a, lda, b, ldb, m, DLM__NV, n, k, add, kind);
+        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, m, DLM__NV, n, k, add, kind);
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb,
+    float *c, int ldc, dlm__left a, const float *b, int ldb,
     int m, int n, int k, int add, const dlm__word kind)
 {
 #define DLM__CASE(m) \
-    case m: DLM__K(dlm__tile_rows)(c, ldc, a, lda, b, ldb, m, n, k, add, kind); break;
+    case m: DLM__K(dlm__tile_rows)(c, ldc, a, b, ldb, m, n, k, add, kind); break;
     switch (m) {
     DLM__CASE(1) DLM__CASE(2) DLM__CASE(3) DLM__CASE(4)
 #if DLM__MR > 4
@@ -1552,7 +1572,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
-    float *c, const float *a, const float *b, int ldb, size_t next, int k, int add,
+    float *c, dlm__left a, const float *b, int ldb, size_t next, int k, int add,
     const dlm__word kind)
 {
     const int parts = DLM__PARTS(kind);
@@ -1564,10 +1584,10 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
             acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
                             : dlm__vset1(0.0f);
     }
-    for (int kk = 0; kk < k; kk++, b += ldb) {
+    for (int kk = 0; kk < k; kk++, a.at += a.by_k, b += ldb) {
         DLM__UNROLL
         for (int part = 0; part < parts; part++) {
-            const dlm__vf a_k = DLM__K(dlm__part)(dlm__vset1(a[kk]), part, kind);
+            const dlm__vf a_k = DLM__K(dlm__part)(dlm__vset1(*a.at), part, kind);
             DLM__UNROLL
             for (int p = 0; p < 4; p++) {
                 DLM__UNROLL
@@ -1590,13 +1610,13 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
 /* The tile and the row of each kind of words. */
 #define DLM__PRODUCTS(name, kind) \
 static DLM__TARGET void DLM__K(dlm__tile_##name)( \
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb, \
+    float *c, int ldc, dlm__left a, const float *b, int ldb, \
     int m, int n, int k, int add) \
 { \
-    DLM__K(dlm__tile_any)(c, ldc, a, lda, b, ldb, m, n, k, add, kind); \
+    DLM__K(dlm__tile_any)(c, ldc, a, b, ldb, m, n, k, add, kind); \
 } \
 static DLM__TARGET void DLM__K(dlm__row_##name)( \
-    float *c, const float *a, const float *b, int ldb, size_t next, int k, int add) \
+    float *c, dlm__left a, const float *b, int ldb, size_t next, int k, int add) \
 { \
     DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, kind); \
 }
@@ -2382,11 +2402,11 @@ static DLM__AMX_TARGET void dlm__amx_enter(int yes)
 
 #define DLM__AMX_TILE(name, multiply) \
 static DLM__AMX_TARGET void dlm__amx_tile_##name( \
-    float *c, int ldc, const float *a, int lda, const float *b, int ldb, \
+    float *c, int ldc, dlm__left a, const float *b, int ldb, \
     int m, int n, int k, int add) \
 { \
     float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge; \
-    const size_t a_row = 4 * (size_t)lda, b_row = 4 * (size_t)ldb; \
+    const size_t a_row = 4 * a.by_i, b_row = 4 * (size_t)ldb; \
     const size_t row = 4 * (size_t)(block == c ? ldc : 32); \
     float *lower = block + 4 * row; \
     for (int i = 0; add && block != c && i < m; i++) \
@@ -2397,14 +2417,14 @@ static DLM__AMX_TARGET void dlm__amx_tile_##name( \
         _tile_loadd(0, block, row); _tile_loadd(1, block + 16, row); \
         if (m > 16) { _tile_loadd(2, lower, row); _tile_loadd(3, lower + 16, row); } \
     } \
-    for (int kk = 0; kk < k; kk += 16, a += 16, b += 16 * ldb) { \
-        _tile_loadd(4, a, a_row); \
+    for (int kk = 0; kk < k; kk += 16, a.at += 16, b += 16 * ldb) { \
+        _tile_loadd(4, a.at, a_row); \
         _tile_loadd(6, b, b_row); \
         _tile_loadd(7, b + 16, b_row); \
         multiply(0, 4, 6); \
         multiply(1, 4, 7); \
         if (m > 16) { \
-            _tile_loadd(5, a + 4 * a_row, a_row); \
+            _tile_loadd(5, a.at + 16 * a.by_i, a_row); \
             multiply(2, 5, 6); \
             multiply(3, 5, 7); \
         } \
@@ -2951,10 +2971,10 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
    c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
    rearranged into panels of nr columns, [k][nr], zero-padded, in blocks of at most
    256 k; or that was done before (dlm_pack); or, when a has few rows and rows of b are
-   contiguous, whole panels are read where they stand.  a goes, one tile of mr rows at a
-   time, into a panel on the stack; a single row of it stays where it is and meets four
-   panels at once.  Each output is one chain of multiply-adds over k from 0 up: the tile
-   continues from c where the block before stopped.  So no size but K can change a result.
+   contiguous, whole panels are read where they stand.  Tiles of mr rows of a are read
+   where they lie, too, unless many panels read them; a single row meets four panels at
+   once.  Each output is one chain of multiply-adds over k from 0 up: the tile continues
+   from c where the block before stopped.  So no size but K can change a result.
 
    In bf16 and int8, both factors are narrowed while they are packed and from there on k
    counts words (dlm__word).  bf16 rounds both and sums in f32.  int8 has a scale per
@@ -2962,7 +2982,10 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
      c_ij = s_i t_j sum_k round(a_ik / s_i) round(b_jk / t_j)     s_i = max_k |a_ik| / 127
    and the sum is one of integers, the same on every ISA. */
 
-enum { DLM__IN_PLACE = 24 };        /* up to so many tile rows, packing does not pay */
+enum {
+    DLM__IN_PLACE = 24,             /* up to so many tile rows, packing b does not pay */
+    DLM__LEFT_PACKED = 8            /* from so many panels on, packing a does      */
+};
 
 typedef struct dlm__gemm {
     dlm_ctx *ctx;
@@ -3106,8 +3129,7 @@ static void dlm__gemm_pack_job(void *arg, int p)
 
 /* m rows of a, from i0 on, against the panel at column j; a single row against the next
    three, too, if the group has them.  Returns how many columns are done. */
-static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int lda,
-                          int j, int end)
+static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, dlm__left a, int j, int end)
 {
     const dlm__kernels *k = g->ctx->k;
     const int n = dlm__min(k->nr, g->nc - j), in_place = g->in_place && n == k->nr;
@@ -3124,7 +3146,7 @@ static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, const float *a, int
     else if (g->packed)
         b = g->packed + (size_t)(g->j0 + j) * (size_t)g->words + (size_t)(g->k0 * k->nr);
     if (wide) k->row[g->kind](c, a, b, ldb, next, g->kc, add);
-    else k->tile[g->kind](c, ldc, a, lda, b, ldb, m, n, g->kc, add);
+    else k->tile[g->kind](c, ldc, a, b, ldb, m, n, g->kc, add);
     return wide ? 4 * k->nr : k->nr;
 }
 
@@ -3151,18 +3173,23 @@ static void dlm__int8_edges(const dlm__gemm *g, int i0, int m, int j, int n, int
     }
 }
 
-/* m rows of a into a panel of words; a single row that lies well stays where it is. */
-static const float *dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
-                                   int *lda, const float *inverse)
+/* m rows of a: as they lie, or in a panel, narrowed or because many will read them. */
+static dlm__left dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
+                                const float *inverse)
 {
     const dlm__kernels *k = g->ctx->k;
-    const int by_rows = g->kind != DLM__WORD_F32 && k->narrow.by_rows;
+    int by_rows = k->narrow.by_rows || g->a_k == 1;
     dlm__slice s = dlm__slice_of(g, g->a + (size_t)i0 * g->a_i, g->a_i, g->a_k, m);
     s.inverse = inverse;
-    *lda = by_rows ? g->kc : m;
-    if (g->kind == DLM__WORD_F32 && m == 1 && g->a_k == 1) return s.src;
+    if (g->kind == DLM__WORD_F32) {
+        const int far = g->a_k % 1024 == 0;   /* words of one set of the L1        */
+        if ((g->per_group < DLM__LEFT_PACKED && !far) || (m == 1 && g->a_k == 1))
+            return dlm__left_of(s.src, g->a_i, g->a_k);
+        by_rows = 0;
+    }
     dlm__pack_slice(k, g->kind, panel, m, by_rows, g->kc, &s);
-    return panel;
+    return by_rows ? dlm__left_of(panel, (size_t)g->kc, 1)
+                   : dlm__left_of(panel, 1, (size_t)m);
 }
 
 /* One tile row: mr rows of a against the column panels of one group. */
@@ -3176,17 +3203,16 @@ static void dlm__gemm_job(void *arg, int job)
     const int enter = g->kind != DLM__WORD_F32 && k->narrow.enter;
     float a_panel[DLM__MAX_MR * DLM__KC + 16];
     float scale[DLM__MAX_MR], inverse[DLM__MAX_MR];
-    const float *a;
-    int lda;
+    dlm__left a;
     if (g->kind == DLM__WORD_I8) {
         for (int i = 0; i < m; i++)
             dlm__int8_scale(k, g->a + (size_t)(i0 + i) * g->a_i, g->K, &scale[i],
                             &inverse[i]);
         if (g->k0 == 0) dlm__int8_edges(g, i0, m, first, end - first, 0, scale);
     }
-    a = dlm__gemm_rows(g, i0, m, a_panel, &lda, inverse);
+    a = dlm__gemm_rows(g, i0, m, a_panel, inverse);
     if (enter) k->narrow.enter(1);
-    for (int j = first; j < end; j += dlm__gemm_tile(g, i0, m, a, lda, j, end)) { }
+    for (int j = first; j < end; j += dlm__gemm_tile(g, i0, m, a, j, end)) { }
     if (enter) k->narrow.enter(0);
     if (g->kind == DLM__WORD_I8 && g->k0 + g->kc == g->words)
         dlm__int8_edges(g, i0, m, first, end - first, 1, scale);
@@ -3751,7 +3777,8 @@ static void dlm__lanes_scores(const dlm__attention *a, const dlm__lanes *l, floa
     const dlm__kernels *k = a->ctx->k;
     for (int j = (from - chunk) / k->mr * k->mr; j < to - chunk; j += k->mr)
         k->tile[DLM__WORD_F32](s + j * k->nr, k->nr,
-                               panels + (size_t)(chunk + j) * (size_t)a->D, k->mr,
+                               dlm__left_of(panels + (size_t)(chunk + j)
+                                                     * (size_t)a->D, 1, (size_t)k->mr),
                                x, k->nr, k->mr, l->width, a->D, 0);
 }
 
@@ -3763,7 +3790,7 @@ static void dlm__lanes_mix(const dlm__attention *a, const dlm__lanes *l, float *
     const dlm__kernels *k = a->ctx->k;
     for (int d = 0; d < a->D; d += k->mr)
         k->tile[DLM__WORD_F32](out + d * k->nr, k->nr,
-                               rows + (size_t)from * ld + (size_t)d, (int)ld,
+                               dlm__left_of(rows + (size_t)from * ld + (size_t)d, 1, ld),
                                p + (from - chunk) * k->nr, k->nr,
                                dlm__min(k->mr, a->D - d), l->width, to - from, 1);
 }
@@ -3888,7 +3915,8 @@ static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
     for (int d = 0; d < a->D; d += k->mr)
         for (int j = 0; j < slots; j += k->nr)
             k->tile[DLM__WORD_F32](columns + (size_t)d * (size_t)ld + (size_t)j, ld,
-                                   rows + d, a->D, p + j, DLM__CHUNK,
+                                   dlm__left_of(rows + d, 1, (size_t)a->D), p + j,
+                                   DLM__CHUNK,
                                    dlm__min(k->mr, a->D - d),
                                    dlm__min(k->nr, slots - j), l->n, 1);
 }
