@@ -3029,15 +3029,17 @@ DLM__INLINE void dlm__transpose4(float *out, size_t ldo, const float *in, size_t
 #endif
 }
 
-/* out (cols, rows; ldo) = the transposed of in (rows, cols; ldi). */
+/* out (cols, rows; ldo) = the transposed of in (rows, cols; ldi): 16 columns, a cache
+   line, of all rows at a time, so that no line is left and come back to. */
 static void dlm__transpose(float *out, size_t ldo, const float *in, size_t ldi, int rows,
                            int cols)
 {
     const int rows4 = rows / 4 * 4, cols4 = cols / 4 * 4;
-    for (int j = 0; j < cols4; j += 4)
+    for (int line = 0; line < cols4; line += 16)
         for (int i = 0; i < rows4; i += 4)
-            dlm__transpose4(out + (size_t)j * ldo + (size_t)i, ldo,
-                            in + (size_t)i * ldi + (size_t)j, ldi);
+            for (int j = line; j < dlm__min(line + 16, cols4); j += 4)
+                dlm__transpose4(out + (size_t)j * ldo + (size_t)i, ldo,
+                                in + (size_t)i * ldi + (size_t)j, ldi);
     for (int j = 0; j < cols; j++)
         for (int i = j < cols4 ? rows4 : 0; i < rows; i++)
             out[(size_t)j * ldo + (size_t)i] = in[(size_t)i * ldi + (size_t)j];
