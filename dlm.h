@@ -1030,8 +1030,8 @@ struct dlm_ctx {
     dlm_options   opt;
     const struct dlm__kernels *k;   /* the kernels of the chosen ISA               */
     struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
-    dlm__word     as_stored;        /* how unpacked factors are multiplied: f32 but
-                                       within a trainer's pass in bf16             */
+    dlm__word     as_stored;        /* how unpacked factors are multiplied: f32, but
+                                       the `word` of a work space that is in use   */
     float        *scratch;          /* packed B of the matmul that is running      */
     size_t        scratch_floats;
     void         *block;            /* what was allocated, NULL if the user's      */
@@ -2984,7 +2984,8 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
 
 enum {
     DLM__IN_PLACE = 24,             /* up to so many tile rows, packing b does not pay */
-    DLM__LEFT_PACKED = 8            /* from so many panels on, packing a does      */
+    DLM__LEFT_PACKED = 8,           /* from so many panels on, packing a does      */
+    DLM__L3_WORDS = 1 << 22         /* 16 MiB                                      */
 };
 
 typedef struct dlm__gemm {
@@ -3243,10 +3244,16 @@ static void dlm__gemm_run(dlm__gemm *g)
     const int nr = k->nr, words = dlm__words_of(k, g->kind, g->K);
     const int kc = dlm__min(DLM__KC, dlm__max(words, 1));
     int nc = (int)(g->ctx->scratch_floats / (size_t)kc / (size_t)nr) * nr;
-    if (g->packed) nc = dlm__round_up(g->N, nr);
     g->words = words;
     g->per = dlm__values_per_word(g->kind);
     g->mr = g->kind == DLM__WORD_F32 ? k->mr : k->narrow.mr;
+    if (g->packed) {
+        /* Weights that the L3 holds are best read through by every tile row; of larger
+           ones, a part that the L2 holds by all tile rows in turn. */
+        const int large = (size_t)g->N * (size_t)words > (size_t)DLM__L3_WORDS;
+        nc = large && g->M > g->mr ? dlm__max(nc / 2 / nr, 1) * nr
+                                   : dlm__round_up(g->N, nr);
+    }
     if (g->K == 0 && !g->add)
         for (int i = 0; i < g->M; i++)
             memset(g->c + (size_t)i * g->ldc, 0, (size_t)g->N * sizeof *g->c);
@@ -4514,6 +4521,7 @@ typedef struct dlm__work {
     dlm_ctx    *ctx;
     dlm_config  c;
     int         keep, seqs, slots, rows, out, layer_caches, packed;   /* limits    */
+    dlm__word   word;               /* in which products of unpacked weights are done */
     int         chunk;              /* rows of the head at a time                  */
     int         pad_total;          /* slots of all sequences, each rounded to 96  */
     dlm__acts  *acts;               /* (L)                                         */
@@ -4632,8 +4640,8 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
 {
     const size_t C = (size_t)w->c.dim, out = (size_t)w->out;
     const size_t L = (size_t)w->c.layers, seqs = (size_t)w->seqs;
-    const int by_logits = (1 << 18) / w->c.vocab;
-    w->chunk = dlm__min(w->out, dlm__min(dlm__max(by_logits, 32), 512));
+    const int by_logits = (1 << 18) / w->c.vocab;        /* 1 MiB, but not few rows */
+    w->chunk = dlm__min(w->out, dlm__min(dlm__max(by_logits, 128), 512));
     w->pad_total = w->keep ? dlm__round_up(w->rows, DLM__CHUNK) + w->seqs * DLM__CHUNK
                            : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
     w->acts = (dlm__acts *)dlm__push(a, L, sizeof(dlm__acts));
@@ -4950,6 +4958,7 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__act
     const dlm__globals g = dlm__globals_at(&w->c, m->weights);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, g.norm_out);
+    w->ctx->as_stored = w->word;
     dlm__embedding_forward(acts[0].x, g.tok_emb, w->tokens, w->all.n, w->c.dim);
     for (int l = 0; l <= last; l++) {
         const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
@@ -4957,6 +4966,7 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__act
                            l == last ? w->x_out : acts[l + 1].x);
     }
     dlm__norm_forward(&norm, w->sub.n);
+    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 typedef struct dlm__scoring {
@@ -4982,6 +4992,7 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
     const int C = w->c.dim, V = w->c.vocab;
     dlm__scoring s;
     s.score = score; s.user = user; s.logits = w->logits; s.V = V;
+    w->ctx->as_stored = w->word;
     for (s.first = 0; s.first < w->sub.n; s.first += w->chunk) {
         const int n = dlm__min(w->chunk, w->sub.n - s.first);
         float *hf = w->hf + (size_t)s.first * (size_t)C;
@@ -4992,6 +5003,7 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
                                  dlm__globals_at(&w->c, grads).head, w->logits, hf, head,
                                  n, V, C);
     }
+    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 /* ==[ backward ]==============================================================
@@ -5081,6 +5093,7 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
     const dlm__globals g = dlm__globals_at(&w->c, grads);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, p.norm_out);
+    w->ctx->as_stored = w->word;
     memset(w->dxq, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dxq);
     norm.dy = w->dhf;
     norm.dx = w->dxq;
@@ -5093,6 +5106,7 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
         swap = w->dx; w->dx = w->dxq; w->dxq = swap;
     }
     dlm__embedding_backward(w->ctx, g.tok_emb, w->dxq, w->tokens, w->all.n, w->c.dim);
+    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
@@ -5715,6 +5729,7 @@ static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_mo
     t->w.ctx = ctx;
     t->w.c = m->config;
     t->w.keep = 1;
+    t->w.word = dlm__word_of(t->opt.precision);
     t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
     t->w.seqs = dlm__max(16, t->opt.max_rows / 32);
     return DLM_OK;
@@ -5776,11 +5791,9 @@ static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn scor
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK) return e;
     if (b->n_out == 0) return DLM_OK;
-    t->w.ctx->as_stored = dlm__word_of(t->opt.precision);
     dlm__layers_forward(&t->w, t->m, learn ? t->w.acts : t->w.scout);
     dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
     if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
-    t->w.ctx->as_stored = DLM__WORD_F32;
     t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
     return DLM_OK;
 }

@@ -4663,6 +4663,39 @@ TEST(masked_objectives_weigh_the_gradient_as_the_loss)
     test_close(ctx);
 }
 
+/* Every way a step can take computes in the precision asked for. */
+TEST(steps_of_every_kind_take_the_precision)
+{
+    static const struct { dlm_method method; int one_pass, complementary; } kinds[] = {
+        { DLM_METHOD_VANILLA, 0, 0 }, { DLM_METHOD_VANILLA, 0, 1 },
+        { DLM_METHOD_LIFT3, 0, 0 }, { DLM_METHOD_LIFT3, 1, 0 } };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4; k++) {
+        dlm_config c = case_config(&model_grid[0], 64);
+        dlm_report r[2] = {{0}};
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            uint64_t kept = test_state;
+            dlm_model *m = test_model(ctx, &c);
+            dlm_train_options o = {0};
+            dlm_example e[6];
+            o.lift.method = kinds[k].method, o.lift.one_pass = kinds[k].one_pass;
+            o.lift.complementary = kinds[k].complementary;
+            o.precision = bf16 ? DLM_BF16 : DLM_F32;
+            o.max_rows = 400;
+            dlm_trainer *t = test_trainer(ctx, m, &o);
+            run_examples(e, 6, c.vocab);
+            CHECK_OK(dlm_trainer_step(t, e, 6, &r[bf16]));
+            dlm_trainer_free(t);
+            dlm_model_free(m);
+            if (!bf16) test_state = kept;
+        }
+        LABEL("kind %d", k);
+        CHECK(r[0].grad_norm > 0 && r[0].grad_norm != r[1].grad_norm);
+        CHECK_CLOSE(r[1].grad_norm / r[0].grad_norm, 1, 0.05);
+    }
+    test_close(ctx);
+}
+
 /* A pool that runs everything backwards on the calling thread. */
 static void reverse_for(void *user, int n, void (*job)(void *arg, int i), void *arg)
 {
@@ -9127,6 +9160,7 @@ static const test_case test_cases[] = {
     RUN(gradients_match_finite_differences_of_the_reference),
     RUN(gradients_of_long_sequences_match_finite_differences),
     RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),
+    RUN(steps_of_every_kind_take_the_precision),
     RUN(gradients_of_passes_add_up_until_the_update),
     RUN(trainer_pass_refuses_bad_batches_by_name),
     RUN(adamw_update_equals_double_reference_on_every_isa),
