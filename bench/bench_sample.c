@@ -6,7 +6,8 @@
    Random weights, temperature 0, a prompt of 8 tokens.  Rows "full" denoise a whole
    canvas, recomputing everything in every step; "block" and "causal" generate with the
    keys and values of finished blocks cached or recomputed.  weights: how packed weights
-   are kept.  speedup is against the row named in versus, measured in turns with it. */
+   are kept and multiplied.  speedup is against the row named in versus, measured in turns
+   with it.  --quick leaves out M_134M and most of S_24M. */
 #define _POSIX_C_SOURCE 199309L
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
@@ -30,7 +31,7 @@ typedef struct setup {                     /* how one competitor generates      
     const shape *model;
     dlm_pattern  pattern;
     int generated, block, steps;           /* tokens; in a block; per block        */
-    int cached, threads, bf16;
+    int cached, threads, precision;
 } setup;
 
 typedef struct generation {
@@ -62,7 +63,7 @@ static void generation_open(generation *g, const setup *as)
     opt.block = as->block;
     opt.steps = as->steps;
     machine.threads = as->threads;
-    machine.precision = as->bf16 ? DLM_BF16 : DLM_F32;
+    machine.precision = as->precision;
     bench_require(NULL, dlm_init(&g->ctx, &machine));
     g->canvas = (int *)bench_alloc((size_t)g->T, sizeof(int));
     bench_require(g->ctx, dlm_model_create(&g->model, g->ctx, &cfg, 1, NULL));
@@ -97,70 +98,82 @@ static void print_row(const generation *g, const bench_case *c, double speedup,
     static const char *const patterns[] = { "block", "full", "causal" };
     const setup *as = &g->as;
     const double forwards = g->forwards;
+    const char *weights = as->precision == DLM_F32 ? "f32"
+                        : as->precision == DLM_BF16 ? "bf16" : "i8";
     printf("%s,%s,%d,%d,%d,%s,%d,%s,%.1f,%.1f,%.1f,%.3f,%.2f,%.1f,%.2f,%s,%d,%d\n",
            as->model->name, patterns[as->pattern], as->generated, as->block, as->steps,
-           as->cached ? "yes" : "no", as->threads, as->bf16 ? "bf16" : "f32",
-           bench_median(c), bench_min(c), bench_max(c), bench_ms(c) / forwards,
-           as->generated / forwards,
+           as->cached ? "yes" : "no", as->threads, weights, bench_median(c),
+           bench_min(c), bench_max(c), bench_ms(c) / forwards, as->generated / forwards,
            1e-9 * g->flops * bench_median(c) / c->work, speedup, versus, BENCH_SAMPLES,
            bench_noisy(c));
     fflush(stdout);
 }
 
-/* Two setups in turns; the first is what the second is compared with. */
-static void compare(const setup *first, const setup *second, const char *versus)
+#define MOST_SETUPS 3
+
+/* n setups in turns; the first is what the others are compared with. */
+static void compare(const setup *setups, int n, const char *versus)
 {
-    generation g[2];
-    bench_case c[2];
+    generation g[MOST_SETUPS];
+    bench_case c[MOST_SETUPS];
     memset(c, 0, sizeof c);
-    for (int i = 0; i < 2; i++) {
-        generation_open(&g[i], i == 0 ? first : second);
+    for (int i = 0; i < n; i++) {
+        generation_open(&g[i], &setups[i]);
         c[i].run = generation_run;
         c[i].arg = &g[i];
         c[i].work = g[i].as.generated;
     }
-    bench_run(c, 2);
-    print_row(&g[0], &c[0], 1.0, "itself");
-    print_row(&g[1], &c[1], bench_median(&c[1]) / bench_median(&c[0]), versus);
-    for (int i = 0; i < 2; i++) generation_close(&g[i]);
+    bench_run(c, n);
+    for (int i = 0; i < n; i++) {
+        print_row(&g[i], &c[i], bench_median(&c[i]) / bench_median(&c[0]),
+                  i == 0 ? "itself" : versus);
+        generation_close(&g[i]);
+    }
+}
+
+static setup whole_canvas(const shape *model, int generated, int steps)
+{
+    setup s = { NULL, DLM_PATTERN_FULL, 0, 0, 0, 0, 1, DLM_F32 };
+    s.model = model;
+    s.generated = generated;
+    s.block = PROMPT + generated;
+    s.steps = steps;
+    return s;
 }
 
 static void compare_threads(const shape *model, int generated, int steps)
 {
-    setup one = { NULL, DLM_PATTERN_FULL, 0, 0, 0, 0, 1, 0 }, two;
-    one.model = model;
-    one.generated = generated;
-    one.block = PROMPT + generated;        /* the whole canvas                     */
-    one.steps = steps;
-    two = one;
-    two.threads = THREADS_MOST;
-    compare(&one, &two, "1 thread");
+    setup s[2];
+    s[0] = s[1] = whole_canvas(model, generated, steps);
+    s[1].threads = THREADS_MOST;
+    compare(s, 2, "1 thread");
 }
 
 static void compare_cache(const shape *model, dlm_pattern pattern, int block, int steps)
 {
-    setup recomputed = { NULL, DLM_PATTERN_BLOCK, LONG, 0, 0, 0, 1, 0 }, cached;
-    recomputed.model = model;
-    recomputed.pattern = pattern;
-    recomputed.block = block;
-    recomputed.steps = steps;
-    cached = recomputed;
-    cached.cached = 1;
-    compare(&recomputed, &cached, "recomputed");
+    setup s[2] = { { NULL, DLM_PATTERN_BLOCK, LONG, 0, 0, 0, 1, DLM_F32 } };
+    s[0].model = model;
+    s[0].pattern = pattern;
+    s[0].block = block;
+    s[0].steps = steps;
+    s[1] = s[0];
+    s[1].cached = 1;
+    compare(s, 2, "recomputed");
 }
 
 /* Token by token, where reading the weights is all there is to do; and a whole canvas. */
 static void compare_weights(const shape *model, dlm_pattern pattern, int generated)
 {
-    setup f32 = { NULL, DLM_PATTERN_CAUSAL, 0, 1, 1, 1, 1, 0 }, bf16;
-    f32.model = model;
-    f32.pattern = pattern;
-    f32.generated = generated;
-    if (pattern == DLM_PATTERN_FULL)
-        f32.cached = 0, f32.block = PROMPT + generated, f32.steps = 16;
-    bf16 = f32;
-    bf16.bf16 = 1;
-    compare(&f32, &bf16, "f32");
+    static const int precisions[MOST_SETUPS] = { DLM_F32, DLM_BF16, DLM_I8 };
+    setup s[MOST_SETUPS] = { { NULL, DLM_PATTERN_CAUSAL, 0, 1, 1, 1, 1, DLM_F32 } };
+    s[0].model = model;
+    s[0].generated = generated;
+    if (pattern == DLM_PATTERN_FULL) s[0] = whole_canvas(model, generated, 16);
+    for (int i = 0; i < MOST_SETUPS; i++) {
+        s[i] = s[0];
+        s[i].precision = precisions[i];
+    }
+    compare(s, MOST_SETUPS, "f32");
 }
 
 int main(int argc, char **argv)
@@ -179,6 +192,7 @@ int main(int argc, char **argv)
         compare_threads(&model_s, 64, 64);
         compare_threads(&model_t, 256, 64);
         compare_threads(&model_s, 256, 64);
+        compare_threads(&model_m, 64, 16);
     }
     for (int block = 4; block <= 16; block *= 2) {
         compare_cache(&model_t, DLM_PATTERN_BLOCK, block, block / 2);
@@ -188,6 +202,9 @@ int main(int argc, char **argv)
     compare_weights(&model_260k, DLM_PATTERN_CAUSAL, LONG);
     compare_weights(&model_s, DLM_PATTERN_CAUSAL, 64);
     compare_weights(&model_s, DLM_PATTERN_FULL, 64);
-    if (!quick) compare_weights(&model_m, DLM_PATTERN_CAUSAL, 16);
+    if (!quick) {
+        compare_weights(&model_m, DLM_PATTERN_CAUSAL, 16);
+        compare_weights(&model_m, DLM_PATTERN_FULL, 64);
+    }
     return 0;
 }

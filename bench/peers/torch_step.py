@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """torch_step - the training step and the forward of bench_step's models, in PyTorch.
 
-Run:   python3 bench/peers/torch_step.py [--threads 1] [--samples 7] [--models a,b]
+Run:   python3 bench/peers/torch_step.py [--threads 1] [--samples 7] [--models a,b,gpt2]
 Needs: PyTorch 1.13 or later (Debian: python3-torch); dlm.h and its benches need none.
 
 The same architecture as dlm.h with no_qk_norm: RMSNorm, half-split rotary positions,
 grouped-query attention over the whole sequence, SwiGLU, tied head.  "step": half of
 the tokens masked, logits of the masked rows only, cross-entropy, backward, clipping,
-AdamW; "forward": 256 tokens, all logits, eager and traced.  Set
+AdamW; "forward": T tokens, all logits, eager and traced; "_bf16": the eager ones under
+torch.autocast, the loss in f32.  gpt2 is bench_step's gpt2_124M.  Set
 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 before, or glibc
 hands the activations back after every step, which costs PyTorch its speed."""
 import argparse
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 SHAPES = {  # dim, layers, heads, kv heads, ffn, vocab, T, B
     "a": (64, 5, 8, 4, 172, 512, 256, 8),
     "b": (384, 6, 6, 6, 1024, 65, 256, 16),
+    "gpt2": (768, 12, 12, 12, 2048, 50257, 64, 4),
 }
 
 
@@ -108,15 +110,21 @@ class Model(nn.Module):
         return self.head(self.states(tokens))
 
 
-def training_step(model, vocab, B, T):
+def bf16(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled)
+
+
+def training_step(model, vocab, B, T, narrow=False):
     mask_id = vocab - 1
     text = torch.randint(0, mask_id, (B, T))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step():
         masked = torch.rand(B, T) < 0.5
-        states = model.states(text.masked_fill(masked, mask_id))
-        loss = F.cross_entropy(model.head(states[masked]), text[masked])
+        with bf16(narrow):
+            states = model.states(text.masked_fill(masked, mask_id))
+            logits = model.head(states[masked])
+        loss = F.cross_entropy(logits.float(), text[masked])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -146,10 +154,13 @@ def measure_model(name):
     print("# model    %s: %d parameters" % (name, sum(p.numel() for p in
                                                       model.parameters())))
     measure(name, "step", B * T, training_step(model, vocab, B, T))
+    measure(name, "step_bf16", B * T, training_step(model, vocab, B, T, True))
     tokens = torch.randint(0, vocab, (1, T))
     model.eval()
     with torch.no_grad():
         measure(name, "forward", T, lambda: model(tokens))
+        with bf16():
+            measure(name, "forward_bf16", T, lambda: model(tokens))
         traced = torch.jit.freeze(torch.jit.trace(model, tokens))
         measure(name, "forward_traced", T, lambda: traced(tokens))
 
