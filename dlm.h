@@ -99,6 +99,7 @@
        grad_norm is then not finite and the weights stay as they were.
 
    THREADS AND DETERMINISM         one context per thread of control; no globals
+       A forked child has no workers: it must not use or shut down its parent's context.
        The built-in pool needs POSIX threads; elsewhere give a hook, or one thread works.
        Same binary, same ISA: bit-identical results for any number of threads and any
        neighbours in a batch, because work is shared out over outputs, never over sums.
@@ -276,7 +277,9 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
            2^-9 of error per factor.  ISAs agree to the order of two sums, and to what
            avx512bf16 and amx flush to zero (below 2^-126)
      I8    rows of both factors are scaled to -127..127 and rounded, sums are exact: the
-           same bits on every ISA; a row that is not finite gives NaN or infinity */
+           same bits on every ISA.  A row that is not finite gives NaN or infinity, one
+           below 4e-37 counts as zeros.  K is at most DLM_I8_MOST, or sums overflow */
+#define DLM_I8_MOST 131072
 DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
 DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
 DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
@@ -1276,7 +1279,7 @@ typedef struct dlm__kernels {
     void (*pair)(float *words, const float *x, const float *y, int n);
     /* The largest |x_i|, NaN if one of them is not finite. */
     float (*magnitude)(const float *x, int n);
-    /* y_i, an integer, becomes the float y_i * (r x_i). */
+    /* y_i, an integer, becomes the float (y_i r) x_i. */
     void (*scale_int)(float *y, const float *x, float r, int n);
     /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
        (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
@@ -1670,7 +1673,7 @@ static DLM__TARGET void DLM__K(dlm__scale_int)(float *y, const float *x, float r
     for (int i = 0; i < n; i += DLM__VW) {
         const dlm__vf y_i = dlm__vfromint(dlm__bits(DLM__K(dlm__ld)(y + i, n - i)));
         const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
-        DLM__K(dlm__st)(y + i, dlm__vmul(y_i, dlm__vmul(rv, x_i)), n - i);
+        DLM__K(dlm__st)(y + i, dlm__vmul(dlm__vmul(y_i, rv), x_i), n - i);
     }
 }
 
@@ -2144,7 +2147,7 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define dlm__int8_part(w, part) ((void)(part), (w))
 #define dlm__int8_fma(a, b, c) dlm__int8_fma_scalar(a, b, c)
 #define dlm__int8_offset 0
-#define dlm__vtoint(v) ((uint32_t)(int32_t)rintf(v))
+#define dlm__vtoint(v) ((v) == (v) ? (uint32_t)(int32_t)rintf(v) : 0U)
 #define dlm__vfromint(u) ((float)(int32_t)(u))
 #define dlm__vstore16(p, u) dlm__store16_scalar(p, u)
 #define dlm__vstore8(p, u) (*(p) = (char)(u))
@@ -3159,7 +3162,7 @@ static void dlm__int8_scale(const dlm__kernels *k, const float *x, int n, float 
 {
     const float most = k->magnitude(x, n);
     *scale = most / 127.0f;
-    *inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    *inverse = most > 4e-37f ? 127.0f / most : 0.0f;      /* still finite          */
 }
 
 /* Before the first block of words c gets what makes up for the offset of a, after the
@@ -3348,7 +3351,7 @@ static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int
         memcpy(four, panel + word * k->nr + i, sizeof four);
         sum += four[0] + four[1] + four[2] + four[3];
     }
-    return dlm__floats_scalar((uint32_t)(-k->narrow.offset * sum));
+    return dlm__floats_scalar(0U - (uint32_t)k->narrow.offset * (uint32_t)sum);
 }
 
 /* Panels (words, nr), of int8 followed by a scale and a correction per row of b. */
@@ -3360,6 +3363,7 @@ DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, 
     const int words = dlm__words_of(k, kind, K), columns = dlm__round_up(N, nr);
     float inverse[DLM__MAX_NR], *scale = packed + (size_t)columns * (size_t)words;
     dlm__slice s;
+    DLM_ASSERT(kind != DLM__WORD_I8 || K <= DLM_I8_MOST);
     if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
     s.s_i = (size_t)K; s.s_k = 1; s.inverse = inverse; s.offset = 0;
     for (int j = 0; j < N; j += nr) {
@@ -5156,6 +5160,9 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     if (d.out == 0) d.out = d.rows;
     e = dlm__in_range(ctx, "limits.rows", d.rows, 1, INT_MAX / 2);
     if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
+    if (e == DLM_OK && !d.no_pack && ctx->opt.precision == DLM_I8)
+        e = dlm__in_range(ctx, "ffn or dim of a model in DLM_I8",
+                          dlm__max(m->config.ffn, m->config.dim), 1, DLM_I8_MOST);
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
     w->layer_caches = d.cached != 0;
     w->packed = !d.no_pack;

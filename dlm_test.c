@@ -2117,7 +2117,7 @@ TEST(int8_products_equal_integers_bit_for_bit)
                 for (int k = 0; k < K; k++)
                     sum += (int32_t)rintf(x[k] * (s_i > 0 ? 127 / s_i : 0))
                          * (int32_t)rintf(y[k] * (t_j > 0 ? 127 / t_j : 0));
-                CHECK(c.got[i] == (float)sum * ((s_i / 127) * (t_j / 127)));
+                CHECK(c.got[i] == (float)sum * (s_i / 127) * (t_j / 127));
             }
             narrow_close(&c);
         }
@@ -2189,6 +2189,42 @@ TEST(precision_is_checked)
     o.precision = DLM_F16;
     CHECK(dlm_init(&ctx, &o) == DLM_E_CONFIG);
     CHECK(dlm_ctx_bytes(&o) == 0);
+    ctx = test_open_in(DLM_ISA_AUTO, 1, DLM_I8);
+    dlm_config c = {0};
+    c.vocab = 8, c.dim = 8, c.layers = 1, c.heads = 1, c.max_seq = 8;
+    c.ffn = DLM_I8_MOST + 1;
+    dlm_model *m = test_model(ctx, &c);
+    dlm_session *s = NULL;
+    dlm_limits packed = {0}, as_stored = {0};
+    as_stored.no_pack = 1;
+    CHECK_ERROR(dlm_session_create(&s, ctx, m, &packed, NULL), DLM_E_CONFIG, ctx, "I8");
+    CHECK_OK(dlm_session_create(&s, ctx, m, &as_stored, NULL));
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* The largest sum that there can be, and rows at both ends of what floats are. */
+TEST(int8_products_at_their_limits)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open_in(isa, 1, DLM_I8);
+        narrow_case c = narrow_open(ctx, 1, 1, DLM_I8_MOST, 0);
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        for (int k = 0; k < DLM_I8_MOST; k++) c.a[k] = c.b[k] = -1;
+        narrow_packed(ctx, &c);
+        CHECK_CLOSE(c.got[0], DLM_I8_MOST, 0.1);
+        memset(c.a, 0, DLM_I8_MOST * sizeof(float));
+        memset(c.b, 0, DLM_I8_MOST * sizeof(float));
+        c.a[0] = 9e-31f, c.b[0] = 1e30f;
+        narrow_packed(ctx, &c);
+        CHECK_CLOSE(c.got[0], 0.9, 1e-5);
+        c.a[0] = c.b[1] = 3e38f, c.b[0] = 0;
+        narrow_packed(ctx, &c);
+        CHECK(c.got[0] == 0);
+        narrow_close(&c);
+        test_close(ctx);
+    }
 }
 
 /* One row at a time takes another way through matmul and attention (keys in the lanes);
@@ -9116,6 +9152,7 @@ static const test_case test_cases[] = {
     RUN(narrow_products_show_what_is_not_finite),
     RUN(narrow_sessions_differ_from_f32_by_their_rounding),
     RUN(precision_is_checked),
+    RUN(int8_products_at_their_limits),
     RUN(session_in_used_memory_packs_its_own_weights),
     RUN(unseen_slots_do_not_matter),
     RUN(doubled_row_equals_cached_block_at_the_same_state),
