@@ -226,7 +226,9 @@ DLM_API void        dlm_shutdown(dlm_ctx *ctx);                      /* NULL is 
 DLM_API const char *dlm_last_error(const dlm_ctx *ctx); /* detail, or ""; NULL: ""  */
 DLM_API dlm_isa     dlm_active_isa(const dlm_ctx *ctx);
 DLM_API int         dlm_active_threads(const dlm_ctx *ctx);
-DLM_API int         dlm_isa_supported(dlm_isa isa);        /* on this CPU, 1 or 0  */
+/* On this CPU, 1 or 0.  For AMX, as in DLM_ISA_AUTO, Linux is asked to keep the tiles of
+   this process: signal stacks must then have room for 8 KiB more. */
+DLM_API int         dlm_isa_supported(dlm_isa isa);
 DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_ISA takes */
 
 /* --[ random ]----------------------------------------------------------------
@@ -255,7 +257,8 @@ DLM_API double dlm_uniform(const dlm_address *at, uint32_t index);
 DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i);
 
 /* --[ math ]------------------------------------------------------------------
-   Usable without any model.  Row-major, overwriting out; sizes of 0 are allowed.
+   Usable without any model.  Row-major, overwriting out, which must not overlap a or b;
+   sizes of 0 are allowed.
      _nn   out (M,N) = a (M,K) @ b (K,N)
      _nt   out (M,N) = a (M,K) @ b (N,K)^T     the layout linear layers keep
      _tn   out (M,N) = a (K,M)^T @ b (K,N)     the shape of a weight gradient
@@ -272,7 +275,7 @@ DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float
 
 /* Weights (N,K) that do not change, rearranged once for the kernels of this ctx, in its
    precision.  packed has room for dlm_pack_floats() floats (about N * K, in BF16 half, in
-   I8 a quarter), caller-owned, 64-byte aligned.
+   I8 a quarter), caller-owned, 64-byte aligned; N, K and ctx as when it was packed.
      BF16  both factors are rounded to nearest even, products are summed in f32: about
            2^-9 of error per factor.  ISAs agree to the order of two sums, and to what
            avx512bf16 and amx flush to zero (below 2^-126)
@@ -895,7 +898,7 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
    direction per tensor (every entry moves by `step`: 1e-3 suits fresh weights); pending
    gradients are cleared.  loss must return the loss that
    score's gradients belong to, from whatever score stored at its last call for every
-   i. */
+   i.  The trainer must be one in DLM_F32: in bf16 so small a step may round to none. */
 
 typedef struct dlm_check {
     char   name[64];                       /* tensor                               */
@@ -1495,12 +1498,11 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     float *c, int ldc, dlm__left a, const float *b, int ldb,
     const int m, const int nv, int n, int k, int add, const dlm__word kind)
 {
-    enum { THIRDS = (DLM__MR + 2) / 3 };    /* base + 0, 1 or 2 by_i: one address mode */
-    const int parts = DLM__PARTS(kind);
-    const float *third[THIRDS];
+    const int parts = DLM__PARTS(kind), thirds = (m + 2) / 3;
+    const float *third[(DLM__MR + 2) / 3];  /* base + 0, 1 or 2 by_i: one address mode */
     dlm__vf acc[DLM__MR][DLM__NV];
     DLM__UNROLL
-    for (int j = 0; j < THIRDS; j++) third[j] = a.at + (size_t)(3 * j) * a.by_i;
+    for (int j = 0; j < thirds; j++) third[j] = a.at + (size_t)(3 * j) * a.by_i;
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
         DLM__UNROLL
@@ -1524,11 +1526,11 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
                 for (int v = 0; v < nv; v++)
                     acc[i][v] = DLM__K(dlm__multiply)(a_ki, b_k[v], acc[i][v], kind);
             }
-            /* Of 16 registers none is left to keep the other part of a word in. */
+            /* Load a word again for its other part: few registers, none to keep it in. */
             if (parts > 1 && DLM__VW < 16) DLM__BARRIER;
         }
         DLM__UNROLL
-        for (int j = 0; j < THIRDS; j++) third[j] += a.by_k;
+        for (int j = 0; j < thirds; j++) third[j] += a.by_k;
     }
     DLM__UNROLL
     for (int i = 0; i < m; i++) {
@@ -2336,7 +2338,9 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #include DLM_SELF
 
 /* --[ avx512 ]---------------------------------------------------------------- */
-#define DLM__SAME_WORDS
+#ifdef DLM__AVX512BF16
+#define DLM__SAME_WORDS             /* for the instance after this one             */
+#endif
 #define DLM__KERNEL_PASS avx512
 #define DLM__TARGET __attribute__((target("avx512f,avx512bw")))
 #define DLM__VW 16
@@ -2410,8 +2414,8 @@ static DLM__AMX_TARGET void dlm__amx_tile_##name( \
 { \
     float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge; \
     const size_t a_row = 4 * a.by_i, b_row = 4 * (size_t)ldb; \
-    const size_t row = 4 * (size_t)(block == c ? ldc : 32); \
-    float *lower = block + 4 * row; \
+    const size_t ld = (size_t)(block == c ? ldc : 32), row = 4 * ld; \
+    float *lower = block + 16 * ld; \
     for (int i = 0; add && block != c && i < m; i++) \
         memcpy(edge + 32 * i, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c); \
     DLM__BARRIER; \
@@ -2455,6 +2459,8 @@ DLM__AMX_TILE(int8, _tile_dpbssd)
 #define dlm__int8_offset 128
 #include DLM_SELF
 #undef DLM__AMX_TILES
+#undef DLM__AMX_TARGET
+#undef DLM__AMX_TILE
 #endif
 #undef DLM__AVX2
 #endif /* DLM__X86 */
@@ -2724,12 +2730,12 @@ static void *dlm__pool_thread(void *arg)
 
 static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
 {
-    const double each = (double)n / (p->n_threads + 1);
+    const int shares = p->n_threads + 1;
     p->job = job;
     p->arg = arg;
-    for (int k = 0; k <= p->n_threads; k++) {
-        p->shares[k].next = (int)(k * each);
-        p->shares[k].end = k < p->n_threads ? (int)((k + 1) * each) : n;
+    for (int k = 0; k < shares; k++) {
+        p->shares[k].next = (int)((int64_t)n * k / shares);
+        p->shares[k].end = (int)((int64_t)n * (k + 1) / shares);
     }
     dlm__atomic_add(&p->joined, DLM__OPEN);
     dlm__pool_start_round(p);
@@ -2836,15 +2842,23 @@ static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
 /* ==[ context ]===============================================================
    Choosing the kernels, reading options, making and releasing the context. */
 
-/* DLM__WORDS: there are none.  Floats in x87 registers do not keep every bit pattern. */
 static dlm__word dlm__word_of(int precision)
 {
-    if (precision == DLM_F32) return DLM__WORD_F32;
-#if !defined(FLT_EVAL_METHOD) || FLT_EVAL_METHOD != 2
-    if (precision == DLM_BF16) return DLM__WORD_BF16;
-    if (precision == DLM_I8) return DLM__WORD_I8;
+    return precision == DLM_F32 ? DLM__WORD_F32 : precision == DLM_BF16 ? DLM__WORD_BF16
+        : precision == DLM_I8 ? DLM__WORD_I8 : DLM__WORDS;
+}
+
+static dlm_error dlm__check_precision(dlm_ctx *ctx, int precision, int int8)
+{
+    const dlm__word kind = dlm__word_of(precision);
+    if (kind == DLM__WORDS || (kind == DLM__WORD_I8 && !int8))
+        return dlm__fail(ctx, DLM_E_CONFIG, "precision: %d is none of DLM_F32, "
+                         "DLM_BF16%s", precision, int8 ? ", DLM_I8" : "");
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 2
+    if (kind != DLM__WORD_F32)      /* x87 registers do not keep every pattern of bits */
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "precision: compile with -mfpmath=sse");
 #endif
-    return DLM__WORDS;
+    return DLM_OK;
 }
 
 static dlm_isa dlm__isa_from_name(const char *name)
@@ -2886,28 +2900,28 @@ static dlm_error dlm__choose_isa(dlm_ctx *ctx)
 static void dlm__ctx_carve(dlm__arena *a, dlm_ctx *ctx, int workers)
 {
     ctx->scratch = dlm__push_floats(a, ctx->scratch_floats, 1);
-    ctx->pool = (dlm__pool *)dlm__push(a, workers > 0, sizeof(dlm__pool));
+    ctx->pool = NULL;
+    if (workers == 0) return;
+    ctx->pool = (dlm__pool *)dlm__push(a, 1, sizeof(dlm__pool));
 #ifdef DLM__POSIX_THREADS
     {
         pthread_t *threads = (pthread_t *)dlm__push(a, (size_t)workers, sizeof *threads);
         dlm__share *shares = (dlm__share *)dlm__push(a, (size_t)workers + 1,
                                                      sizeof *shares);
-        if (ctx->pool && workers > 0) ctx->pool->threads = threads;
-        if (ctx->pool && workers > 0) ctx->pool->shares = shares;
+        if (ctx->pool) { ctx->pool->threads = threads; ctx->pool->shares = shares; }
     }
 #endif
-    if (workers == 0) ctx->pool = NULL;
 }
 
 static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
 {
+    dlm_error e;
     memset(c, 0, sizeof *c);
     if (opt) c->opt = *opt;
     if (c->opt.threads < 0 || c->opt.threads > 1024)
         return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
-    if (dlm__word_of(c->opt.precision) == DLM__WORDS)
-        return dlm__fail(c, DLM_E_CONFIG, "precision: %d is none of DLM_F32, DLM_BF16, "
-                         "DLM_I8", c->opt.precision);
+    e = dlm__check_precision(c, c->opt.precision, 1);
+    if (e != DLM_OK) return e;
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
@@ -2924,14 +2938,19 @@ static int dlm__workers(const dlm_ctx *c)
     return c->opt.parallel_for ? 0 : c->opt.threads - 1;
 }
 
-DLM_API size_t dlm_ctx_bytes(const dlm_options *opt)
+static size_t dlm__ctx_size(const dlm_ctx *resolved)
 {
     dlm__arena a = { NULL, 0 };
-    dlm_ctx c;
-    if (dlm__ctx_resolve(&c, opt) != DLM_OK) return 0;
+    dlm_ctx c = *resolved;
     dlm__push(&a, 1, sizeof c);
     dlm__ctx_carve(&a, &c, dlm__workers(&c));
     return dlm__arena_bytes(&a);
+}
+
+DLM_API size_t dlm_ctx_bytes(const dlm_options *opt)
+{
+    dlm_ctx c;
+    return dlm__ctx_resolve(&c, opt) == DLM_OK ? dlm__ctx_size(&c) : 0;
 }
 
 DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
@@ -2942,7 +2961,7 @@ DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
     dlm_error e = dlm__ctx_resolve(&c, opt);
     *out = NULL;
     if (e != DLM_OK) return e;
-    e = dlm__place(&c, "context", dlm_ctx_bytes(opt),
+    e = dlm__place(&c, "context", dlm__ctx_size(&c),
                    c.opt.memory.base ? &c.opt.memory : NULL, &arena, &block);
     if (e != DLM_OK) return e;
     ctx = (dlm_ctx *)dlm__push(&arena, 1, sizeof *ctx);
@@ -2983,12 +3002,14 @@ DLM_API int dlm_active_threads(const dlm_ctx *ctx)
    counts words (dlm__word).  bf16 rounds both and sums in f32.  int8 has a scale per
    row of a, found when the row is packed, and one per row of the weights:
      c_ij = s_i t_j sum_k round(a_ik / s_i) round(b_jk / t_j)     s_i = max_k |a_ik| / 127
-   and the sum is one of integers, the same on every ISA. */
+   (1 / s_i is computed as 127 / max) and the sum is one of integers, the same on every
+   ISA. */
 
 enum {
     DLM__IN_PLACE = 24,             /* up to so many tile rows, packing b does not pay */
     DLM__LEFT_PACKED = 8,           /* from so many panels on, packing a does      */
-    DLM__L3_WORDS = 1 << 22         /* 16 MiB                                      */
+    DLM__L3_WORDS = 1 << 22,        /* 16 MiB                                      */
+    DLM__GROUPS = 8                 /* jobs that keep a few threads busy           */
 };
 
 typedef struct dlm__gemm {
@@ -3093,7 +3114,8 @@ static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, i
     for (int line = 0; line < lines; line++) {
         float *out = direct ? dst + (size_t)line * (size_t)ld
                             : four + line % 4 * DLM__KC;
-        const float *x = s->src + (size_t)line * (along_k ? s->s_i : 2 * s->s_k);
+        const size_t step = along_k ? s->s_i : (size_t)per * s->s_k;
+        const float *x = s->src + (size_t)line * step;
         if (along_k) {
             if (full > 0) out[full - 1] = 0.0f;          /* if K ends within it        */
             if (kind == DLM__WORD_BF16) k->to_bf16(out, x, s->K);
@@ -3101,6 +3123,7 @@ static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, i
             if (full < words)
                 memset(out + full, 0, (size_t)(words - full) * sizeof *out);
         } else {
+            DLM_ASSERT(kind == DLM__WORD_BF16);
             k->pair(out, x, 2 * line + 1 < s->K ? x + s->s_k : NULL, s->n);
         }
         if (!direct && (line % 4 == 3 || line == lines - 1))
@@ -3129,7 +3152,6 @@ static void dlm__gemm_pack_job(void *arg, int p)
     float *panel = g->ctx->scratch + (size_t)j * (size_t)g->kc;
     const dlm__slice s = dlm__slice_of(g, g->b + (size_t)(g->j0 + j) * g->b_j, g->b_j,
                                        g->b_k, n);
-    if (g->in_place && n == k->nr) return;
     dlm__pack_slice(k, g->kind, panel, k->nr, 0, g->kc, &s);
 }
 
@@ -3188,8 +3210,8 @@ static dlm__left dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
     dlm__slice s = dlm__slice_of(g, g->a + (size_t)i0 * g->a_i, g->a_i, g->a_k, m);
     s.inverse = inverse;
     if (g->kind == DLM__WORD_F32) {
-        const int far = g->a_k % 1024 == 0;   /* words of one set of the L1        */
-        if ((g->per_group < DLM__LEFT_PACKED && !far) || (m == 1 && g->a_k == 1))
+        const int evicts = g->a_k % 1024 == 0;   /* steps of 4 KiB share one L1 set */
+        if ((g->per_group < DLM__LEFT_PACKED && !evicts) || (m == 1 && g->a_k == 1))
             return dlm__left_of(s.src, g->a_i, g->a_k);
         by_rows = 0;
     }
@@ -3214,7 +3236,8 @@ static void dlm__gemm_job(void *arg, int job)
         for (int i = 0; i < m; i++)
             dlm__int8_scale(k, g->a + (size_t)(i0 + i) * g->a_i, g->K, &scale[i],
                             &inverse[i]);
-        if (g->k0 == 0) dlm__int8_edges(g, i0, m, first, end - first, 0, scale);
+        if (g->k0 == 0 && k->narrow.offset)
+            dlm__int8_edges(g, i0, m, first, end - first, 0, scale);
     }
     a = dlm__gemm_rows(g, i0, m, a_panel, inverse);
     if (enter) k->narrow.enter(1);
@@ -3231,11 +3254,14 @@ static void dlm__gemm_block(dlm__gemm *g)
     const double flops = 2.0 * g->M * g->nc * g->kc;
     g->in_place = !g->packed && g->kind == DLM__WORD_F32 && g->b_j == 1
         && tiles <= DLM__IN_PLACE;
-    if (!g->packed)
+    if (g->in_place) {
+        if (g->nc % k->nr) dlm__gemm_pack_job(g, panels - 1);
+    } else if (!g->packed) {
         dlm__parallel(g->ctx, panels, flops, dlm__gemm_pack_job, g);
+    }
     /* Every group packs its rows of a again: no more of them than give threads work. */
     g->per_group = dlm__ceil_div(panels, dlm__alone(g->ctx, flops)
-                                         ? 1 : dlm__ceil_div(8, tiles));
+                                         ? 1 : dlm__ceil_div(DLM__GROUPS, tiles));
     if (g->M == 1) g->per_group = dlm__max(g->per_group, 4);
     g->groups = dlm__ceil_div(panels, g->per_group);
     dlm__parallel(g->ctx, tiles * g->groups, flops, dlm__gemm_job, g);
@@ -3246,7 +3272,9 @@ static void dlm__gemm_run(dlm__gemm *g)
     const dlm__kernels *k = g->ctx->k;
     const int nr = k->nr, words = dlm__words_of(k, g->kind, g->K);
     const int kc = dlm__min(DLM__KC, dlm__max(words, 1));
-    int nc = (int)(g->ctx->scratch_floats / (size_t)kc / (size_t)nr) * nr;
+    const size_t room = g->ctx->scratch_floats / (size_t)kc / (size_t)nr;
+    const int panels = dlm__ceil_div(g->N, nr);
+    int nc = (room < (size_t)panels ? (int)room : panels) * nr;
     g->words = words;
     g->per = dlm__values_per_word(g->kind);
     g->mr = g->kind == DLM__WORD_F32 ? k->mr : k->narrow.mr;
@@ -3254,8 +3282,7 @@ static void dlm__gemm_run(dlm__gemm *g)
         /* Weights that the L3 holds are best read through by every tile row; of larger
            ones, a part that the L2 holds by all tile rows in turn. */
         const int large = (size_t)g->N * (size_t)words > (size_t)DLM__L3_WORDS;
-        nc = large && g->M > g->mr ? dlm__max(nc / 2 / nr, 1) * nr
-                                   : dlm__round_up(g->N, nr);
+        nc = large && g->M > g->mr ? dlm__max(nc / 2 / nr, 1) * nr : panels * nr;
     }
     if (g->K == 0 && !g->add)
         for (int i = 0; i < g->M; i++)
@@ -5676,10 +5703,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     if (e == DLM_OK) e = dlm__in_range(ctx, "lift.complementary", o->lift.complementary,
                                        0,
                                        1);
+    if (e == DLM_OK) e = dlm__check_precision(ctx, o->precision, 0);
     if (e != DLM_OK) return e;
-    if (o->precision == DLM_I8 || dlm__word_of(o->precision) == DLM__WORDS)
-        return dlm__fail(ctx, DLM_E_CONFIG, "precision: %d is neither DLM_F32 nor "
-                         "DLM_BF16", o->precision);
     if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
     if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
         return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
@@ -9339,8 +9364,11 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
 {
     const int n = dlm_model_tensors(t->m);
     const size_t bytes = t->m->n_params * sizeof(float);
-    float *before = (float *)dlm__alloc(t->w.ctx, bytes);
+    float *before;
     dlm_error e;
+    if (t->w.word != DLM__WORD_F32)
+        return dlm__fail(t->w.ctx, DLM_E_CONFIG, "gradcheck: a trainer in DLM_F32 only");
+    before = (float *)dlm__alloc(t->w.ctx, bytes);
     if (before == NULL)
         return dlm__fail(t->w.ctx, DLM_E_NOMEM, "gradcheck: cannot allocate");
     memcpy(before, t->m->weights, bytes);
