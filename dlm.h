@@ -103,7 +103,7 @@
        The built-in pool needs POSIX threads; elsewhere give a hook, or one thread works.
        Same binary, same ISA: bit-identical results for any number of threads and any
        neighbours in a batch, because work is shared out over outputs, never over sums.
-       Different ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
+       In f32 ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
        draws the same bits everywhere.
 
    HOW TO READ THIS FILE           api, then layers -> forward -> objectives -> sampler
@@ -1389,13 +1389,15 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
                           (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
                           vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax;
                           fma1: vfma of single floats
-       dlm__vu            the same bits as integers: bits floats convert; vnan: all bits
-                          of the lanes that are NaN; vtoint vfromint; vstore16: the
-                          upper halves of the lanes, vstore8: their lowest bytes
-       dlm__bf16_parts    1: bf16_fma(a, b, c) multiplies whole words into c; 2: part(w,
-                          0) and part(w, 1) of both factors are multiplied one after the
-                          other.  Likewise dlm__int8_parts, int8_part, int8_fma and, see
-                          dlm__narrow, int8_offset
+       dlm__vu            the same bits as integers, with the operators of C; vtoint
+                          vfromint; vstore16: the upper halves of the lanes, vstore8:
+                          their lowest bytes; the scalar instance also has bits floats
+                          (convert) and vnan (all bits where NaN)
+       dlm__vs            the same as int16; vmadd16(a, b): sums of neighbouring products
+       dlm__bf16_fma      only where there are dot products: multiplies whole words into
+                          c, in bf16_parts = 1; else part(w, 0) and part(w, 1) of both
+                          factors, one after the other.  Likewise int8_parts, int8_part,
+                          int8_fma and, see dlm__narrow, int8_offset
    and includes this file again; only this section is then visible, and it undefines
    all of them at its end.  The scalar instance is the same code with one lane. */
 #ifdef DLM__KERNEL_PASS
@@ -1405,6 +1407,19 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
 #define dlm__bits(v) ((dlm__vu)(v))
 #define dlm__floats(u) ((dlm__vf)(u))
 #define dlm__vnan(v) ((dlm__vu)((v) != (v)))
+#endif
+#ifndef dlm__bf16_fma               /* no dot products: halves, widened            */
+#define dlm__bf16_parts 2
+#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
+#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
+#endif
+#ifndef dlm__int8_fma
+#define dlm__int8_parts 2
+#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
+#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
+#endif
+#ifndef dlm__int8_offset
+#define dlm__int8_offset 0
 #endif
 
 /* The vector at p of which n lanes remain, n >= 1. */
@@ -2142,13 +2157,9 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define dlm__bits(v) dlm__bits_scalar(v)
 #define dlm__floats(u) dlm__floats_scalar(u)
 #define dlm__vnan(v) ((v) != (v) ? ~0U : 0U)
-#define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
-#define dlm__bf16_fma(a, b, c) ((a) * (b) + (c))
 #define dlm__int8_parts 1
 #define dlm__int8_part(w, part) ((void)(part), (w))
 #define dlm__int8_fma(a, b, c) dlm__int8_fma_scalar(a, b, c)
-#define dlm__int8_offset 0
 #define dlm__vtoint(v) ((v) == (v) ? (uint32_t)(int32_t)rintf(v) : 0U)
 #define dlm__vfromint(u) ((float)(int32_t)(u))
 #define dlm__vstore16(p, u) dlm__store16_scalar(p, u)
@@ -2230,13 +2241,6 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define dlm__vf __m128
 #define dlm__vu dlm__u32x4
 #define dlm__vs dlm__i16x8
-#define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
-#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
-#define dlm__int8_parts 2
-#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
-#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
-#define dlm__int8_offset 0
 #define dlm__vmadd16(a, b) _mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm_cvtps_epi32(v))
 #define dlm__vfromint(u) _mm_cvtepi32_ps((__m128i)(u))
@@ -2303,13 +2307,6 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vf __m256
 #define dlm__vu dlm__u32x8
 #define dlm__vs dlm__i16x16
-#define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
-#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
-#define dlm__int8_parts 2
-#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
-#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
-#define dlm__int8_offset 0
 #define dlm__vmadd16(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm256_cvtps_epi32(v))
 #define dlm__vfromint(u) _mm256_cvtepi32_ps((__m256i)(u))
@@ -2349,13 +2346,6 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vf __m512
 #define dlm__vu dlm__u32x16
 #define dlm__vs dlm__i16x32
-#define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
-#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
-#define dlm__int8_parts 2
-#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
-#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
-#define dlm__int8_offset 0
 #define dlm__vmadd16(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm512_cvtps_epi32(v))
 #define dlm__vfromint(u) _mm512_cvtepi32_ps((__m512i)(u))
@@ -2517,13 +2507,6 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define dlm__vf float32x4_t
 #define dlm__vu dlm__u32x4
 #define dlm__vs dlm__i16x8
-#define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
-#define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
-#define dlm__int8_parts 2
-#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
-#define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
-#define dlm__int8_offset 0
 #define dlm__vmadd16(a, b) dlm__madd16_neon((int16x8_t)(a), (int16x8_t)(b))
 #define dlm__vtoint(v) ((dlm__vu)vcvtnq_s32_f32(v))
 #define dlm__vfromint(u) vcvtq_f32_s32((int32x4_t)(u))
