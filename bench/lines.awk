@@ -4,7 +4,7 @@
 # A section over its budget is a remark for review; everything marked FAIL fails.
 
 BEGIN {
-    total_target = 9000; total_limit = 10000
+    total_target = 9800; total_limit = 11500
     function_limit = 60; exception_limit = 90; width_limit = 90
     split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:720 " \
           "instances:480 threads:180 context:120 matmul:420 layers:400 attention:400 " \
@@ -83,7 +83,7 @@ END {
            total, total_target, total_limit, total ? 100 * comments / total : 0
     if (total > total_limit) fail("dlm.h", "is longer than " total_limit " lines")
     for (f in lines) {
-        limit = f ~ /^examples\/[0-9]/ ? 150 : f in files ? files[f] : 0
+        limit = f ~ /^examples\/[0-9]/ ? 200 : f in files ? files[f] : 0
         if (limit && lines[f] > limit) fail(f, lines[f] " lines, the limit is " limit)
     }
     for (i = 2; i <= n_functions; i++)     # insertion sort, the longest first
