@@ -304,8 +304,9 @@ typedef struct dlm_config {                /* 0 in a field marked * = the defaul
     int   vocab, dim, layers, heads;       /* V, C, L, H: required                 */
     int   max_seq;                         /* largest T:  required                 */
     int   mask_id;                         /* * = vocab - 1: stands for "not known", is
-                                              never emitted; = vocab (no token) is
-                                              allowed when causal                  */
+                                              never emitted and in no text; = vocab (no
+                                              token) is allowed when causal        */
+    int   mask_is_0;                       /* 1: the mask is token 0, mask_id stays 0 */
     int   pattern;                         /* a dlm_pattern; * = BLOCK             */
     int   block;                           /* * = 8: tokens in a block (pattern BLOCK) */
     int   shifted;                         /* row i-1 predicts token i; 0: row i.
@@ -430,8 +431,8 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
-   Needs slots and rows >= 2T - P for BLOCK, out >= T - P, and overwrites the keys in
-   lane 0.  Allocates its work space and frees it. */
+   Needs slots and rows >= T and the response in whole blocks for BLOCK, out >= T - P, and
+   overwrites the keys in lane 0.  Allocates its work space and frees it. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -638,7 +639,9 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
                                               pass (a doubled row counts twice)    */
     dlm_objective objective;               /* * = what the pattern asks for        */
     float    lr;                           /* * = 1e-3: the peak                   */
-    int      warmup;                       /* steps from 0 to lr                   */
+    int      warmup;                       /* W: update n = 0, 1, .. has lr (n + 1) / W
+                                              until that is lr: the first one learns, too
+                                              (the papers' code begins with n / W) */
     int      total;                        /* steps in all; needed by the schedules */
     dlm_schedule schedule;                 /* after the warm-up; 0: constant       */
     float    lr_min;                       /* where LINEAR and COSINE end, at update
@@ -660,10 +663,20 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     uint64_t seed;
 } dlm_train_options;
 
-typedef struct dlm_example {               /* one sequence to learn from           */
+/* One sequence to learn from.  Every token of the response carries loss: there is no
+   padding token, what pads a text is learned like the rest.  The mask is refused. */
+typedef struct dlm_example {
     const int *tokens;                     /* (length)                             */
     int        length;                     /* 1 .. max_seq                         */
-    int        prompt;                     /* leading tokens never masked or scored */
+    int        prompt;                     /* leading tokens never masked or scored; if all
+                                              are, the example contributes nothing */
+    int        canvas;                     /* tokens of the canvas it was, or will be,
+                                              filled in on, >= length; 0: a long one.  A
+                                              text that ends inside a block is shown to a
+                                              BLOCK model as the sampler shows it: masks,
+                                              without loss, up to the end of the block, or
+                                              of the canvas or max_seq where that is
+                                              nearer                               */
 } dlm_example;
 
 #define DLM_BINS 8
@@ -720,8 +733,10 @@ DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates do
    learning, on its own rollouts, what the frozen original would have said. */
 
 /* A copy of an AR model as a block-diffusion student: causal becomes BLOCK, shifted
-   becomes same-position.  mask_id 0: the vocabulary grows by one token, whose embedding
-   is the mean of the others; else an existing, unused id.  block * = 4. */
+   becomes same-position.  mask_id: an existing, unused id, or DLM_NEW_TOKEN: the
+   vocabulary grows by one token, whose embedding is the mean of the others.
+   block * = 4. */
+enum { DLM_NEW_TOKEN = -1 };
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
                               int block, int mask_id, const dlm_memory *mem);
 
@@ -4089,7 +4104,7 @@ static void dlm__config_defaults(dlm_config *c)
     if (c->head_dim == 0 && c->heads > 0) c->head_dim = c->dim / c->heads;
     if (c->ffn == 0 && c->dim > 0 && c->dim <= 65536)
         c->ffn = dlm__round_up(8 * c->dim / 3, 32);
-    if (c->mask_id == 0) c->mask_id = c->vocab - 1;
+    if (c->mask_id == 0 && c->mask_is_0 == 0) c->mask_id = c->vocab - 1;
     if (c->block == 0) c->block = 8;
     if (c->rope_theta == 0.0f) c->rope_theta = 10000.0f;
     if (c->norm_eps == 0.0f) c->norm_eps = 1e-6f;
@@ -4110,7 +4125,9 @@ static dlm_error dlm__config_ranges(dlm_ctx *ctx, const dlm_config *c)
         { "untied_head", c->untied_head, 0, 1 }, { "no_qk_norm", c->no_qk_norm, 0, 1 },
         { "qkv_bias", c->qkv_bias, 0, 1 },
         /* vocab itself: no token, a mark on the canvas of a causal model */
-        { "mask_id", c->mask_id, 1, c->vocab - (c->pattern != DLM_PATTERN_CAUSAL) },
+        { "mask_is_0", c->mask_is_0, 0, 1 },
+        { "mask_id", c->mask_id, !c->mask_is_0,
+          c->mask_is_0 ? 0 : c->vocab - (c->pattern != DLM_PATTERN_CAUSAL) },
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         dlm_error e = dlm__in_range(ctx, fields[i].name, fields[i].value, fields[i].lo,
@@ -5294,6 +5311,8 @@ DLM_API int dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
 typedef struct dlm__unit {
     int    ex;                      /* which example of the pass                   */
     int    cell, n;                 /* its cells                                   */
+    int    blind;                   /* 1: no row predicts its first cell, token 0 of a
+                                       shifted model: no loss, nothing to choose   */
     double t, rho;                  /* noise level; LIFT's extra                   */
     dlm_select mode;                /* LIFT: which are kept                        */
     int    scored;                  /* takes part in the scoring pass              */
@@ -5347,7 +5366,7 @@ static void dlm__state_begin(dlm__state *s, const dlm_example *ex)
 }
 
 /* Takes the next example in: its cells, and its units of at most `unit` cells. */
-static void dlm__state_take(dlm__state *s, int unit)
+static void dlm__state_take(dlm__state *s, const dlm_config *c, int unit)
 {
     const dlm_example *e = &s->ex[s->n_ex];
     const int R = e->length - e->prompt, first = s->ex_cell[s->n_ex];
@@ -5357,6 +5376,7 @@ static void dlm__state_take(dlm__state *s, int unit)
         u->ex = s->n_ex;
         u->cell = first + r;
         u->n = dlm__min(unit, R - r);
+        u->blind = c->shifted && e->prompt + r == 0;
     }
     s->n_ex++;
     s->ex_cell[s->n_ex] = first + R;
@@ -5421,10 +5441,18 @@ static void dlm__layout_full(dlm__state *s, const dlm_config *c, int ex, int sco
         const int cell = u->cell + i - P;
         s->tokens[base + i] = i < P ? e->tokens[i] : dlm__cell_token(s, c, ex, cell);
         s->positions[base + i] = i;
-        if (i >= P && s->masked[cell] && i >= c->shifted)
+        if (i >= P && s->masked[cell] && (i > P || !u->blind))
             dlm__layout_out(s, u, cell, base + i - c->shifted);
     }
     dlm__layout_close(s, T);
+}
+
+/* Tokens of the noisy copy: the response, and the masks that the sampler shows behind a
+   text that ends inside a block (methods B.5; there pads are masks, too). */
+static int dlm__noisy_length(const dlm_config *c, const dlm_example *e)
+{
+    const int canvas = e->canvas ? dlm__min(e->canvas, c->max_seq) : c->max_seq;
+    return dlm__min(dlm__round_up(e->length - e->prompt, c->block), canvas - e->prompt);
 }
 
 /* The doubled row [prompt | clean | noisy], of the noisy part only the blocks that are
@@ -5442,21 +5470,22 @@ static void dlm__layout_block(dlm__state *s, const dlm_config *c, int ex, int sc
     }
     for (int k = s->ex_unit[ex]; c->shifted && k < s->ex_unit[ex + 1]; k++) {
         const dlm__unit *u = &s->units[k];
-        if ((!scored_only || u->scored) && s->masked[u->cell] && P + u->cell > cell0)
+        if ((!scored_only || u->scored) && s->masked[u->cell] && !u->blind)
             dlm__layout_out(s, u, u->cell, base + P + u->cell - cell0 - 1);
     }
     for (int k = s->ex_unit[ex]; k < s->ex_unit[ex + 1]; k++) {
         const dlm__unit *u = &s->units[k];
+        const int r = u->cell - cell0;
+        const int shown = dlm__min(c->block, dlm__noisy_length(c, e) - r);
         if (scored_only && !u->scored) continue;
-        dlm__keys_noisy(s->keys + row, s->positions + row, P + u->cell - cell0,
-                        row - base,
-                        u->n);
-        for (int i = 0; i < u->n; i++) {
-            s->tokens[row + i] = dlm__cell_token(s, c, ex, u->cell + i);
-            if (s->masked[u->cell + i] && i >= c->shifted)
+        dlm__keys_noisy(s->keys + row, s->positions + row, P + r, row - base, shown);
+        for (int i = 0; i < shown; i++) {
+            s->tokens[row + i] = i < u->n ? dlm__cell_token(s, c, ex, u->cell + i)
+                                          : c->mask_id;
+            if (i < u->n && s->masked[u->cell + i] && i >= c->shifted)
                 dlm__layout_out(s, u, u->cell + i, row + i - c->shifted);
         }
-        row += u->n;
+        row += shown;
     }
     if (scored_only && s->n_out == before) return;          /* nothing to look at  */
     dlm__layout_close(s, row - base);
@@ -5476,9 +5505,12 @@ static const dlm__objective_kind dlm__objectives[] = {
     { "ar", dlm__layout_ar, 0, 0 },
 };
 
-static int dlm__rows_of(const dlm__objective_kind *k, const dlm_example *e, int views)
+/* Rows of an example in `views` views; one without a response has none. */
+static int dlm__rows_of(const dlm__objective_kind *k, const dlm_config *c,
+                        const dlm_example *e, int views)
 {
-    return views * (e->length + (k->doubled ? e->length - e->prompt : 0));
+    if (e->prompt == e->length) return 0;
+    return views * (e->length + (k->doubled ? dlm__noisy_length(c, e) : 0));
 }
 
 static int dlm__unit_length(const dlm__objective_kind *k, const dlm_config *c)
@@ -5492,6 +5524,23 @@ static dlm_objective dlm__objective_of(const dlm_config *c)
         DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
     };
     return by_pattern[c->pattern];
+}
+
+/* A text to learn from or to score: tokens of the vocabulary, none of them the mask,
+   whose meaning "not known" it would unlearn. */
+static dlm_error dlm__check_text(dlm_ctx *ctx, const dlm_config *c, const char *what,
+                                 int number, const int *tokens, int n)
+{
+    for (int i = 0; i < n; i++) {
+        if (tokens[i] < 0 || tokens[i] >= c->vocab)
+            return dlm__fail(ctx, DLM_E_INPUT, "%s %d: token %d at %d is not in 0..%d",
+                             what, number, tokens[i], i, c->vocab - 1);
+        if (tokens[i] == c->mask_id)
+            return dlm__fail(ctx, DLM_E_INPUT, "%s %d: token %d at %d is the mask; no "
+                             "text may hold it (a vocab one larger has a free one)",
+                             what, number, tokens[i], i);
+    }
+    return DLM_OK;
 }
 
 /* Where the noise of a step comes from. */
@@ -5863,8 +5912,10 @@ static dlm_batch dlm__state_batch(const dlm__state *s)
 
 static void dlm__layout_all(dlm_trainer *t, int scored_only)
 {
-    for (int i = 0; i < t->state.n_ex; i++)
-        t->kind->layout(&t->state, &t->w.c, i, scored_only);
+    const dlm__state *s = &t->state;
+    for (int i = 0; i < s->n_ex; i++)
+        if (s->ex_cell[i] < s->ex_cell[i + 1])
+            t->kind->layout(&t->state, &t->w.c, i, scored_only);
 }
 
 /* A forward without gradient over the scored units; `score` fills their cells. */
@@ -5922,7 +5973,7 @@ static void dlm__lift_count_gold(const dlm__state *s, const dlm__unit *u,
                                  dlm_report *r, int before)
 {
     const int bin = dlm__bin(u->t);
-    for (int i = u->cell; i < u->cell + u->n; i++) {
+    for (int i = u->cell + u->blind; i < u->cell + u->n; i++) {
         const double p = exp((double)s->score[i]);
         if (!s->masked[i]) continue;
         if (before) {                           /* all of the superset             */
@@ -5943,11 +5994,12 @@ static void dlm__lift_refill(dlm__state *s, const dlm__unit *u, const dlm__noise
                              dlm_report *r)
 {
     dlm_address at = dlm__lift_address(s, u, noise);
+    const int first = u->cell + u->blind;
     int n = 0;
     at.purpose = DLM_RANDOM_SELECT;
-    for (int i = u->cell; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
+    for (int i = first; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
     dlm__lift_count_gold(s, u, r, 1);
-    dlm_lift_select(s->masked + u->cell, s->score + u->cell, u->n,
+    dlm_lift_select(s->masked + first, s->score + first, u->n - u->blind,
                     dlm_lift_count(n, u->t, u->rho), u->mode, &at);
     dlm__lift_count_gold(s, u, r, 0);
 }
@@ -6000,9 +6052,10 @@ static dlm_error dlm__prepare_cart(dlm_trainer *t, const dlm__noise *noise, dlm_
     return DLM_OK;
 }
 
-/* Masks each cell with a probability of its own; 1 when at least one was hit. */
-static int dlm__gift_mask(dlm__state *s, const dlm__unit *u, double mean,
-                          const dlm__noise *noise)
+/* Weighs every cell by 1 over its own level and, with `draw`, masks it at that level;
+   returns how many of those that can carry loss are masked. */
+static int dlm__gift_cells(dlm__state *s, const dlm__unit *u, double mean, int draw,
+                           const dlm__noise *noise)
 {
     dlm_address at = noise->at;
     int hits = 0;
@@ -6011,20 +6064,33 @@ static int dlm__gift_mask(dlm__state *s, const dlm__unit *u, double mean,
     for (int i = u->cell; i < u->cell + u->n; i++) {
         const double level = dlm_gift_level(u->t, (double)s->score[i], mean);
         at.position = (uint32_t)(i - s->ex_cell[u->ex]);
-        s->masked[i] = dlm_uniform(&at, 0) < level;
+        if (draw) s->masked[i] = dlm_uniform(&at, 0) < level;
         s->weight[i] = level > 0.0 ? (float)(1.0 / level) : 0.0f;
-        hits += s->masked[i];
+        hits += s->masked[i] && i >= u->cell + u->blind;
     }
     return hits;
+}
+
+/* The mean of the square roots of the entropies over the cells that a row predicts. */
+static double dlm__gift_mean(const dlm__state *s, int *cells)
+{
+    double sum = 0.0;
+    *cells = 0;
+    for (int k = 0; k < s->n_units; k++) {
+        const dlm__unit *u = &s->units[k];
+        for (int i = u->cell + u->blind; i < u->cell + u->n; i++)
+            sum += sqrt((double)s->score[i]);
+        *cells += u->n - u->blind;
+    }
+    return sum / dlm__max(*cells, 1);
 }
 
 static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
                                    dlm_report *r)
 {
     dlm__state *s = &t->state;
-    const int cells = s->ex_cell[s->n_ex];
-    double mean = 0.0;
-    int hits = 0;
+    double mean;
+    int cells, hits = 0;
     dlm_error e;
     for (int k = 0; k < s->n_units; k++) {
         dlm__mask_unit(s, &s->units[k], 2.0, 1.0, noise);
@@ -6032,16 +6098,18 @@ static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm_
     }
     e = dlm__scoring_pass(t, dlm__entropy_score, ce);
     if (e != DLM_OK) return e;
-    for (int i = 0; i < cells; i++) mean += sqrt((double)s->score[i]) / cells;
+    mean = dlm__gift_mean(s, &cells);
     for (int k = 0; k < s->n_units; k++)
-        hits += dlm__gift_mask(s, &s->units[k], mean, noise);
-    if (hits == 0) {                            /* nobody is uncertain: plain masks */
-        e = dlm__prepare_vanilla(t, noise, ce, r);
-        for (int i = 0; i < cells; i++) hits += s->masked[i];
+        hits += dlm__gift_cells(s, &s->units[k], mean, 1, noise);
+    if (hits == 0) {                            /* nobody is uncertain: plain masks, */
+        dlm__prepare_vanilla(t, noise, ce, r);  /* weighed by their own levels       */
+        for (int k = 0; k < s->n_units; k++)
+            hits += dlm__gift_cells(s, &s->units[k], mean, 0, noise);
     }
-    for (int i = 0; t->opt.lift.gift_masked_mean && hits > 0 && i < cells; i++)
-        s->weight[i] *= (float)cells / (float)hits;
-    return e;
+    if (t->opt.lift.gift_masked_mean && hits > 0)
+        for (int i = 0; i < s->ex_cell[s->n_ex]; i++)
+            s->weight[i] *= (float)cells / (float)hits;
+    return DLM_OK;
 }
 
 /* AR: every cell is a target, as if all were masked. */
@@ -6139,23 +6207,27 @@ static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e,
 {
     dlm_ctx *ctx = t->w.ctx;
     const int views = 1 + t->opt.lift.complementary;
+    dlm_error error;
+    int rows;
     if (n < 1)
         return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
     for (int i = 0; i < n; i++) {
         if (e[i].length < 1 || e[i].length > t->w.c.max_seq)
             return dlm__fail(ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
                              e[i].length, t->w.c.max_seq);
-        if (e[i].prompt < 0 || e[i].prompt >= e[i].length)
+        if (e[i].prompt < 0 || e[i].prompt > e[i].length)
             return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
-                             e[i].prompt, e[i].length - 1);
-        if (dlm__rows_of(t->kind, &e[i], views) > t->w.rows)
+                             e[i].prompt, e[i].length);
+        if (e[i].canvas != 0 && e[i].canvas < e[i].length)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: canvas %d, its length is %d",
+                             i, e[i].canvas, e[i].length);
+        rows = dlm__rows_of(t->kind, &t->w.c, &e[i], views);
+        if (rows > t->w.rows)
             return dlm__fail(ctx, DLM_E_INPUT,
-                             "example %d: needs %d rows, max_rows is %d",
-                             i, dlm__rows_of(t->kind, &e[i], views), t->w.rows);
-        for (int j = 0; j < e[i].length; j++)
-            if (e[i].tokens[j] < 0 || e[i].tokens[j] >= t->w.c.vocab)
-                return dlm__fail(ctx, DLM_E_INPUT, "example %d: token %d at %d is not in "
-                                 "0..%d", i, e[i].tokens[j], j, t->w.c.vocab - 1);
+                             "example %d: needs %d rows, max_rows is %d", i, rows,
+                             t->w.rows);
+        error = dlm__check_text(ctx, &t->w.c, "example", i, e[i].tokens, e[i].length);
+        if (error != DLM_OK) return error;
     }
     return DLM_OK;
 }
@@ -6181,9 +6253,9 @@ static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
         noise->row = i;
         dlm__state_begin(s, e + i);
         while (i + s->n_ex < n && (s->n_ex + 1) * views <= t->w.seqs) {
-            rows += dlm__rows_of(t->kind, &e[i + s->n_ex], views);
+            rows += dlm__rows_of(t->kind, &t->w.c, &e[i + s->n_ex], views);
             if (rows > t->w.rows) break;
-            dlm__state_take(s, unit);
+            dlm__state_take(s, &t->w.c, unit);
         }
         error = dlm__run_state(t, noise, &ce, learn, r);
     }
@@ -7170,14 +7242,17 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
                                      int samples, uint64_t seed, double *nats)
 {
     dlm_ctx *ctx = s->w.ctx;
-    const dlm_example whole = { tokens, T, P };
+    const dlm_example whole = { tokens, T, P, 0 };
     dlm__arena arena = { NULL, 0 };
     dlm__likelihood k;
     void *block;
     dlm_error e;
+    int rows;
     if (T < 1 || T > s->w.c.max_seq || P < 0 || P > T)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T,
                          P, s->w.c.max_seq);
+    e = dlm__check_text(ctx, &s->w.c, "text", 0, tokens, T);
+    if (e != DLM_OK) return e;
     if (s->w.c.pattern == DLM_PATTERN_CAUSAL) samples = 1;
     if (samples < 1)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: %d samples", samples);
@@ -7186,12 +7261,13 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
     memset(&k, 0, sizeof k);
     k.s = s;
     k.kind = &dlm__objectives[dlm__objective_of(&s->w.c)];
-    dlm__state_carve(&arena, &k.state, 2 * T, 1);
+    rows = dlm__rows_of(k.kind, &s->w.c, &whole, 1);
+    dlm__state_carve(&arena, &k.state, rows, 1);
     e = dlm__place(ctx, "likelihood", dlm__arena_bytes(&arena), NULL, &arena, &block);
     if (e != DLM_OK) return e;
-    dlm__state_carve(&arena, &k.state, 2 * T, 1);
+    dlm__state_carve(&arena, &k.state, rows, 1);
     dlm__state_begin(&k.state, &whole);
-    dlm__state_take(&k.state, dlm__unit_length(k.kind, &s->w.c));
+    dlm__state_take(&k.state, &s->w.c, dlm__unit_length(k.kind, &s->w.c));
     for (int i = 0; i < samples && e == DLM_OK; i++)
         e = dlm__likelihood_sample(&k, i, samples, seed);
     dlm__release(ctx, block);
@@ -7218,8 +7294,9 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
     c.pattern = DLM_PATTERN_BLOCK;
     c.shifted = 0;
     c.block = block ? block : 4;
-    c.vocab = V + (mask_id == 0);
-    c.mask_id = mask_id ? mask_id : V;
+    c.vocab = V + (mask_id == DLM_NEW_TOKEN);
+    c.mask_id = mask_id == DLM_NEW_TOKEN ? V : mask_id;
+    c.mask_is_0 = mask_id == 0;
     e = dlm__model_new(out, ctx, &c, 1, mem);
     if (e != DLM_OK) return e;
     for (int i = 0; i < dlm_model_tensors(ar); i++) {
@@ -7591,6 +7668,7 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
     for (int e = 0; e < s->n_ex; e++) {
         const dlm_example *x = &s->ex[e];
         const int base = s->n_rows, rows = x->length - 1;
+        if (s->ex_cell[e] == s->ex_cell[e + 1]) continue;
         dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
         for (int i = 0; i < rows; i++) s->tokens[base + i] = x->tokens[i];
         for (int i = s->ex_cell[e]; i < s->ex_cell[e + 1]; i++) {
@@ -7691,12 +7769,12 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
         dlm__state_begin(s, examples + i);
         while (i + s->n_ex < n && s->n_ex < t->w.seqs) {
             const dlm_example *x = &examples[i + s->n_ex];
-            size += dlm__rows_of(t->kind, x, 1);
+            size += dlm__rows_of(t->kind, &t->w.c, x, 1);
             cells += x->length - x->prompt;
             if (size > t->w.rows || cells > d->opt.max_targets) break;
             most = dlm__max(most, dlm__most_rounds(d, x, steps ? steps[i + s->n_ex]
                                                                : NULL));
-            dlm__state_take(s, t->w.c.block);
+            dlm__state_take(s, &t->w.c, t->w.c.block);
         }
         for (int round = 0; round < most && e == DLM_OK; round++) {
             dlm__distill_masks(d, steps, i, all ? round : -1);
@@ -8605,17 +8683,23 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, f
    Our own files: the config as metadata strings "dlm.<field>", the tokenizer as
    "dlm.tokenizer", tensors by their Hugging Face names. */
 
-typedef struct dlm__field { const char *name; size_t offset; int is_float; } dlm__field;
-#define DLM__INT(f) { "dlm." #f, offsetof(dlm_config, f), 0 }
-#define DLM__FLOAT(f) { "dlm." #f, offsetof(dlm_config, f), 1 }
+typedef struct dlm__field {
+    const char *name;
+    size_t      offset;
+    int         is_float, is_rare;  /* rare: not written while 0; older files lack it */
+} dlm__field;
+#define DLM__INT(f) { "dlm." #f, offsetof(dlm_config, f), 0, 0 }
+#define DLM__RARE(f) { "dlm." #f, offsetof(dlm_config, f), 0, 1 }
+#define DLM__FLOAT(f) { "dlm." #f, offsetof(dlm_config, f), 1, 0 }
 static const dlm__field dlm__config_fields[] = {
     DLM__INT(vocab), DLM__INT(dim), DLM__INT(layers), DLM__INT(heads), DLM__INT(max_seq),
     DLM__INT(mask_id), DLM__INT(pattern), DLM__INT(block), DLM__INT(shifted),
     DLM__INT(kv_heads), DLM__INT(head_dim), DLM__INT(ffn), DLM__INT(untied_head),
     DLM__INT(no_qk_norm), DLM__INT(qkv_bias), DLM__FLOAT(rope_theta),
-    DLM__FLOAT(norm_eps),
+    DLM__FLOAT(norm_eps), DLM__RARE(mask_is_0),
 };
 #undef DLM__INT
+#undef DLM__RARE
 #undef DLM__FLOAT
 enum { DLM__N_FIELDS = sizeof dlm__config_fields / sizeof *dlm__config_fields };
 
@@ -8639,6 +8723,7 @@ static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safeten
         const dlm__field *field = &dlm__config_fields[i];
         const char *text = dlm_safetensors_metadata(f, field->name);
         char *at = (char *)c + field->offset, *end, copy[32];
+        if (text == NULL && field->is_rare) continue;
         if (text == NULL)
             return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: no metadata \"%s\": not a "
                              "file of dlm_save", field->name);
@@ -8960,6 +9045,7 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
         const dlm__field *f = &dlm__config_fields[i];
         const char *at = (const char *)c + f->offset;
         char value[32];
+        if (f->is_rare && *(const int *)(const void *)at == 0) continue;
         if (f->is_float) {
             snprintf(value, sizeof value, "%.9g",
                      (double)*(const float *)(const void *)at);

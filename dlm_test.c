@@ -1465,6 +1465,28 @@ static void batch_add_doubled(test_batch *t, int P, int R, int block, int vocab)
     t->start[++t->b.n_seqs] = first + T;
 }
 
+/* One more doubled row as a model of config c learns from it: the noisy copy goes on with
+   masks to the end of its last block, or of the model. */
+static void batch_add_padded(test_batch *t, const dlm_config *c, int P, int R, int vocab)
+{
+    int first = t->start[t->b.n_seqs], T = P + R, b = c->block, n = (R + b - 1) / b * b;
+    if (P + n > c->max_seq) n = c->max_seq - P;
+    dlm_keys_fill(t->keys + first, T, DLM_PATTERN_BLOCK, b, P);
+    for (int i = 0; i < T + n; i++) {
+        dlm_keys *k = &t->keys[first + i];
+        int block = (i - T) / b * b;
+        t->tokens[first + i] = i < T + R ? test_below(vocab) : c->mask_id;
+        t->slots[first + i] = i;
+        t->positions[first + i] = i < T ? i : P + i - T;
+        if (i < T) continue;
+        k->lo0 = 0;
+        k->hi0 = P + block;
+        k->lo1 = T + block;
+        k->hi1 = T + (block + b < n ? block + b : n);
+    }
+    t->start[++t->b.n_seqs] = first + T + n;
+}
+
 /* Looks at each row with probability share, and at one at least. */
 static const dlm_batch *batch_close(test_batch *t, double share)
 {
@@ -3895,9 +3917,10 @@ typedef struct bound_sums {
     double mean, square;                   /* of one draw of (l, M)                */
 } bound_sums;
 
-/* tokens [0, P) are given, [P, P + n) are to be predicted, all of them see each other.
-   In a shifted model row i - 1 predicts token i. */
-static bound_sums bound_block(const reference *r, const int *tokens, int P, int n)
+/* tokens [0, P) are given, [P, P + n) are to be predicted, all of them see each other,
+   and masks up to P + shown.  In a shifted model row i - 1 predicts token i. */
+static bound_sums bound_block(const reference *r, const int *tokens, int P, int n,
+                              int shown)
 {
     static test_batch t;
     bound_sums sums = {0};
@@ -3905,12 +3928,13 @@ static bound_sums bound_block(const reference *r, const int *tokens, int P, int 
     for (int set = 1; set < 1 << n; set++) {
         int size = 0;
         batch_clear(&t);
-        batch_add(&t, P + n, V, DLM_PATTERN_FULL, 0, 0);
+        batch_add(&t, P + shown, V, DLM_PATTERN_FULL, 0, 0);
         if (r->c.pattern == DLM_PATTERN_BLOCK)
-            dlm_keys_fill(t.keys, P + n, DLM_PATTERN_BLOCK, r->c.block, P % r->c.block);
-        for (int i = 0; i < P + n; i++) {
-            int masked = i >= P && (set >> (i - P) & 1);
-            t.tokens[i] = masked ? r->c.mask_id : tokens[i];
+            dlm_keys_fill(t.keys, P + shown, DLM_PATTERN_BLOCK, r->c.block,
+                          P % r->c.block);
+        for (int i = 0; i < P + shown; i++) {
+            int masked = i >= P && i < P + n && (set >> (i - P) & 1);
+            t.tokens[i] = masked || i >= P + n ? r->c.mask_id : tokens[i];
             size += masked;
         }
         const dlm_batch *b = batch_close(&t, 2);
@@ -3950,7 +3974,7 @@ TEST(log_likelihood_expectation_is_the_exact_bound)
             reference r;
             ref_open(&r, m);
             bound_tokens(tokens, BOUND_P + n);
-            bound_sums want = bound_block(&r, tokens, BOUND_P, n);
+            bound_sums want = bound_block(&r, tokens, BOUND_P, n, n);
             double sd = sqrt(want.square - want.mean * want.mean), got = NAN;
             dlm_session *s = test_session(ctx, m, 4, 0, 0, 0);
             LABEL("n %d, shifted %d", n, shifted);
@@ -3979,7 +4003,7 @@ TEST(log_likelihood_of_blocks_is_the_sum_of_their_bounds)
             bound_tokens(tokens, P + n);
             for (int at = 0; at < n; at += BLOCK) {
                 int size = at + BLOCK > n ? n - at : BLOCK;
-                bound_sums one = bound_block(&r, tokens, P + at, size);
+                bound_sums one = bound_block(&r, tokens, P + at, size, BLOCK);
                 mean += one.mean;
                 variance += one.square;
             }
@@ -4008,7 +4032,7 @@ TEST(log_likelihood_of_a_causal_model_is_exact)
     reference r;
     ref_open(&r, m);
     batch_clear(&t);
-    batch_add(&t, T, c.vocab, DLM_PATTERN_CAUSAL, 0, 0);
+    batch_add(&t, T, c.vocab - 1, DLM_PATTERN_CAUSAL, 0, 0);
     double *logits = ref_logits(&r, batch_close(&t, 2));
     for (int P = 1; P < T; P++) {
         double want = 0, got = NAN, again = NAN;
@@ -4453,10 +4477,11 @@ static int train_tokens[8][64];            /* what the tests below learn from   
 static void run_examples(dlm_example *e, int n, int vocab)
 {
     for (int i = 0; i < n; i++) {
-        for (int j = 0; j < 64; j++) train_tokens[i][j] = test_below(vocab);
+        for (int j = 0; j < 64; j++) train_tokens[i][j] = test_below(vocab - 1);
         e[i].tokens = train_tokens[i];
         e[i].length = i == 0 ? 1 : 20 + 5 * i;
         e[i].prompt = i == 0 ? 0 : 3 * (i % 3);
+        e[i].canvas = 0;
     }
 }
 
@@ -4512,14 +4537,15 @@ static void objective_compare(dlm_ctx *ctx, int pattern, int shifted, int n, int
     double want = 0, sum = 0, squares = 0;
     int size = pattern == DLM_PATTERN_BLOCK ? BLOCK : n;
     for (int at = 0; at < n; at += size)
-        want -= bound_block(&r, tokens, P + at, at + size > n ? n - at : size).mean / n;
+        want -= bound_block(&r, tokens, P + at, at + size > n ? n - at : size, size).mean
+              / n;
     dlm_train_options o = {0};
     o.seed = test_seed;
     o.independent_levels = n & 1;
     dlm_trainer *t = test_trainer(ctx, m, &o);
     dlm_example e[COPIES];
     for (int i = 0; i < COPIES; i++) {
-        e[i].tokens = tokens; e[i].length = P + n; e[i].prompt = P;
+        e[i].tokens = tokens; e[i].length = P + n; e[i].prompt = P; e[i].canvas = 0;
     }
     for (int draw = 0; draw < DRAWS; draw++) {
         dlm_report report = {0};
@@ -4557,7 +4583,8 @@ TEST(report_counts_the_tokens_that_could_carry_loss)
         dlm_trainer *t = test_trainer(ctx, m, NULL);
         int tokens[10];
         bound_tokens(tokens, 10);
-        dlm_example e[3] = { { tokens, 10, 0 }, { tokens, 7, 3 }, { tokens, 1, 0 } };
+        dlm_example e[3] = { { tokens, 10, 0, 0 }, { tokens, 7, 3, 0 },
+                             { tokens, 1, 0, 0 } };
         int64_t want = 10 - shifted + 4 + 1 - shifted, most = 0;
         for (uint32_t draw = 0; draw < 400; draw++) {
             dlm_report report;
@@ -4583,7 +4610,7 @@ TEST(training_levels_keep_to_their_range)
         dlm_trainer *t = test_trainer(ctx, m, &o);
         int tokens[10];
         bound_tokens(tokens, 10);
-        dlm_example e = { tokens, 10, 0 };
+        dlm_example e = { tokens, 10, 0, 0 };
         int64_t step_bins[DLM_BINS] = {0}, bins[DLM_BINS] = {0};
         for (uint32_t i = 0; i < 200; i++) {
             dlm_report report;
@@ -4675,7 +4702,7 @@ TEST(masked_objectives_weigh_the_gradient_as_the_loss)
         dlm_train_options o = {0};
         o.lr = 1e-30f;
         dlm_trainer *tr = test_trainer(ctx, m, &o);
-        dlm_example e = { tokens, BOUND_P + 1, BOUND_P };
+        dlm_example e = { tokens, BOUND_P + 1, BOUND_P, BOUND_P + 1 };
         for (int step = 0; step < 20; step++) {
             dlm_report report;
             CHECK_OK(dlm_trainer_step(tr, &e, 1, &report));
@@ -5874,6 +5901,7 @@ static void train_examples(dlm_example *e, const int *text)
         e[i].tokens = text + 20 * i;
         e[i].length = lengths[i];
         e[i].prompt = prompts[i];
+        e[i].canvas = 0;
     }
 }
 
@@ -6096,6 +6124,9 @@ static void train_try_bad_steps(dlm_ctx *ctx, train_rig *r, const int *text)
     TRY(e[7].length = TOY_SLOTS + 1, "length");
     TRY(e[6].prompt = -1, "prompt");
     TRY(e[6].prompt = 13, "prompt");
+    TRY(bad[7] = TOY_MASK, "example 6: token 12 at 7 is the mask");
+    TRY(e[6].canvas = 11, "example 6: canvas 11");
+    TRY(e[6].canvas = -1, "canvas");
 #undef TRY
     train_try_example(ctx, r->t, good, 0, "example");
     train_try_example(ctx, r->t, good, -1, "example");
@@ -6142,14 +6173,15 @@ TEST(trainer_failed_steps_change_nothing)
     test_close(ctx);
 }
 
-/* A response of nothing carries no loss; every number in the report stays one. */
+/* A response of nothing carries no loss; every number in the report stays one.  Among
+   others it changes nothing. */
 TEST(trainer_takes_examples_without_a_response)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     int text[TRAIN_TEXT];
     train_text(text);
     for (int k = 0; k < 3; k++) {
-        dlm_example e[2] = { { text, 6, 6 }, { text, 1, 1 } };
+        dlm_example e[2] = { { text, 6, 6, 0 }, { text, 1, 1, 0 } };
         dlm_report r = {0};
         train_rig a = train_open(ctx, train_kinds[k], 1, NULL);
         LABEL("%s", toy_kind_names[train_kinds[k]]);
@@ -6164,6 +6196,34 @@ TEST(trainer_takes_examples_without_a_response)
                 CHECK(a.m->weights[i] == a.m->weights[i]);
         }
         train_close(&a);
+    }
+    test_close(ctx);
+}
+
+TEST(examples_without_a_response_contribute_nothing)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    train_text(text);
+    for (int k = 0; k < 3 * DLM_METHOD_COUNT; k++) {
+        int kind = train_kinds[k % 3];
+        dlm_example e[4] = { { text, 17, 3, 0 }, { text + 9, 24, 0, 0 },
+                             { text, 6, 6, 0 }, { text, TOY_SLOTS, TOY_SLOTS, 0 } };
+        dlm_train_options o = {0};
+        dlm_report x = {0}, y = {0};
+        o.lift.method = (dlm_method)(k / 3);
+        if (kind == 4 && o.lift.method) continue;
+        train_rig a = train_open(ctx, kind, 1, &o), b = train_open(ctx, kind, 1, &o);
+        LABEL("%s, method %d", toy_kind_names[kind], k / 3);
+        CHECK_OK(dlm_trainer_step(a.t, e, 2, &x));
+        CHECK_OK(dlm_trainer_step(b.t, e, 4, &y));
+        CHECK(x.scored > 0 && memcmp(&x, &y, sizeof x) == 0);
+        CHECK(train_same(&a, &b));
+        e[2] = e[0]; e[0] = e[3];                        /* in front as well    */
+        CHECK_OK(dlm_trainer_step(b.t, e, 4, &y));
+        CHECK(y.scored > 0 && y.tokens == x.tokens && y.grad_norm - y.grad_norm == 0);
+        train_close(&a);
+        train_close(&b);
     }
     test_close(ctx);
 }
@@ -6216,7 +6276,7 @@ TEST(trainer_learns_a_sentence_by_heart)
         for (int i = 0; i < 4; i++) {
             e[i].tokens = text;
             e[i].length = 16;
-            e[i].prompt = 0;
+            e[i].prompt = e[i].canvas = 0;
         }
         LABEL("%s", toy_kind_names[train_kinds[k]]);
         if (a.t) {
@@ -6518,6 +6578,7 @@ static dlm_error heap_call(heap_objects *o, int which)
     double nats;
     for (int i = 0; i < 32; i++) tokens[i] = i < 3 ? i : o->m->config.mask_id;
     if (which == 0) return dlm_sample(o->ctx, o->m, tokens, 32, NULL);
+    for (int i = 0; i < 32; i++) tokens[i] = i % 7;
     if (which == 1) return dlm_log_likelihood(o->s, tokens, 20, 4, 2, 1, &nats);
     ce_score score;
     batch_clear(&t);
@@ -6618,6 +6679,7 @@ static void lift_examples(dlm_example *e, int length, int prompt)
         e[k].tokens = tokens[k];
         e[k].length = k == 1 ? TOY_SLOTS : length;
         e[k].prompt = k == 1 ? 5 : prompt;
+        e[k].canvas = 0;
     }
 }
 
@@ -6822,11 +6884,18 @@ typedef struct lift_plan {
     int                lift, n_kept;       /* is this a LIFT; cells kept in all    */
     lift_values        t, rho, u;          /* u: masked where below level          */
     lift_values        level, score;       /* log p(gold) or, GIFT, entropy        */
+    lift_values        own;                /* GIFT: levels, also where others drew */
     lift_values        weight, other;      /* of the two views                     */
     lift_masks         wide, kept;         /* before and after selection           */
     lift_masks         seen, rest;         /* masked in the two views              */
     dlm_select         mode[LIFT_SEQS][TOY_SLOTS];
 } lift_plan;
+
+/* A shifted model has no row that predicts token 0. */
+static int lift_blind(const lift_plan *p, int k, int cell)
+{
+    return p->c.shifted && p->e[k].prompt + cell == 0;
+}
 
 static dlm_select lift_mode_of(const lift_plan *p, double t, const dlm_address *at)
 {
@@ -6894,7 +6963,7 @@ static void lift_view(lift_rows *r, const lift_plan *p, int view, lift_masks mas
         const dlm_example *e = &p->e[k];
         int first = r->t.start[r->t.b.n_seqs], P = e->prompt, R = p->R[k];
         int block = p->c.pattern == DLM_PATTERN_BLOCK ? p->c.block : 0;
-        if (block) batch_add_doubled(&r->t, P, R, block, TOY_VOCAB);
+        if (block) batch_add_padded(&r->t, &p->c, P, R, TOY_VOCAB);
         else batch_add(&r->t, P + R, TOY_VOCAB, DLM_PATTERN_FULL, 0, 0);
         for (int i = 0; i < P + R; i++) r->t.tokens[first + i] = e->tokens[i];
         for (int i = 0; i < R; i++) {
@@ -6942,15 +7011,17 @@ static void lift_score(lift_plan *p, const reference *ref)
         double lse = ref_log_sum_exp(x, TOY_VOCAB), h = lse;
         int row = b->out_rows[i];
         for (int v = 0; v < TOY_VOCAB; v++) h -= exp(x[v] - lse) * x[v];
-        h = fmax(h, 0);
+        h = h < 1e-6 ? 0 : h;               /* what a sharp softmax leaves is noise */
         p->score[rows.ex[row]][rows.cell[row]] = gift ? h : x[c.target[i]] - lse;
         mean += sqrt(h) / b->n_out;
     }
+    mean = fmax(mean, 1e-12);
     for (int k = 0; gift && k < LIFT_SEQS; k++)
         for (int i = 0; i < p->R[k]; i++) {
             p->level[k][i] = 1 - pow(1 - p->t[k][i], sqrt(p->score[k][i]) / mean);
-            hits += p->u[k][i] < p->level[k][i];
+            hits += p->u[k][i] < p->level[k][i] && !lift_blind(p, k, i);
         }
+    memcpy(p->own, p->level, sizeof p->own);
     if (gift && !hits) memcpy(p->level, p->t, sizeof p->t);     /* GIFT falls back */
     free(logits); ce_close(&c);
 }
@@ -6960,7 +7031,7 @@ static void lift_check_unit(const lift_plan *p, int k, int first, int end)
 {
     int n = 0, kept = 0;
     double best = -INFINITY, worst = INFINITY;
-    for (int i = first; i < end; i++) {
+    for (int i = first + lift_blind(p, k, first); i < end; i++) {
         double x = p->mode[k][i] == DLM_SELECT_HARDEST ? -p->score[k][i] : p->score[k][i];
         n += p->wide[k][i];
         kept += p->kept[k][i];
@@ -6990,8 +7061,9 @@ static void lift_check_kept(lift_plan *p, const dlm__state *s)
         for (int i = 0; i < R; i++) {
             int kept = lift_kept(s, s->ex_cell[k] + i, p->o.lift.complementary);
             double ahead = p->level[k][i] - p->u[k][i];
+            if (lift_blind(p, k, i)) kept = ahead > 0;           /* as it was drawn */
             p->kept[k][i] = (unsigned char)kept;
-            p->n_kept += kept;
+            p->n_kept += kept && !lift_blind(p, k, i);
             if (!p->lift && fabs(ahead) > 1e-4) CHECK(kept == (ahead > 0));
         }
         for (int i = 0; p->lift && i < R; i += p->unit[k])
@@ -7012,7 +7084,8 @@ static void lift_weigh(lift_plan *p)
                 w = lift_cart(masked, p->e[k].length, p->e[k].prompt + i, p_cart)
                     / (o->cart_time_scaling ? t : 1);
             if (o->method == DLM_METHOD_GIFT)
-                w = (o->gift_masked_mean ? p->D / p->n_kept : 1) / p->level[k][i];
+                w = p->own[k][i] == 0 ? 0
+                    : (o->gift_masked_mean ? p->D / p->n_kept : 1) / p->own[k][i];
             int wide = o->one_pass && p->mode[k][i] != DLM_SELECT_RANDOM;
             p->seen[k][i] = wide ? p->wide[k][i] : p->kept[k][i];
             p->rest[k][i] = !p->seen[k][i];
@@ -7039,6 +7112,7 @@ static void lift_check_bins(const lift_plan *p, const lift_rows *rows, const ce_
     for (int k = 0; p->lift && k < LIFT_SEQS; k++)
         for (int i = 0; i < p->R[k]; i++) {
             int bin = (int)fmin(7, 8 * p->t[k][i]), kept = p->kept[k][i];
+            if (lift_blind(p, k, i)) continue;
             wide[bin] += p->wide[k][i];
             if (p->mode[k][i] == DLM_SELECT_RANDOM || !p->wide[k][i]) continue;
             count[kept][bin]++;
@@ -7115,17 +7189,19 @@ static void lift_check_step(dlm_ctx *ctx, dlm_model *m, reference *ref, dlm_trai
     ce_close(&c);
 }
 
-/* What is learnt from; shifted, a token more is given. */
+/* What is learnt from; shifted, a token more. */
 static const struct lift_setting {
     int    length, prompt, steps;
     float  level_min, level_max;
     float  sharpness;                      /* of predictions; very: entropy 0, for GIFT */
+    int    given;                          /* shifted: the token more is given, too */
 } lift_settings[] = {
-    { 17, 0, 3, 0, 0, 1 },
-    { 1, 0, 2, 0, 0, 1 },                  /* a response of one token              */
-    { 19, 18, 1, 1e-3f, 1e-3f, 1 },        /* hardly anything is masked            */
-    { 9, 1, 1, 1, 1, 1 },                  /* everything is masked                 */
-    { 17, 2, 2, 0, 0, 1e8f },
+    { 17, 0, 3, 0, 0, 1, 1 },
+    { 1, 0, 2, 0, 0, 1, 1 },               /* a response of one token              */
+    { 19, 18, 1, 1e-3f, 1e-3f, 1, 1 },     /* hardly anything is masked            */
+    { 9, 1, 1, 1, 1, 1, 1 },               /* everything is masked                 */
+    { 17, 2, 2, 0, 0, 1e8f, 1 },
+    { 18, 0, 3, 0, 0, 1, 0 },              /* shifted, nothing predicts token 0    */
 };
 enum { LIFT_SETTINGS = sizeof lift_settings / sizeof *lift_settings };
 
@@ -7144,7 +7220,7 @@ static void lift_check_case(dlm_ctx *ctx, int kind, const lift_case *c, int sett
     dlm_model_changed(m);
     ref_open(&ref, m);
     for (int step = 0; step < s->steps; step++) {
-        lift_examples(e, s->length + kind % 2, s->prompt + kind % 2);
+        lift_examples(e, s->length + kind % 2, s->prompt + kind % 2 * s->given);
         LABEL("%s, %s, setting %d.%d", toy_kind_names[kind], c->name, setting, step);
         lift_check_step(ctx, m, &ref, t, &o, e);
     }
@@ -7662,6 +7738,7 @@ static dlm_model *opd_student(dlm_ctx *ctx, const dlm_model *teacher, int block,
                               int mask_id)
 {
     dlm_model *m = NULL;
+    if (mask_id == 0) mask_id = DLM_NEW_TOKEN;
     CHECK_OK(dlm_convert(&m, ctx, teacher, block, mask_id, NULL));
     if (!m) { printf("no student: %s\n", dlm_last_error(ctx)); exit(1); }
     return m;
@@ -7719,14 +7796,60 @@ TEST(convert_refuses_what_it_cannot_make_by_name)
     dlm_model *ar = toy_model(ctx, 4, 1), *block = toy_model(ctx, 2, 1), *m = ar;
     float place[4];
     dlm_memory mem = { place, sizeof place };
-    CHECK_ERROR(dlm_convert(&m, ctx, block, 4, 0, NULL), DLM_E_CONFIG, ctx, "causal");
+    CHECK_ERROR(dlm_convert(&m, ctx, block, 4, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG, ctx,
+                "causal");
     CHECK(m == NULL);
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, -1, 0, NULL), DLM_E_CONFIG, ctx, "block");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, -1, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG, ctx,
+                "block");
     CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 13, NULL), DLM_E_CONFIG, ctx, "mask_id");
     CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, -2, NULL), DLM_E_CONFIG, ctx, "mask_id");
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 0, &mem), DLM_E_NOMEM, ctx, NULL);
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, DLM_NEW_TOKEN, &mem), DLM_E_NOMEM, ctx,
+                NULL);
     CHECK(m == NULL);
     dlm_model_free(block); dlm_model_free(ar);
+    test_close(ctx);
+}
+
+/* A vocabulary whose mask is token 0: learned, filled in, saved, converted. */
+TEST(mask_may_be_token_0)
+{
+    const char *path = "dlm_test_mask.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < TOY_KINDS; kind++) {
+        dlm_config c = toy_config(kind);
+        dlm_model *m = NULL, *again = NULL;
+        int text[TRAIN_TEXT], canvas[TOY_SLOTS], holes = 0;
+        c.mask_is_0 = 1;
+        LABEL("%s", toy_kind_names[kind]);
+        CHECK_OK(dlm_config_resolve(ctx, &c));
+        CHECK_OK(dlm_config_resolve(ctx, &c));           /* and nothing changes */
+        CHECK(c.mask_id == 0 && c.mask_is_0 == 1);
+        CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+        dlm_trainer *tr = test_trainer(ctx, m, NULL);
+        train_text(text);
+        CHECK_ERROR(dlm_trainer_step_text(tr, text, TRAIN_TEXT, 20, 8, NULL), DLM_E_INPUT,
+                    ctx, "is the mask");
+        for (int i = 0; i < TRAIN_TEXT; i++) text[i]++;
+        for (int i = 0; i < 5; i++)
+            CHECK_OK(dlm_trainer_step_text(tr, text, TRAIN_TEXT, 20, 8, NULL));
+        for (int i = 0; i < TOY_SLOTS; i++) canvas[i] = i < 5 ? 12 : 0;
+        CHECK_OK(dlm_sample(ctx, m, canvas, TOY_SLOTS, NULL));
+        for (int i = 0; i < TOY_SLOTS; i++) holes += canvas[i] == 0;
+        CHECK(holes == 0);
+        CHECK_OK(dlm_save(ctx, path, m, NULL));
+        CHECK_OK(dlm_load(&again, NULL, ctx, path));
+        CHECK(again && memcmp(&again->config, &m->config, sizeof c) == 0);
+        dlm_trainer_free(tr); dlm_model_free(again); dlm_model_free(m);
+    }
+    dlm_config c = toy_config(0);
+    c.mask_is_0 = 1; c.mask_id = 3;
+    CHECK_ERROR(dlm_config_resolve(ctx, &c), DLM_E_CONFIG, ctx, "mask_id");
+    dlm_model *ar = opd_teacher(ctx, 3), *student = NULL;
+    CHECK_OK(dlm_convert(&student, ctx, ar, 4, 0, NULL));
+    CHECK(student->config.mask_is_0 == 1 && student->config.mask_id == 0);
+    CHECK(student->config.vocab == ar->config.vocab);
+    dlm_model_free(student); dlm_model_free(ar);
+    remove(path);
     test_close(ctx);
 }
 
@@ -7919,6 +8042,128 @@ TEST(step_maps_rebuild_every_state_and_the_doubled_row_agrees)
     test_close(ctx);
 }
 
+/* --[ the last block ]--------------------------------------------------------
+   A text that stops inside a block: what the trainer lays out is what the sampler showed,
+   to the last bit of every logit, at every step that had nothing behind the stop. */
+
+enum { STOP_AT = 3 };                          /* the token; position: watch.forced */
+
+typedef struct stop_watch {
+    int   at, step, canvas[TOY_SLOTS + 1][TOY_SLOTS];
+    float logits[TOY_SLOTS + 1][TOY_SLOTS][TOY_VOCAB];
+} stop_watch;
+
+static void stop_look(void *user, int seq, int position, float *logits)
+{
+    stop_watch *w = (stop_watch *)user;
+    (void)seq;
+    memcpy(w->logits[w->step][position], logits, sizeof w->logits[0][0]);
+    for (int v = 0; v < TOY_VOCAB; v++)
+        if ((v == STOP_AT) != (position == w->at)) logits[v] = -INFINITY;
+}
+
+static void stop_after(void *user, const dlm_event *events, int n)
+{
+    stop_watch *w = (stop_watch *)user;
+    (void)events; (void)n;
+    memcpy(w->canvas[w->step + 1], w->canvas[w->step], sizeof w->canvas[0]);
+    for (int i = 0; i < n; i++)
+        w->canvas[w->step + 1][events[i].position] = events[i].token;
+    w->step++;
+}
+
+/* Writes on a canvas with the stop at w->at; e: the finished text. */
+static void stop_write(stop_watch *w, dlm_ctx *ctx, const dlm_model *m, int P, int left,
+                       int length, dlm_example *e, int *tokens, int *steps)
+{
+    static const int stop = STOP_AT;
+    dlm_session *s = test_session(ctx, m, 1, TOY_SLOTS, 0, 1);
+    dlm_sample_options o = {0};
+    dlm_sampler *sm = NULL;
+    o.order = left ? DLM_ORDER_THRESHOLD : DLM_ORDER_CONFIDENCE;
+    o.threshold = 1; o.left_first = left;
+    o.temperature = 1; o.seed = (uint64_t)w->at;
+    o.stop = &stop; o.n_stop = 1;
+    o.constrain = stop_look; o.on_step = stop_after; o.user = w;
+    w->step = 0;
+    for (int i = 0; i < TOY_SLOTS; i++)
+        tokens[i] = w->canvas[0][i] = i < P ? 4 + i % 7 : TOY_MASK;
+    CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+    CHECK_OK(dlm_sampler_begin(sm, tokens, &length, 1));
+    while (!dlm_sampler_done(sm) && w->step < TOY_SLOTS) CHECK_OK(dlm_sampler_step(sm));
+    dlm_sampler_steps(sm, 0, steps);
+    e->tokens = tokens;
+    e->length = dlm_sampler_length(sm, 0);
+    e->prompt = P;
+    CHECK(e->length == w->at + 1 && tokens[w->at] == STOP_AT);
+    dlm_sampler_free(sm); dlm_session_free(s);
+}
+
+/* The state before step `step` (1, 2, ..) against what the sampler saw; returns the rows
+   compared, 0 where something stood behind the stop. */
+static int stop_compare(const stop_watch *w, dlm_ctx *ctx, const dlm_model *m,
+                        dlm_trainer *t, const dlm_example *e, const int *steps, int step)
+{
+    dlm__state *s = &t->state;
+    int rows = 0;
+    for (int i = e->length; i < TOY_SLOTS; i++)
+        if (w->canvas[step - 1][i] != TOY_MASK) return 0;
+    dlm__state_begin(s, e);
+    dlm__state_take(s, &m->config, m->config.block);
+    for (int i = e->prompt; i < e->length; i++)
+        s->masked[i - e->prompt] = steps[i] >= step;
+    dlm__layout_begin(s);
+    dlm__layout_all(t, 0);
+    dlm_batch b = dlm__state_batch(s);
+    float *logits = test_logits(ctx, m, &b, 0);
+    for (int i = 0; i < b.n_out; i++) {
+        const int at = e->prompt + s->out_cell[i];
+        const float *seen = w->logits[step - 1][at];
+        if (seen[0] != seen[0]) continue;       /* of a later block                */
+        CHECK(!memcmp(seen, logits + i * TOY_VOCAB, TOY_VOCAB * sizeof *seen));
+        rows++;
+    }
+    free(logits);
+    return rows;
+}
+
+TEST(last_blocks_are_learned_as_the_sampler_shows_them)
+{
+    static stop_watch w;
+    enum { B = 4 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *teacher = opd_teacher(ctx, 3);
+    for (int k = 0; k < 2 * 2 * 5 * 2 * B; k++) {
+        static const int prompts[] = { 1, 4, 5, 6, 8 };
+        int tokens[TOY_SLOTS], steps[TOY_SLOTS], rows = 0;
+        int P = prompts[k / 4 % 5], at = P + k / 20, cut = k & 1 ? at + 1 : 20;
+        int left = k >> 1 & 1;
+        for (int shifted = 0; shifted < 2; shifted++) {
+            dlm_model *m = opd_student(ctx, teacher, B, 0);
+            dlm_example e = {0};
+            m->config.shifted = shifted;
+            dlm_trainer *t = test_trainer(ctx, m, NULL);
+            LABEL("prompt %d, stop at %d, canvas %d, left first %d, shifted %d", P, at,
+                  cut, left, shifted);
+            w.at = at;
+            memset(w.logits, 0xFF, sizeof w.logits);
+            stop_write(&w, ctx, m, P, left, cut, &e, tokens, steps);
+            e.canvas = k & 1 ? cut : 0;
+            for (int step = 1; step <= w.step; step++)
+                rows += stop_compare(&w, ctx, m, t, &e, steps, step);
+            for (int i = P; left && i <= at; i++) {      /* every row it looked at */
+                int end = P + ((i - P) / B + 1) * B;
+                rows -= end < at + 1 ? end - i : at + 1 - i;
+            }
+            CHECK(left ? rows == 0 : rows > 0);
+            dlm_trainer_free(t); dlm_model_free(m);
+            rows = 0;
+        }
+    }
+    dlm_model_free(teacher);
+    test_close(ctx);
+}
+
 /* 3 at position 9 of the first sequence, else 2. */
 static void opd_force_stop(void *user, int seq, int position, float *logits)
 {
@@ -8049,7 +8294,7 @@ typedef struct opd_rig {
 } opd_rig;
 
 /* Prompts of whole blocks and not, none at all, responses of one token, a lone token. */
-static void opd_examples(opd_rig *r, int block)
+static void opd_examples(opd_rig *r, int block, int mask)
 {
     static const int shape[OPD_EX][2] = { { 17, 5 }, { 13, 0 }, { 6, 5 }, { 12, 4 },
                                           { 1, 0 }, { 9, 8 } };
@@ -8060,6 +8305,7 @@ static void opd_examples(opd_rig *r, int block)
         for (int i = 0; i < TOY_SLOTS; i++) {
             if (i >= r->e[k].prompt && (i - r->e[k].prompt) % block == 0) base += block;
             r->tokens[k][i] = i % 7 == 6 ? OPD_STOP : test_below(OPD_V);
+            if (r->tokens[k][i] == mask) r->tokens[k][i]++;
             r->steps[k][i] = i < r->e[k].prompt ? 0 : base + test_below(block);
         }
     }
@@ -8067,7 +8313,7 @@ static void opd_examples(opd_rig *r, int block)
 }
 
 static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_rows,
-                     dlm_distill_options o)
+                     dlm_distill_options o, int shifted)
 {
     dlm_train_options train = {0};
     memset(r, 0, sizeof *r);
@@ -8076,6 +8322,7 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
     r->opt = o;
     r->teacher = opd_teacher(ctx, 3);
     r->student = opd_student(ctx, r->teacher, block, mask_id);
+    r->student->config.shifted = shifted;
     for (size_t i = 0; i < r->student->n_params; i++)
         r->student->weights[i] *= 1 + 0.5f * test_float();
     dlm_model_changed(r->student);
@@ -8085,7 +8332,7 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
     r->t = test_trainer(ctx, r->student, &train);
     CHECK_OK(dlm_distiller_create(&r->d, r->t, r->teacher, &o, NULL));
     if (!r->d) { printf("no distiller: %s\n", dlm_last_error(ctx)); exit(1); }
-    opd_examples(r, block);
+    opd_examples(r, block, mask_id);
 }
 
 static void opd_close(opd_rig *r)
@@ -8125,6 +8372,7 @@ static double opd_add_row(const opd_rig *r, dlm_trainer *plain, int k,
 {
     static test_batch t;
     const dlm_example *e = &r->e[k];
+    const dlm_config *c = &r->copy->config;
     const int P = e->prompt, T = e->length, R = T - P;
     opd_score s = {0};
     double loss = 0;
@@ -8134,17 +8382,19 @@ static double opd_add_row(const opd_rig *r, dlm_trainer *plain, int k,
     memcpy(t.tokens, e->tokens, (size_t)(T - 1) * sizeof(int));
     float *teacher = test_logits(r->ctx, r->teacher, batch_close(&t, 2), 0);
     batch_clear(&t);
-    batch_add_doubled(&t, P, R, r->copy->config.block, 2);
+    batch_add_padded(&t, c, P, R, 2);
     batch_close(&t, 2);
     t.b.n_out = 0;
-    for (int i = 0; i < T + R; i++) {
-        t.tokens[i] = e->tokens[i < T ? i : i - R];
-        if (i < T || !masked[i - T]) continue;
-        t.tokens[i] = r->copy->config.mask_id;
-        if (i == R || (r->opt.exclude_stop && e->tokens[i - R] == r->opt.stop)) continue;
-        s.row[t.b.n_out] = i - R - 1;
-        t.out_rows[t.b.n_out++] = i;
-    }
+    for (int i = 0; i < T + R; i++)
+        t.tokens[i] = i >= T && masked[i - T] ? c->mask_id : e->tokens[i < T ? i : i - R];
+    for (int noisy = 0; noisy < 2; noisy++)             /* rows in order: clean first */
+        for (int i = 0; i < R; i++) {
+            const int clean = c->shifted && i % c->block == 0, at = P + i;
+            if (clean == noisy || !masked[i] || at == 0) continue;
+            if (r->opt.exclude_stop && e->tokens[at] == r->opt.stop) continue;
+            s.row[t.b.n_out] = at - 1;
+            t.out_rows[t.b.n_out++] = (clean ? P : T) + i - c->shifted;
+        }
     s.teacher = teacher;
     s.V = r->copy->config.vocab;
     s.o = &r->opt.divergence;
@@ -8203,12 +8453,13 @@ static double opd_expect(const opd_rig *r, dlm_trainer *plain, int *scored)
     return loss;
 }
 
-static void opd_try_step(dlm_ctx *ctx, int block, int mask_id, dlm_distill_options o)
+static void opd_try_step(dlm_ctx *ctx, int block, int mask_id, dlm_distill_options o,
+                         int shifted)
 {
     static opd_rig r;
     dlm_report report;
     int scored = 0, responses = 0;
-    opd_open(&r, ctx, block, mask_id, 400, o);
+    opd_open(&r, ctx, block, mask_id, 400, o, shifted);
     dlm_train_options plain_options = {0};
     plain_options.max_rows = 64;
     dlm_trainer *plain = test_trainer(ctx, r.copy, &plain_options);
@@ -8254,8 +8505,10 @@ TEST(distiller_gradient_equals_a_reference_row_by_row)
         o.states = (dlm_states)cases[i].states;
         o.exclude_stop = cases[i].exclude; o.stop = OPD_STOP;
         o.divergence = cases[i].d;
-        LABEL("case %d", (int)i);
-        opd_try_step(ctx, cases[i].block, cases[i].mask_id, o);
+        for (int shifted = 0; shifted < 2; shifted++) {
+            LABEL("case %d, shifted %d", (int)i, shifted);
+            opd_try_step(ctx, cases[i].block, cases[i].mask_id, o, shifted);
+        }
     }
     test_close(ctx);
 }
@@ -8272,9 +8525,9 @@ TEST(distiller_steps_do_not_depend_on_passes)
         dlm_example e[2][N];
         const int *maps[2][N];
         o.states = (dlm_states)(c % 3);
-        opd_open(&one, ctx, 4, 0, 400, o);
+        opd_open(&one, ctx, 4, 0, 400, o, 0);
         o.max_targets = OPD_MAX;
-        opd_open(&many, ctx, 4, 0, c < 3 ? 60 : 400, o);
+        opd_open(&many, ctx, 4, 0, c < 3 ? 60 : 400, o, 0);
         for (int k = 0; k < 2 * N; k++) {
             const opd_rig *r = k < N ? &one : &many;
             e[k / N][k % N] = r->e[k % OPD_EX];
@@ -8308,7 +8561,7 @@ TEST(distiller_states_are_drawn_uniformly)
         dlm_distill_options o = {0};
         int counts[3][4] = {{0}}, both = 0;
         o.states = (dlm_states)states;
-        opd_open(&r, ctx, 4, 0, 200, o);
+        opd_open(&r, ctx, 4, 0, 200, o, 0);
         const int *maps[2] = { map, map };
         dlm_example e[2] = { r.e[3], r.e[3] };
         e[0].prompt = e[1].prompt = 0;
@@ -8349,7 +8602,7 @@ TEST(distiller_makes_the_student_say_what_the_teacher_says)
         double first = 0, last = 0;
         o.states = DLM_STATES_ALL;
         o.divergence.kind = (dlm_divergence_kind)(i == 2 ? DLM_JSD : i);
-        opd_open(&r, ctx, 4, 0, 400, o);
+        opd_open(&r, ctx, 4, 0, 400, o, 0);
         float *kept = test_floats(r.teacher->n_params);
         memcpy(kept, r.teacher->weights, r.teacher->n_params * sizeof(float));
         for (int step = 0; step < 30; step++) {
@@ -8409,7 +8662,7 @@ TEST(distiller_options_are_checked_by_name)
     dlm_distill_options none = {0};
     dlm_train_options mdlm = {0};
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    opd_open(&r, ctx, 4, 0, 200, none);
+    opd_open(&r, ctx, 4, 0, 200, none, 0);
     opd_try_options(&r);
     opd_try_create(r.t, r.student, NULL, "not causal");
     mdlm.objective = DLM_OBJECTIVE_MDLM;
@@ -8444,8 +8697,8 @@ TEST(distiller_refuses_bad_examples_and_forgets_them)
     dlm_distill_options none = {0};
     dlm_report a, b;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    opd_open(&r, ctx, 4, 0, 60, none);
-    opd_open(&clean, ctx, 4, 0, 60, none);
+    opd_open(&r, ctx, 4, 0, 60, none, 0);
+    opd_open(&clean, ctx, 4, 0, 60, none, 0);
     for (int i = 0; i < 7; i++) {
         const dlm_example kept = r.e[5];
         const int token = r.tokens[5][3], step = r.steps[5][8];
@@ -8479,7 +8732,7 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
     dlm_distill_options o = {0};
     static opd_rig r;
     dlm_ctx *ctx = heap_open(&heap, 1);
-    opd_open(&r, ctx, 4, 0, 200, o);
+    opd_open(&r, ctx, 4, 0, 200, o, 0);
     const size_t bytes = dlm_distiller_bytes(r.t, r.teacher, &o);
     CHECK(heap.last == bytes && bytes > 0);
     int calls = heap.calls;
@@ -8504,7 +8757,7 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
         dlm_model *m = r.copy;
         int live = heap.live;
         heap.fail_at = heap.calls + 1;
-        CHECK((which ? dlm_convert(&m, ctx, r.teacher, 4, 0, NULL)
+        CHECK((which ? dlm_convert(&m, ctx, r.teacher, 4, DLM_NEW_TOKEN, NULL)
                      : dlm_distiller_create(&d, r.t, r.teacher, &o, NULL))
               == DLM_E_NOMEM);
         CHECK((which ? (void *)m : (void *)d) == NULL && heap.live == live);
@@ -9241,6 +9494,7 @@ static const test_case test_cases[] = {
     RUN(trainer_load_refuses_wrong_files_and_stays_unharmed),
     RUN(trainer_failed_steps_change_nothing),
     RUN(trainer_takes_examples_without_a_response),
+    RUN(examples_without_a_response_contribute_nothing),
     RUN(trainer_accumulates_over_passes),
     RUN(trainer_learns_a_sentence_by_heart),
     RUN(gradcheck_passes_for_every_feature),
@@ -9270,8 +9524,10 @@ static const test_case test_cases[] = {
     RUN(teacher_probabilities_are_tempered_then_filtered),
     RUN(convert_copies_weights_and_adds_a_mean_embedding),
     RUN(convert_refuses_what_it_cannot_make_by_name),
+    RUN(mask_may_be_token_0),
     RUN(curriculum_has_the_published_values),
     RUN(step_maps_rebuild_every_state_and_the_doubled_row_agrees),
+    RUN(last_blocks_are_learned_as_the_sampler_shows_them),
     RUN(step_maps_end_at_the_stop_token),
     RUN(teacher_rows_equal_the_doubled_construction),
     RUN(blocks_of_one_see_only_what_stands_before),

@@ -388,7 +388,7 @@ static void train_teacher(lab *l)
     how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 1e-5f;
     bench_require(l->ctx, dlm_trainer_create(&t, l->ctx, l->teacher, &how, NULL));
     for (int step = 0; step < l->p->teacher_steps; step++) {
-        dlm_example ex[32];
+        dlm_example ex[32] = {{0}};
         for (int i = 0; i < x.n; i++) {
             sudoku_text(l, &x, i, TASK_TRAIN, 0x40000000u + (uint32_t)(step * x.n + i));
             ex[i].tokens = x.tokens + i * SLOTS;
@@ -458,7 +458,7 @@ static void course_open(course *c)
     const lab *l = c->l;
     dlm_train_options how = {0};
     dlm_distill_options distil = {0};
-    const int mask = l->task == SUDOKU ? TASK_MASK : 0;
+    const int mask = l->task == SUDOKU ? TASK_MASK : DLM_NEW_TOKEN;
     bench_require(l->ctx, dlm_convert(&c->student, l->ctx, l->teacher, c->a->block, mask,
                                       NULL));
     if (c->a->scratch) {
@@ -531,7 +531,7 @@ static void course_round(course *c, int round)
 {
     const int warm = course_texts(c, round), mix = abs(c->a->mix);
     dlm_report r;
-    dlm_example ex[MOST_TEXTS];
+    static dlm_example ex[MOST_TEXTS];
     const int *steps[MOST_TEXTS];
     for (int i = 0; i < c->x.n; i += c->l->p->batch) {
         int n = c->x.n - i < c->l->p->batch ? c->x.n - i : c->l->p->batch;

@@ -135,7 +135,7 @@ int main(int argc, char **argv)
     const clock_t start = clock();           /* counts all threads' time             */
     write_texts(teacher, 0, 0);              /* a round takes about 5 times as long  */
     const double pace = 5.0 * (double)(clock() - start) / CLOCKS_PER_SEC / THREADS;
-    require(dlm_convert(&student, ctx, teacher, BLOCK, 0, NULL));
+    require(dlm_convert(&student, ctx, teacher, BLOCK, DLM_NEW_TOKEN, NULL));
     student->config.shifted = 1;             /* a small model keeps its habit        */
     convert((int)(60 * minutes / pace) + 4, minutes);
     require(dlm_save(ctx, argv[3], student, tok));

@@ -293,7 +293,7 @@ static dlm_error step_student(struct demo *d, int round)
     dlm_error e = write_texts(d, d->model[STUDENT], TEXTS, LENGTH,
                               (uint32_t)(round * TEXTS), ids, d->n_train);
     for (int k = 0; k < TEXTS; k++)
-        ex[k] = (dlm_example){d->canvas[k], LENGTH, GIVEN}, born[k] = d->born[k];
+        ex[k] = (dlm_example){d->canvas[k], LENGTH, GIVEN, 0}, born[k] = d->born[k];
     if (!e) e = dlm_distiller_step(d->distiller, ex, born, TEXTS, &own);
     for (int k = 0; k < READINGS && !e; k++)
         e = dlm_trainer_step_text(d->trainer, ids, d->n_train, T, WINDOWS, &corpus);
@@ -357,7 +357,7 @@ static dlm_error step_sudoku(struct demo *d, int step)
     dlm_report r = {0};
     for (int k = 0; k < BATCH; k++) {
         make_puzzle(puzzles[k], (uint32_t)(step * BATCH + k), 0);
-        ex[k] = (dlm_example){puzzles[k], 2 * CELLS, CELLS};
+        ex[k] = (dlm_example){puzzles[k], 2 * CELLS, CELLS, 0};
     }
     dlm_error e = dlm_trainer_step(d->trainer, ex, BATCH, &r);
     snprintf(d->note, sizeof d->note, "loss %.3f nats/cell", r.loss);
