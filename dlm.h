@@ -370,7 +370,9 @@ typedef struct dlm_batch {
     const int *start;                      /* (S+1) sequence s is rows start[s] ..
                                               start[s+1]-1; start[0] = 0, N = start[S] */
     const int *tokens;                     /* (N)                                  */
-    const int *positions;                  /* (N) rotary positions; NULL: the slot */
+    const int *positions;                  /* (N) rotary positions, less than max_seq and
+                                              slots (of a trainer: max_rows); NULL: the
+                                              slot                                 */
     const int *slots;                      /* (N) where the row's key and value go, in its
                                               own sequence, all different; NULL: its
                                               place there.  A slot that is seen before it
@@ -635,8 +637,9 @@ typedef enum dlm_schedule {
 } dlm_schedule;
 
 typedef struct dlm_train_options {         /* 0 in a field marked * = the default  */
-    int      max_rows;                     /* * = 16 sequences of max_seq: rows of one
-                                              pass (a doubled row counts twice)    */
+    int      max_rows;                     /* * = 16 sequences of max_seq, of 2048 at most:
+                                              rows of one pass (a doubled row counts
+                                              twice); memory grows with it         */
     dlm_objective objective;               /* * = what the pattern asks for        */
     float    lr;                           /* * = 1e-3: the peak                   */
     int      warmup;                       /* W: update n = 0, 1, .. has lr (n + 1) / W
@@ -668,8 +671,8 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
 typedef struct dlm_example {
     const int *tokens;                     /* (length)                             */
     int        length;                     /* 1 .. max_seq                         */
-    int        prompt;                     /* leading tokens never masked or scored; if all
-                                              are, the example contributes nothing */
+    int        prompt;                     /* leading tokens never masked or scored; where
+                                              all are, the example contributes nothing */
     int        canvas;                     /* tokens of the canvas it was, or will be,
                                               filled in on, >= length; 0: a long one.  A
                                               text that ends inside a block is shown to a
@@ -774,8 +777,9 @@ typedef enum dlm_states {    /* which of a rollout's states the student learns o
 } dlm_states;
 
 typedef struct dlm_distill_options {
-    int        max_targets;                /* * = what 64 MiB hold: teacher rows (V) kept
-                                              at a time                            */
+    int        max_targets;                /* * = what 64 MiB hold, or 1024 or max_seq:
+                                              teacher rows (V) kept at a time, at least
+                                              the longest response                 */
     dlm_states states;
     dlm_divergence_options divergence;
     int        exclude_stop;               /* 1: no loss on the token `stop`       */
@@ -3569,7 +3573,7 @@ typedef struct dlm__heads {
     float *x; size_t ldx;           /* (rows, heads, D) in place, rows ldx apart   */
     float *pre, *r;                 /* (rows, heads, D), (rows, heads); with norm  */
     const float *bias, *g;          /* (heads*D), (D); NULL: none                  */
-    const float *cos_sin;           /* (max_seq, D)                                */
+    const float *cos_sin;           /* (positions, D)                              */
     const int *positions;           /* (rows)                                      */
     int heads, D;
     float eps;
@@ -4558,7 +4562,9 @@ typedef struct dlm__work {
     dlm__acts  *acts;               /* (L)                                         */
     dlm__packs *packs;              /* (L)                                         */
     float      *head_pack;
-    float      *cos_sin;            /* (max_seq, D)                                */
+    int         turns;              /* positions there can be: max_seq, but no more
+                                       than the slots                              */
+    float      *cos_sin;            /* (turns, D)                                  */
     float      *x_out, *hf, *rf;    /* (out, C), (out, C), (out) final norm        */
     float      *logits;             /* (chunk, V)                                  */
     dlm__rows   all, sub;           /* every row; the rows that are looked at      */
@@ -4677,7 +4683,8 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
                            : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
     w->acts = (dlm__acts *)dlm__push(a, L, sizeof(dlm__acts));
     w->packs = (dlm__packs *)dlm__push(a, L, sizeof(dlm__packs));
-    w->cos_sin = dlm__push_floats(a, (size_t)w->c.max_seq, (size_t)w->c.head_dim);
+    w->turns = dlm__min(w->c.max_seq, w->slots);
+    w->cos_sin = dlm__push_floats(a, (size_t)w->turns, (size_t)w->c.head_dim);
     w->x_out = dlm__push_floats(a, out, C);
     w->hf = dlm__push_floats(a, out, C);
     w->rf = dlm__push_floats(a, out, 1);
@@ -4695,14 +4702,15 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
     if (w->keep) dlm__training_carve(a, w);
 }
 
-static void dlm__fill_cos_sin(float *cos_sin, const dlm_config *c)
+static void dlm__fill_cos_sin(const dlm__work *w)
 {
+    const dlm_config *c = &w->c;
     const int half = c->head_dim / 2;
-    for (int t = 0; t < c->max_seq; t++)
+    for (int t = 0; t < w->turns; t++)
         for (int i = 0; i < half; i++) {
             const double angle = t * pow((double)c->rope_theta,
                                          -2.0 * i / c->head_dim);
-            float *row = cos_sin + (size_t)t * (size_t)c->head_dim;
+            float *row = w->cos_sin + (size_t)t * (size_t)c->head_dim;
             row[i] = (float)cos(angle);
             row[half + i] = (float)sin(angle);
         }
@@ -4761,9 +4769,9 @@ static dlm_error dlm__check_row(const dlm__work *w, int i, int slots)
     if (w->slot[i] < 0 || w->slot[i] >= slots)
         return dlm__fail(w->ctx, DLM_E_INPUT, "slot of row %d: %d is not in 0..%d", i,
                          w->slot[i], slots - 1);
-    if (w->all.positions[i] < 0 || w->all.positions[i] >= w->c.max_seq)
+    if (w->all.positions[i] < 0 || w->all.positions[i] >= w->turns)
         return dlm__fail(w->ctx, DLM_E_INPUT, "position of row %d: %d is not in 0..%d", i,
-                         w->all.positions[i], w->c.max_seq - 1);
+                         w->all.positions[i], w->turns - 1);
     if (k->lo0 < 0 || k->lo0 > k->hi0 || k->hi0 > slots || (k->lo0 == k->hi0 && !two)
         || (two && (k->lo1 < k->hi0 || k->hi1 > slots)))
         return dlm__fail(w->ctx, DLM_E_INPUT,
@@ -5230,7 +5238,7 @@ DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_
     s->m = m;
     s->block = block;
     dlm__work_carve(&arena, &s->w);
-    dlm__fill_cos_sin(s->w.cos_sin, &s->w.c);
+    dlm__fill_cos_sin(&s->w);
     *out = s;
     return DLM_OK;
 }
@@ -5682,8 +5690,8 @@ struct dlm_trainer {
     double           *partial;      /* (n_params / 4096) sums of squares           */
     dlm__state        state;
     dlm_example      *windows;      /* (rows) for dlm_trainer_step_text            */
-    unsigned char    *row_masked;   /* (max_seq) of one example, prompt and all    */
-    float            *row_weight;   /* (max_seq)                                   */
+    unsigned char    *row_masked;   /* (rows) of one example, prompt and all       */
+    float            *row_weight;   /* (rows)                                      */
     int64_t           step;
     double            pass_flops;   /* since the last update                       */
     void             *block;
@@ -5750,8 +5758,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
                          "lift.one_pass and lift.complementary exclude "
                          "each other");
     if (o->max_rows == 0)
-        o->max_rows = (int)fmin(1 << 26, 16.0 * m->config.max_seq
-                                * (1 + dlm__objectives[o->objective].doubled));
+        o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
+            * (1 + dlm__objectives[o->objective].doubled);
     if (o->lr == 0.0f) o->lr = 1e-3f;
     if (o->beta1 == 0.0f) o->beta1 = 0.9f;
     if (o->beta2 == 0.0f) o->beta2 = 0.99f;
@@ -5774,8 +5782,8 @@ static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
     t->ema = t->opt.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
     t->partial = (double *)dlm__push(a, n / DLM__GRAD_RUN + 1, sizeof(double));
     t->windows = (dlm_example *)dlm__push(a, (size_t)w->rows, sizeof(dlm_example));
-    t->row_masked = (unsigned char *)dlm__push(a, (size_t)t->m->config.max_seq, 1);
-    t->row_weight = dlm__push_floats(a, (size_t)t->m->config.max_seq, 1);
+    t->row_masked = (unsigned char *)dlm__push(a, (size_t)w->rows, 1);
+    t->row_weight = dlm__push_floats(a, (size_t)w->rows, 1);
     dlm__state_carve(a, &t->state, w->rows, w->seqs);
     dlm__work_carve(a, w);
 }
@@ -5831,7 +5839,7 @@ DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model 
     *t = prepared;
     t->block = block;
     dlm__trainer_carve(&arena, t);
-    dlm__fill_cos_sin(t->w.cos_sin, &t->w.c);
+    dlm__fill_cos_sin(&t->w);
     if (t->ema) memcpy(t->ema, m->weights, m->n_params * sizeof(float));
     *out = t;
     return DLM_OK;
@@ -7465,10 +7473,9 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
                          "student has %d and %d", c->vocab, c->max_seq, t->w.c.vocab,
                          t->w.c.max_seq);
     if (o->max_targets == 0)
-        o->max_targets = dlm__min(t->w.rows, dlm__max(t->w.c.max_seq,
+        o->max_targets = dlm__min(t->w.rows, dlm__max(dlm__min(t->w.c.max_seq, 1024),
                                                       (1 << 24) / c->vocab));
-    e = dlm__in_range(ctx, "max_targets", o->max_targets,
-                      dlm__min(t->w.c.max_seq, t->w.rows), 1 << 26);
+    e = dlm__in_range(ctx, "max_targets", o->max_targets, 1, 1 << 26);
     if (e == DLM_OK) e = dlm__in_range(ctx, "states", (int)o->states, 0, DLM_STATES_ALL);
     if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.kind", (int)o->divergence.kind, 0,
                                        DLM_JSD);
@@ -7490,7 +7497,7 @@ static dlm_limits dlm__teacher_limits(const dlm_trainer *t, const dlm_distill_op
     dlm_limits lim;
     memset(&lim, 0, sizeof lim);
     lim.seqs = t->w.seqs;
-    lim.slots = t->w.c.max_seq;
+    lim.slots = dlm__min(t->w.c.max_seq, t->w.rows);
     lim.rows = t->w.rows;
     lim.out = dlm__min(o->max_targets, t->w.rows);
     return lim;
@@ -7733,6 +7740,11 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
 static dlm_error dlm__check_steps(const dlm_distiller *d, const dlm_example *e,
                                   const int *const *steps, int n)
 {
+    for (int k = 0; k < n; k++)
+        if (e[k].length - e[k].prompt > d->opt.max_targets)
+            return dlm__fail(d->t->w.ctx, DLM_E_INPUT, "example %d: a response of %d "
+                             "tokens, max_targets is %d", k, e[k].length - e[k].prompt,
+                             d->opt.max_targets);
     for (int k = 0; k < n; k++)
         for (int i = 0; i < e[k].length; i++)
             if (e[k].tokens[i] >= d->V)

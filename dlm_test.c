@@ -135,13 +135,14 @@ static void   test_fill(float *x, size_t n, float scale)
    it returns is 16-byte aligned and never more, so that nothing may rely on 64. */
 typedef struct test_heap {
     int    calls, live, fail_at;
-    size_t last;                           /* bytes of the latest request          */
+    size_t last, sum;                      /* bytes of the latest request; of all  */
 } test_heap;
 
 static void *test_heap_alloc(void *user, size_t size)
 {
     test_heap *heap = (test_heap *)user;
     heap->last = size;
+    heap->sum += size;
     if (++heap->calls == heap->fail_at) return NULL;
     char *raw = (char *)malloc(size + 96);
     if (!raw) return NULL;
@@ -1780,6 +1781,48 @@ static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
     if (s) CHECK_OK(dlm_logits(s, b, logits));
     dlm_session_free(s);
     return logits;
+}
+
+/* A file of a few KB can say that it reads 2^20 tokens; whoever asks for few pays for
+   few: bytes of a canvas of 4, of a trainer, and of a distiller of 64 rows. */
+TEST(long_context_costs_only_where_it_is_used)
+{
+    static const int short_and_long[2] = { 64, 1 << 20 };
+    size_t sum[2][3];
+    for (int k = 0; k < 2; k++) {
+        test_heap heap = {0};
+        dlm_options options = {0};
+        dlm_ctx *ctx = NULL;
+        dlm_model *m = NULL, *teacher = NULL;
+        dlm_trainer *t = NULL;
+        dlm_distiller *d = NULL;
+        int canvas[4] = { 1, 2, 7, 7 };
+        dlm_config c = test_config(8, 2, 1, 1, short_and_long[k]);
+        dlm_train_options how = {0};
+        c.head_dim = 256; c.block = 8;
+        options.allocator.alloc = test_heap_alloc;
+        options.allocator.release = test_heap_release;
+        options.allocator.user = &heap;
+        CHECK_OK(dlm_init(&ctx, &options));
+        CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+        c.pattern = DLM_PATTERN_CAUSAL;
+        CHECK_OK(dlm_model_create(&teacher, ctx, &c, 1, NULL));
+        heap.sum = 0;
+        CHECK_OK(dlm_sample(ctx, m, canvas, 4, NULL));
+        CHECK(canvas[2] != 7 && canvas[3] != 7);
+        sum[k][0] = heap.sum, heap.sum = 0;
+        how.max_rows = 64;
+        CHECK_OK(dlm_trainer_create(&t, ctx, m, &how, NULL));
+        sum[k][1] = heap.sum, heap.sum = 0;
+        CHECK_OK(dlm_distiller_create(&d, t, teacher, NULL, NULL));
+        sum[k][2] = heap.sum;
+        dlm_distiller_free(d); dlm_trainer_free(t);
+        dlm_model_free(teacher); dlm_model_free(m);
+        test_close(ctx);
+        CHECK(heap.live == 0);
+    }
+    for (int i = 0; i < 3; i++) CHECK(sum[0][i] == sum[1][i]);
+    CHECK(sum[0][0] < 1000000);
 }
 
 TEST(logits_equal_double_reference_for_every_feature_on_every_isa)
@@ -8641,7 +8684,7 @@ static void opd_try_options(const opd_rig *r)
     for (int i = 0; i < 14; i++) {
         dlm_distill_options o = {0};
         o.divergence.kind = i < 11 ? DLM_JSD : i == 12 ? DLM_MIXED_KL : DLM_REVERSE_KL;
-        if (i == 0) o.max_targets = OPD_MAX - 1;
+        if (i == 0) o.max_targets = -1;
         if (i == 1) o.states = (dlm_states)3;
         if (i == 2) o.divergence.kind = (dlm_divergence_kind)4;
         if (i == 3) o.divergence.sparse = -1;
@@ -9396,6 +9439,7 @@ static const test_case test_cases[] = {
     RUN(keys_fill_shows_what_the_pattern_says),
     RUN(keys_doubled_shows_what_block_diffusion_says),
     RUN(forward_refuses_bad_batches_by_name),
+    RUN(long_context_costs_only_where_it_is_used),
     RUN(logits_equal_double_reference_for_every_feature_on_every_isa),
     RUN(logits_agree_between_isas_and_packings),
     RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
