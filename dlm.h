@@ -637,9 +637,9 @@ typedef enum dlm_schedule {
 } dlm_schedule;
 
 typedef struct dlm_train_options {         /* 0 in a field marked * = the default  */
-    int      max_rows;                     /* * = 16 sequences of max_seq, of 2048 at most:
-                                              rows of one pass (a doubled row counts
-                                              twice); memory grows with it         */
+    int      max_rows;                     /* * = 16 sequences of max_seq or 2048: rows of
+                                              one pass (a doubled row counts twice), which
+                                              memory grows with                    */
     dlm_objective objective;               /* * = what the pattern asks for        */
     float    lr;                           /* * = 1e-3: the peak                   */
     int      warmup;                       /* W: update n = 0, 1, .. has lr (n + 1) / W
@@ -5627,35 +5627,43 @@ DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy 
         : u < (double)easy + (double)hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
 }
 
-/* Is score a before score b among what is kept?  Equal ones by position. */
-static int dlm__kept_before(dlm_select mode, double a, double b)
+/* What selection goes by, as an integer that is larger for what is kept first: 53 random
+   bits, or the score's bits with the negative ones turned around, which sort as floats
+   do.  -0 becomes 0, as they are equal. */
+static uint64_t dlm__select_key(const float *score, int i, dlm_select mode,
+                                const dlm_address *at)
 {
-    return mode == DLM_SELECT_HARDEST ? a < b : a > b;
+    union { float f; uint32_t u; } x;
+    if (mode == DLM_SELECT_RANDOM)
+        return (uint64_t)(dlm_uniform(at, (uint32_t)i) * 9007199254740992.0);   /* 2^53 */
+    x.f = score[i] + 0.0f;
+    x.u = x.u >> 31 ? ~x.u : x.u | 0x80000000U;
+    return mode == DLM_SELECT_HARDEST ? ~x.u : x.u;
 }
 
+/* The k-th largest key is found bit by bit, in as many passes as keys take to tell apart,
+   not in k. */
 DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, int k,
                             dlm_select mode, const dlm_address *at)
 {
-    int kept = 0;
-    for (int i = 0; i < n; i++)                 /* 1: masked, 2: kept              */
-        masked[i] = masked[i] != 0;
-    for (; kept < k; kept++) {
-        int best = -1;
-        double best_score = 0.0;
-        for (int i = 0; i < n; i++) {
-            double x;
-            if (masked[i] != 1) continue;
-            x = mode == DLM_SELECT_RANDOM ? dlm_uniform(at, (uint32_t)i)
-                                          : (double)score[i];
-            if (best < 0 || dlm__kept_before(mode, x, best_score)) {
-                best = i;
-                best_score = x;
-            }
-        }
-        if (best < 0) break;
-        masked[best] = 2;
+    uint64_t least = 0;             /* at least k keys are this or more            */
+    int kept = 0, ties = k, above = INT_MAX;
+    for (int bit = mode == DLM_SELECT_RANDOM ? 52 : 31; bit >= 0 && above != k; bit--) {
+        const uint64_t guess = least | (uint64_t)1 << bit;
+        int count = 0;
+        for (int i = 0; i < n; i++)
+            count += masked[i] && dlm__select_key(score, i, mode, at) >= guess;
+        if (count < k) continue;
+        least = guess;
+        above = count;
     }
-    for (int i = 0; i < n; i++) masked[i] = masked[i] == 2;
+    for (int i = 0; i < n; i++)
+        ties -= masked[i] && dlm__select_key(score, i, mode, at) > least;
+    for (int i = 0; i < n; i++) {
+        const uint64_t key = masked[i] ? dlm__select_key(score, i, mode, at) : 0;
+        masked[i] = masked[i] && (key > least || (key == least && ties-- > 0));
+        kept += masked[i];
+    }
     return kept;
 }
 
@@ -7434,6 +7442,7 @@ struct dlm_distiller {
     int                 V;          /* of the teacher                              */
     float              *targets;    /* (max_targets, V) teacher probabilities      */
     int                *target_of;  /* (rows) by cell: which row of targets        */
+    int                *values;     /* (rows) steps of the rounds of a block       */
     void               *block;
 };
 
@@ -7508,6 +7517,7 @@ static void dlm__distiller_carve(dlm__arena *a, dlm_distiller *d, size_t session
 {
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
     d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
+    d->values = dlm__push_ints(a, (size_t)d->t->w.rows);
     session->size = session_bytes;
     session->base = dlm__push(a, session_bytes, 1);
 }
@@ -7579,24 +7589,21 @@ DLM_API void dlm_distiller_free(dlm_distiller *d)
    Round r of a block is the r-th of its distinct steps, in order.  In round r the cells
    filled in at that step or later are masked. */
 
-/* The step value of round `round`, 0 when the block has fewer rounds. */
-static int dlm__round_value(const int *steps, int n, int round)
+static int dlm__compare_ints(const void *a, const void *b)
 {
-    int value = 0;
-    for (int r = 0; r <= round; r++) {
-        int next = INT_MAX;
-        for (int i = 0; i < n; i++)
-            if (steps[i] > value && steps[i] < next) next = steps[i];
-        if (next == INT_MAX) return 0;
-        value = next;
-    }
-    return value;
+    const int x = *(const int *)a, y = *(const int *)b;
+    return (x > y) - (x < y);
 }
 
-static int dlm__rounds(const int *steps, int n)
+/* The step values of a block's rounds in order, into values (n); returns how many. */
+static int dlm__rounds(int *values, const int *steps, int n)
 {
     int rounds = 0;
-    while (dlm__round_value(steps, n, rounds) != 0) rounds++;
+    memcpy(values, steps, (size_t)n * sizeof *values);
+    qsort(values, (size_t)n, sizeof *values, dlm__compare_ints);
+    for (int i = 0; i < n; i++)
+        if (values[i] > 0 && (rounds == 0 || values[i] != values[rounds - 1]))
+            values[rounds++] = values[i];
     return rounds;
 }
 
@@ -7623,14 +7630,15 @@ static void dlm__distill_masks(dlm_distiller *d, const int *const *steps, int fi
                                             (uint32_t)d->t->step,
                                             (uint32_t)(first + u->ex), (uint32_t)r);
         const int *map;
-        int value, pick = round;
+        int value, rounds, pick = round;
         if (d->opt.states == DLM_STATES_RANDOM) {
             dlm__random_state(s, u, &at);
             continue;
         }
         map = steps[first + u->ex] + s->ex[u->ex].prompt + r;
-        if (round < 0) pick = (int)(dlm_uniform(&at, 0) * dlm__rounds(map, u->n));
-        value = dlm__round_value(map, u->n, pick);
+        rounds = dlm__rounds(d->values, map, u->n);
+        if (round < 0) pick = (int)(dlm_uniform(&at, 0) * rounds);
+        value = pick < rounds ? d->values[pick] : 0;
         for (int i = 0; i < u->n; i++)
             s->masked[u->cell + i] = value > 0 && map[i] >= value;
     }
@@ -7733,7 +7741,8 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
     int most = 1;
     if (d->opt.states != DLM_STATES_ALL) return 1;
     for (int i = e->prompt; i < e->length; i += b)
-        most = dlm__max(most, dlm__rounds(steps + i, dlm__min(b, e->length - i)));
+        most = dlm__max(most, dlm__rounds(d->values, steps + i,
+                                          dlm__min(b, e->length - i)));
     return most;
 }
 

@@ -6770,6 +6770,28 @@ TEST(lift_select_keeps_the_right_ones_and_of_equals_the_first)
         }
 }
 
+/* Half of 2^18: seconds where selection is linear, hours where it is quadratic. */
+TEST(lift_select_takes_many)
+{
+    enum { N = 1 << 18 };
+    unsigned char *masked = (unsigned char *)test_malloc(N);
+    float *score = test_floats(N);
+    dlm_address at = { 1, DLM_RANDOM_LIFT, 0, 0, 0 };
+    for (int mode = 0; mode < 3; mode++) {
+        int high = 0;
+        LABEL("mode %d", mode);
+        for (int i = 0; i < N; i++) {
+            score[i] = (float)((i * 7919) % N);                  /* a permutation  */
+            masked[i] = 1;
+        }
+        CHECK(dlm_lift_select(masked, score, N, N / 2, (dlm_select)mode, &at) == N / 2);
+        for (int i = 0; i < N; i++) high += masked[i] && score[i] >= N / 2;
+        if (mode == DLM_SELECT_RANDOM) CHECK_CLOSE(high, N / 4, 2000);
+        else CHECK(high == (mode == DLM_SELECT_EASIEST ? N / 2 : 0));
+    }
+    free(masked); free(score);
+}
+
 TEST(lift_select_at_random_keeps_every_subset_alike)
 {
     enum { DRAWS = 30000, N = 6 };
@@ -9549,6 +9571,7 @@ static const test_case test_cases[] = {
     RUN(every_failing_allocation_leaves_nothing_behind),
     RUN(calls_that_allocate_survive_every_failing_allocation),
     RUN(lift_select_keeps_the_right_ones_and_of_equals_the_first),
+    RUN(lift_select_takes_many),
     RUN(lift_select_at_random_keeps_every_subset_alike),
     RUN(lift_count_rounds_half_to_even_and_keeps_at_least_one),
     RUN(lift_rho_and_kept_fractions_have_the_documented_means),
