@@ -2353,12 +2353,26 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx2(v, 0))
 #include DLM_SELF
 
-/* --[ avx512 ]---------------------------------------------------------------- */
+/* --[ avx512 ]----------------------------------------------------------------
+   Words of gcc without a mask start from a register that is never set, of which g++ -Wall
+   warns wherever they are used; those with a mask, all of it set, become the same code. */
+#define DLM__AVX512 __attribute__((target("avx512f,avx512bw")))
+#define DLM__ALL ((__mmask16)0xffff)
+DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
+{
+    const __m512d d = _mm512_castps_pd(v);
+    const __m256 lo = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, d, 0));
+    const __m256 hi = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, d, 1));
+    const __m256 w = sum ? _mm256_add_ps(hi, lo) : _mm256_max_ps(hi, lo);
+    const __m128 low = _mm256_castps256_ps128(w), high = _mm256_extractf128_ps(w, 1);
+    return sum ? _mm_add_ps(high, low) : _mm_max_ps(high, low);
+}
+
 #ifdef DLM__AVX512BF16
 #define DLM__SAME_WORDS             /* for the instance after this one             */
 #endif
 #define DLM__KERNEL_PASS avx512
-#define DLM__TARGET __attribute__((target("avx512f,avx512bw")))
+#define DLM__TARGET DLM__AVX512
 #define DLM__VW 16
 #define DLM__MR 12
 #define DLM__NV 2
@@ -2366,12 +2380,13 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vu dlm__u32x16
 #define dlm__vs dlm__i16x32
 #define dlm__vmadd16(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
-#define dlm__vtoint(v) ((dlm__vu)_mm512_cvtps_epi32(v))
-#define dlm__vfromint(u) _mm512_cvtepi32_ps((__m512i)(u))
+#define dlm__vtoint(v) ((dlm__vu)_mm512_maskz_cvtps_epi32(DLM__ALL, v))
+#define dlm__vfromint(u) _mm512_maskz_cvtepi32_ps(DLM__ALL, (__m512i)(u))
 #define dlm__vstore16(p, u) _mm256_storeu_si256( \
-    (__m256i *)(void *)(p), _mm512_cvtepi32_epi16((__m512i)((u) >> 16)))
+    (__m256i *)(void *)(p), \
+    _mm512_maskz_cvtepi32_epi16(DLM__ALL, (__m512i)((u) >> 16)))
 #define dlm__vstore8(p, u) _mm_storeu_si128( \
-    (__m128i *)(void *)(p), _mm512_cvtepi32_epi8((__m512i)(u)))
+    (__m128i *)(void *)(p), _mm512_maskz_cvtepi32_epi8(DLM__ALL, (__m512i)(u)))
 #define dlm__vload(p) _mm512_loadu_ps(p)
 #define dlm__vstore(p, v) _mm512_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
@@ -2383,16 +2398,15 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vdiv(a, b) _mm512_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
-#define dlm__vmax(a, b) _mm512_max_ps(a, b)
-#define dlm__vmin(a, b) _mm512_min_ps(a, b)
-#define dlm__vsqrt(a) _mm512_sqrt_ps(a)
-#define dlm__vround(a) _mm512_cvtepi32_ps(_mm512_cvtps_epi32(a))
-#define dlm__vpow2(n) _mm512_castsi512_ps(_mm512_slli_epi32( \
-    _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
+#define dlm__vmax(a, b) _mm512_maskz_max_ps(DLM__ALL, a, b)
+#define dlm__vmin(a, b) _mm512_maskz_min_ps(DLM__ALL, a, b)
+#define dlm__vsqrt(a) _mm512_maskz_sqrt_ps(DLM__ALL, a)
+#define dlm__vround(a) dlm__vfromint(dlm__vtoint(a))
+#define dlm__vpow2(n) dlm__floats((dlm__vtoint(n) + 127U) << 23)
 #define dlm__vnotbelow(v, x, low) \
     _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v)
-#define dlm__hsum(v) _mm512_reduce_add_ps(v)
-#define dlm__hmax(v) _mm512_reduce_max_ps(v)
+#define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx512(v, 1))
+#define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx512(v, 0))
 #include DLM_SELF
 #undef DLM__SAME_WORDS
 
@@ -2472,6 +2486,8 @@ DLM__AMX_TILE(int8, _tile_dpbssd)
 #undef DLM__AMX_TILE
 #endif
 #undef DLM__AVX2
+#undef DLM__AVX512
+#undef DLM__ALL
 #endif /* DLM__X86 */
 
 #ifdef DLM__ARM
