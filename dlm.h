@@ -1031,15 +1031,20 @@ DLM__INLINE int dlm__round_up(int a, int b) { return dlm__ceil_div(a, b) * b; }
    one function that runs twice: with no base it counts, with a base it places.  What
    dlm_*_bytes() predicts and what is used can therefore not differ. */
 
-enum { DLM__ALIGN = 64, DLM__KC = 256, DLM__MAX_D = 256 };
-
+enum {                              /* one, as C++20 regrets products of two       */
 #if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
-enum { DLM__MAX_MR = 32, DLM__MAX_NR = 32 };
+    DLM__MAX_MR = 32, DLM__MAX_NR = 32,
 #elif defined(DLM__ARM)
-enum { DLM__MAX_MR = 8, DLM__MAX_NR = 8 };
+    DLM__MAX_MR = 8, DLM__MAX_NR = 8,
 #else
-enum { DLM__MAX_MR = 4, DLM__MAX_NR = 4 };
+    DLM__MAX_MR = 4, DLM__MAX_NR = 4,
 #endif
+    DLM__ALIGN = 64, DLM__KC = 256, DLM__MAX_D = 256,
+    DLM__CHUNK = 96,                /* keys of attention at a time: a multiple of every
+                                       mr and nr                                   */
+    DLM__FEW_LANES = 4,             /* DLM__FEW of the widest vectors              */
+    DLM__FEW_LD = DLM__CHUNK + DLM__MAX_NR
+};
 
 /* Factors of a product are kept in words of 32 bits: one f32, or two bf16 or four int8
    that follow each other along K.  Two words are multiplied into the sum of their
@@ -3324,7 +3329,7 @@ static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, si
     dlm__gemm g;
     const dlm__word kind = packed ? dlm__word_of(ctx->opt.precision) : ctx->as_stored;
     if (!packed && kind == DLM__WORD_F32
-        && (double)mnk[0] * mnk[1] * mnk[2] <= DLM__TINY) {
+        && (double)mnk[0] * mnk[1] * mnk[2] <= (int)DLM__TINY) {
         ctx->k->tiny(c, (size_t)mnk[1], a, a_i, a_k, b, b_k, b_j, mnk, add);
         return;
     }
@@ -3709,11 +3714,6 @@ static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, 
    s = -INFINITY, hence p = 0 and no effect on any sum: what a row computes depends on
    its own keys only, not on the rest of its tile. */
 
-enum {
-    DLM__CHUNK = 96,                /* a multiple of every mr and nr               */
-    DLM__FEW_LANES = 4              /* DLM__FEW of the widest vectors              */
-};
-
 /* Keys stand in panels of mr slots, [slot / mr][D][mr], ready to be the tile's a. */
 typedef struct dlm__attention {
     dlm_ctx *ctx;
@@ -3898,11 +3898,10 @@ static void dlm__attention_tile(const dlm__attention *a, const dlm__lanes *l,
 static void dlm__attention_few(const dlm__attention *a, const dlm__lanes *l,
                                const float *panels, const float *v)
 {
-    enum { LD = DLM__CHUNK + DLM__MAX_NR };
     const dlm__kernels *k = a->ctx->k;
-    const int D = a->D;
+    const int D = a->D, ld = DLM__FEW_LD;
     float q[DLM__FEW_LANES * DLM__MAX_D], o[DLM__FEW_LANES * DLM__MAX_D];
-    float s[DLM__FEW_LANES * LD];
+    float s[DLM__FEW_LANES * DLM__FEW_LD];
     float max[DLM__FEW_LANES], sum[DLM__FEW_LANES], rescale[DLM__FEW_LANES];
     int from = 0, to = 0;
     for (int i = 0; i < DLM__FEW_LANES; i++) {
@@ -3915,11 +3914,11 @@ static void dlm__attention_few(const dlm__attention *a, const dlm__lanes *l,
         if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
         const int first = (from - chunk) / k->mr * k->mr;
         float *s_from = s + (from - chunk);
-        k->few_scores(s + first, LD, panels + (size_t)(chunk + first) * (size_t)D,
+        k->few_scores(s + first, ld, panels + (size_t)(chunk + first) * (size_t)D,
                       dlm__ceil_div(to - chunk - first, k->mr), q, D);
-        dlm__lanes_mask(l, s, LD, 1, chunk, from, to);
-        k->few_softmax(s_from, LD, l->n, to - from, max, rescale);
-        k->few_mix(o, sum, rescale, D, v + (size_t)from * a->ldv, a->ldv, s_from, LD,
+        dlm__lanes_mask(l, s, ld, 1, chunk, from, to);
+        k->few_softmax(s_from, ld, l->n, to - from, max, rescale);
+        k->few_mix(o, sum, rescale, D, v + (size_t)from * a->ldv, a->ldv, s_from, ld,
                    to - from);
     }
     dlm__lanes_finish(a, l, o, DLM__MAX_D, 1, max, sum);

@@ -397,15 +397,15 @@ TEST(uniform_is_uniform_along_every_part_of_the_address)
             double u = dlm_uniform(&at, part < 4 ? 0 : (uint32_t)i);
             CHECK(u >= 0 && u < 1);
             if (!(u >= 0 && u < 1)) return;
-            count[(int)(u * CELLS)]++;
+            count[(int)(u * (int)CELLS)]++;
             if (i & 1) pairs[(int)(before * 8) * 8 + (int)(u * 8)]++;
             sum += u;
             squares += u * u;
             before = u;
         }
         LABEL("part %d of the address", part);
-        CHECK_CLOSE(sum / N, 0.5, 5 * sqrt(1.0 / 12 / N));
-        CHECK_CLOSE(squares / N, 1.0 / 3, 5 * sqrt(4.0 / 45 / N));
+        CHECK_CLOSE(sum / (int)N, 0.5, 5 * sqrt(1.0 / 12 / (int)N));
+        CHECK_CLOSE(squares / (int)N, 1.0 / 3, 5 * sqrt(4.0 / 45 / (int)N));
         CHECK_CLOSE(test_chi_square(count, CELLS, N), 63, 6 * sqrt(126));
         CHECK_CLOSE(test_chi_square(pairs, CELLS, N / 2), 63, 6 * sqrt(126));
     }
@@ -775,7 +775,7 @@ static void toy_sequence(toy_run *r, int seq, int length, int prompt, uint64_t s
     dlm_address at = { salt, DLM_RANDOM_USER, 0, (uint32_t)seq, 0 };
     r->lengths[seq] = length;
     for (int i = 0; i < TOY_SLOTS; i++) {
-        int token = (int)(dlm_uniform(&at, (uint32_t)i) * TOY_MASK);
+        int token = (int)(dlm_uniform(&at, (uint32_t)i) * (int)TOY_MASK);
         r->canvas[seq * TOY_SLOTS + i] = i >= length ? -7 : i < prompt ? token : TOY_MASK;
     }
 }
@@ -2731,7 +2731,7 @@ TEST(sampler_same_seed_same_tokens_for_any_thread_count)
 {
     dlm_ctx *one = test_open(DLM_ISA_AUTO, 1), *two = test_open(DLM_ISA_AUTO, 2);
     int differs = 0;
-    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT; k++) {
+    for (int k = 0; k < TOY_KINDS * (int)DLM_ORDER_COUNT; k++) {
         toy_run a, b, c;
         dlm_sample_options o = {0};
         int kind = k % TOY_KINDS;
@@ -2752,7 +2752,7 @@ TEST(sampler_same_seed_same_tokens_for_any_thread_count)
         dlm_model_free(m2);
     }
     LABEL("another seed");
-    CHECK(differs > TOY_KINDS * DLM_ORDER_COUNT / 2);
+    CHECK(differs > TOY_KINDS * (int)DLM_ORDER_COUNT / 2);
     dlm_shutdown(two);
     test_close(one);
 }
@@ -3146,7 +3146,7 @@ TEST(sampler_random_and_first_hitting_orders_are_uniform)
                 first += r.events[i].step == 1 ? (double)r.events[i].time : 0;
                 last += r.events[i].step == 3 ? (double)r.events[i].time : 0;
             }
-            n += TOY_SEQS;
+            n += (int)TOY_SEQS;
         }
         toy_check_counts(counts, p, 6);
         if (k == 0) continue;
@@ -3470,7 +3470,7 @@ static void sampler_watch_step(void *user, const dlm_event *events, int n_events
 TEST(sampler_step_callback_sees_the_trace)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT; k++) {
+    for (int k = 0; k < TOY_KINDS * (int)DLM_ORDER_COUNT; k++) {
         toy_run r;
         sampler_watch w;
         dlm_sample_options o = {0};
@@ -3755,7 +3755,7 @@ TEST(sampler_refuses_a_canvas_longer_than_its_rows)
 TEST(sampler_refuses_a_session_too_small_for_a_step)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT * 2; k++) {
+    for (int k = 0; k < TOY_KINDS * (int)DLM_ORDER_COUNT * 2; k++) {
         toy_run r, kept;
         dlm_limits lim = {0};
         dlm_session *s = NULL;
@@ -3764,7 +3764,7 @@ TEST(sampler_refuses_a_session_too_small_for_a_step)
         dlm_model *m = toy_model(ctx, kind, 1);
         o.order = (dlm_order)(k / TOY_KINDS % DLM_ORDER_COUNT);
         lim.seqs = TOY_SEQS;
-        lim.rows = k < TOY_KINDS * DLM_ORDER_COUNT ? 2 : 0;
+        lim.rows = k < TOY_KINDS * (int)DLM_ORDER_COUNT ? 2 : 0;
         lim.out = lim.rows ? 0 : 1;
         lim.cached = 1;
         LABEL("%s, order %d, rows %d", toy_kind_names[kind], (int)o.order, lim.rows);
@@ -3799,15 +3799,15 @@ TEST(noise_levels_stay_in_range_and_spread)
                 sum[stratified] += u / (ROWS * STEPS);
                 count[stratified][(int)(u * 15.999999) & 15]++;
                 if (!stratified) continue;
-                taken[(int)(u * ROWS) % ROWS]++;
-                within[(int)(u * ROWS * 16) % 16]++;
+                taken[(int)(u * (int)ROWS) % ROWS]++;
+                within[(int)(u * (int)ROWS * 16) % 16]++;
                 if (row == 3) first[(int)(u * 15.999999) & 15]++;
             }
         }
         for (int i = 0; i < ROWS; i++) CHECK(taken[i] == 1);   /* one per stratum  */
     }
     CHECK_CLOSE(sum[0], 0.5, 5 * sqrt(1.0 / 12 / (ROWS * STEPS)));
-    CHECK_CLOSE(sum[1], 0.5, 5 * sqrt(1.0 / 12 / (ROWS * STEPS)) / ROWS);
+    CHECK_CLOSE(sum[1], 0.5, 5 * sqrt(1.0 / 12 / (ROWS * STEPS)) / (int)ROWS);
     CHECK_CLOSE(test_chi_square(count[0], 16, ROWS * STEPS), 15, 6 * sqrt(30));
     CHECK_CLOSE(test_chi_square(within, 16, ROWS * STEPS), 15, 6 * sqrt(30));
     CHECK_CLOSE(test_chi_square(first, 16, STEPS), 15, 6 * sqrt(30));
@@ -3923,7 +3923,7 @@ TEST(exp_is_within_its_bound_of_libm_on_every_isa)
 {
     enum { N = 1 << 17 };
     float *x = test_floats(N + 1), *y = test_floats(N + 1);
-    for (int i = 0; i <= N; i++) x[i] = (float)(-87.0 + 175.0 * i / N);
+    for (int i = 0; i <= N; i++) x[i] = (float)(-87.0 + 175.0 * i / (int)N);
     FOR_EACH_ISA(isa) {
         dlm_ctx *ctx = test_open(isa, 1);
         double worst = 0;
@@ -4023,7 +4023,7 @@ TEST(log_likelihood_expectation_is_the_exact_bound)
             LABEL("n %d, shifted %d", n, shifted);
             CHECK_OK(dlm_log_likelihood(s, tokens, BOUND_P + n, BOUND_P, SAMPLES,
                                         test_seed, &got));
-            CHECK_CLOSE(got, want.mean, 4.5 * sd / sqrt(1.0 * SAMPLES) + 1e-4);
+            CHECK_CLOSE(got, want.mean, 4.5 * sd / sqrt((double)SAMPLES) + 1e-4);
             dlm_session_free(s);
             ref_close(&r);
             dlm_model_free(m);
@@ -4056,7 +4056,7 @@ TEST(log_likelihood_of_blocks_is_the_sum_of_their_bounds)
             dlm_session *s = test_session(ctx, m, 2, 32, 0, 0);
             LABEL("P %d, n %d", P, n);
             CHECK_OK(dlm_log_likelihood(s, tokens, P + n, P, SAMPLES, test_seed, &got));
-            CHECK_CLOSE(got, mean, 4.5 * sqrt(variance / SAMPLES) + 1e-4);
+            CHECK_CLOSE(got, mean, 4.5 * sqrt(variance / (int)SAMPLES) + 1e-4);
             dlm_session_free(s);
         }
     }
@@ -4558,7 +4558,7 @@ TEST(untrained_models_lose_ln_v_nats_per_token)
             }
         }
         LABEL("pattern %d", patterns[p]);
-        double want = log(1.0 * V);
+        double want = log((double)V);
         CHECK_CLOSE(loss, want, 0.02 * want);
         if (draws > 1) CHECK_CLOSE(bins / counts, want, 0.01 * want);
         if (draws > 1) CHECK_CLOSE(counts / (ROWS * T * DRAWS), 0.5, 0.01);
@@ -4597,9 +4597,9 @@ static void objective_compare(dlm_ctx *ctx, int pattern, int shifted, int n, int
         sum += report.loss;
         squares += report.loss * report.loss;
     }
-    double mean = sum / DRAWS, sd = sqrt(squares / DRAWS - mean * mean);
+    double mean = sum / (int)DRAWS, sd = sqrt(squares / (int)DRAWS - mean * mean);
     LABEL("pattern %d, shifted %d, n %d, P %d", pattern, shifted, n, P);
-    CHECK_CLOSE(mean, want, 4.5 * sd / sqrt(1.0 * DRAWS) + 0.002 * want);
+    CHECK_CLOSE(mean, want, 4.5 * sd / sqrt((double)DRAWS) + 0.002 * want);
     dlm_trainer_free(t);
     ref_close(&r);
     dlm_model_free(m);
@@ -7415,7 +7415,7 @@ TEST(lift_blocks_choose_independently)
     e[1].prompt = 0;
     for (int step = 0; step < STEPS; step++) {
         CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, NULL));
-        for (int k = 0, before = -1; k < LIFT_SEQS * BLOCKS; k++) {
+        for (int k = 0, before = -1; k < LIFT_SEQS * (int)BLOCKS; k++) {
             const unsigned char *x = t->state.masked + 4 * k;
             int place = x[0] + x[1] + x[2] + x[3] == 1 ? x[1] + 2 * x[2] + 3 * x[3] : -1;
             pairs += k % 2 && before >= 0 && place >= 0;
@@ -7458,12 +7458,12 @@ TEST(lift_evaluate_is_the_plain_bound_for_every_method)
         dlm_model_changed(m);
         for (uint32_t draw = 0; draw < DRAWS; draw++) {
             CHECK_OK(dlm_trainer_evaluate(t, e, LIFT_SEQS, draw, &got));
-            sum += got.loss / DRAWS;
-            squares += got.loss * got.loss / DRAWS;
+            sum += got.loss / (int)DRAWS;
+            squares += got.loss * got.loss / (int)DRAWS;
         }
-        double error = sqrt((squares - sum * sum) / DRAWS);
+        double error = sqrt((squares - sum * sum) / (int)DRAWS);
         LABEL("%s", toy_kind_names[kind]);
-        CHECK_CLOSE(sum, log(1.0 * TOY_VOCAB), fmin(4.75 * error, 0.3));
+        CHECK_CLOSE(sum, log((double)TOY_VOCAB), fmin(4.75 * error, 0.3));
         dlm_trainer_free(t);
         dlm_model_free(m);
     }
