@@ -169,7 +169,9 @@ DLM_API const char *dlm_error_string(dlm_error e);      /* static text, never NU
 
 /* --[ context ]---------------------------------------------------------------
    One per thread of control.  Holds the allocator, the chosen kernels, the
-   threads and the text of the last error.  There is no global state. */
+   threads and the text of the last error.  There is no global state.  Finite numbers of
+   ordinary size raise no floating-point exceptions but inexact and underflow, so a host
+   may trap the others. */
 
 typedef enum dlm_isa {
     DLM_ISA_AUTO = 0, DLM_ISA_SCALAR, DLM_ISA_SSE2, DLM_ISA_AVX2,
@@ -1461,12 +1463,11 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__st)(float *p, dlm__vf v, int n)
 
 /* e^x: x = n ln 2 + r with |r| <= ln(2)/2, then the Taylor series of e^r to r^7, whose
    remainder r^8/8! is below 6e-9, times 2^n.  ln 2 is split so that n * hi is exact.
-   Below -87.33 (2^-126) the result is 0; NaN stays NaN. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
+   For x in [-87.33, 88.37]; NaN stays NaN. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp_within)(dlm__vf x)
 {
-    const dlm__vf y = dlm__vmin(dlm__vset1(88.37f), x);
-    const dlm__vf n = dlm__vround(dlm__vmul(y, dlm__vset1(1.44269504f)));
-    dlm__vf r = dlm__vfma(n, dlm__vset1(-0.693359375f), y);
+    const dlm__vf n = dlm__vround(dlm__vmul(x, dlm__vset1(1.44269504f)));
+    dlm__vf r = dlm__vfma(n, dlm__vset1(-0.693359375f), x);
     dlm__vf p = dlm__vset1(1.0f / 5040);
     r = dlm__vfma(n, dlm__vset1(2.12194440e-4f), r);
     p = dlm__vfma(p, r, dlm__vset1(1.0f / 720));
@@ -1476,14 +1477,23 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
     p = dlm__vfma(p, r, dlm__vset1(0.5f));
     p = dlm__vfma(p, r, dlm__vset1(1.0f));
     p = dlm__vfma(p, r, dlm__vset1(1.0f));
-    return dlm__vnotbelow(dlm__vmul(p, dlm__vpow2(n)), x, dlm__vset1(-87.33f));
+    return dlm__vmul(p, dlm__vpow2(n));
 }
 
-/* 1 / (1 + e^-x) */
+/* e^x for x <= 88.37, 0 below -87.33 (2^-126).  What stands for "nothing", -FLT_MAX or
+   -INFINITY, does not reach the arithmetic, where it would raise exceptions. */
+DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
+{
+    const dlm__vf least = dlm__vset1(-87.33f);
+    return dlm__vnotbelow(DLM__K(dlm__vexp_within)(dlm__vmax(least, x)), x, least);
+}
+
+/* 1 / (1 + e^-x); below -88.37 it stays what it is there. */
 DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vsigmoid)(dlm__vf x)
 {
-    const dlm__vf one = dlm__vset1(1.0f);
-    const dlm__vf e = DLM__K(dlm__vexp)(dlm__vsub(dlm__vset1(0.0f), x));
+    const dlm__vf one = dlm__vset1(1.0f), minus_x = dlm__vsub(dlm__vset1(0.0f), x);
+    const dlm__vf y = dlm__vmin(dlm__vset1(88.37f), minus_x);
+    const dlm__vf e = DLM__K(dlm__vexp_within)(dlm__vmax(dlm__vset1(-87.33f), y));
     return dlm__vdiv(one, dlm__vadd(one, e));
 }
 
@@ -2013,13 +2023,16 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
     return total;
 }
 
-/* y = scale e^(x - shift) */
+/* y = scale e^(x - shift), x <= shift + 88.37.  Lanes beyond the end hold e^0. */
 static DLM__TARGET void DLM__K(dlm__exp_scaled)(float *y, const float *x, int n,
                                                 float shift, float scale)
 {
-    const dlm__vf sh = dlm__vset1(shift), sc = dlm__vset1(scale);
+    const dlm__vf sc = dlm__vset1(scale);
+    float shifts[DLM__VW];
+    dlm__vstore(shifts, dlm__vset1(shift));
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i), sh);
+        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i),
+                                    DLM__K(dlm__ld)(shifts, n - i));
         DLM__K(dlm__st)(y + i, dlm__vmul(DLM__K(dlm__vexp)(d), sc), n - i);
     }
 }
@@ -2167,7 +2180,7 @@ DLM__INLINE float dlm__int8_fma_scalar(float a, float b, float c)
 DLM__INLINE float dlm__pow2_scalar(float n)
 {
     union { uint32_t u; float f; } bits;
-    bits.u = (uint32_t)((int)(n > -127.0f ? n : -127.0f) + 127) << 23;  /* NaN too */
+    bits.u = (uint32_t)((int)(n < 128.0f ? n : 128.0f) + 127) << 23;    /* NaN too */
     return bits.f;
 }
 
@@ -4056,6 +4069,7 @@ static void dlm__attention_backward_job(void *arg, int job)
     dlm__lanes l;
     dlm__lanes_back w;
     memset(dk, 0, 2 * (size_t)D * (size_t)ld * sizeof *dk);
+    memset(w.turned, 0, sizeof w.turned);   /* tiles read past the slots they write */
     for (int first = 0; first < all; first += a->ctx->k->nr) {
         dlm__lanes_take(&l, a, seq, kv, first);
         dlm__attention_tile_backward(a, &l, seq, kv, &w);

@@ -11,6 +11,7 @@
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 
+#include <fenv.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -4804,6 +4805,117 @@ TEST(steps_of_every_kind_take_the_precision)
     test_close(ctx);
 }
 
+/* Everything that computes, on one thread: forwards of every pattern in every precision,
+   training with what is beside it, sampling in every order. */
+static void exceptions_models(int isa)
+{
+    static test_batch t;
+    for (int g = 0; g < MODEL_CASES; g++) {
+        dlm_config c = case_config(&model_grid[g], 300);
+        for (int precision = DLM_F32; precision <= DLM_I8; precision++) {
+            if (precision != DLM_F32 && precision != DLM_BF16 && precision != DLM_I8)
+                continue;
+            dlm_ctx *ctx = test_open_in(isa, 1, precision);
+            dlm_model *m = test_model(ctx, &c);
+            for (int shape = 0; shape < BATCH_SHAPES; shape++)
+                free(test_logits(ctx, m, case_batch(&t, &c, shape), shape % 2));
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+    }
+}
+
+static void exceptions_training(int isa)
+{
+    for (int g = 0; g < MODEL_CASES + DLM_METHOD_COUNT; g++) {
+        dlm_config c = case_config(&model_grid[g < MODEL_CASES ? g : 0], 64);
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_model *m = test_model(ctx, &c);
+        dlm_train_options o = {0};
+        dlm_example e[6];
+        o.max_rows = 400; o.weight_decay = 0.1f; o.ema = 0.9f;
+        o.precision = g % 2 ? DLM_BF16 : DLM_F32;
+        if (g >= MODEL_CASES) o.lift.method = (dlm_method)(g - MODEL_CASES);
+        dlm_trainer *t = test_trainer(ctx, m, &o);
+        run_examples(e, 6, c.vocab);
+        for (int step = 0; step < 3; step++) CHECK_OK(dlm_trainer_step(t, e, 6, NULL));
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+static void exceptions_sampling(int isa)
+{
+    static toy_run run;
+    dlm_ctx *ctx = test_open(isa, 1);
+    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT * 2; k++) {
+        dlm_model *m = toy_model(ctx, k % TOY_KINDS, test_seed);
+        dlm_sample_options o = {0};
+        o.order = (dlm_order)(k / TOY_KINDS % DLM_ORDER_COUNT);
+        if (k >= TOY_KINDS * DLM_ORDER_COUNT) {
+            o.temperature = 0.7f; o.top_k = 7; o.top_p = 0.95f; o.min_p = 0.01f;
+            o.gumbel = k % 2; o.suppress = &run.lengths[0]; o.n_suppress = 1;
+        }
+        toy_canvas(&run, k % TOY_KINDS == 4);
+        run.lengths[0] = 3;
+        toy_generate(&run, ctx, m, k % 2, &o);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Losses of logits that are far below 0, far apart, or forbidden. */
+static void exceptions_losses(int isa)
+{
+    enum { V = 37 };
+    static const float far[] = { 0.0f, -1000.0f, -3e38f, 1e4f };
+    dlm_ctx *ctx = test_open(isa, 1);
+    for (int k = 0; k < 4; k++) {
+        dlm_divergence_options o = {0};
+        float x[V], teacher[V];
+        for (int i = 0; i < V; i++) {
+            x[i] = far[k] + 20 * test_float();
+            teacher[i] = i == 3 ? -INFINITY : x[i] - far[k & i];
+        }
+        CHECK(dlm_cross_entropy(ctx, x, V, 1, 1000.0) >= 0);
+        o.kind = (dlm_divergence_kind)k;
+        dlm_teacher_probs(ctx, teacher, V, &o);
+        CHECK(dlm_divergence(ctx, x, teacher, V, 1, &o) >= 0);
+    }
+    test_close(ctx);
+}
+
+#if defined(__GLIBC__) && !defined(__UCLIBC__)      /* as in the header: own names    */
+extern int test_trap(int exceptions) __asm__("feenableexcept");
+extern int test_trap_no_more(int exceptions) __asm__("fedisableexcept");
+#else
+static int test_trap(int exceptions) { return exceptions; }
+static int test_trap_no_more(int exceptions) { return exceptions; }
+#endif
+
+/* A host may trap them, and reads of them after its own computations.  Each part runs
+   first to see the flags it leaves, then, if there are none, with traps. */
+TEST(ordinary_work_raises_no_floating_point_exceptions_on_any_isa)
+{
+    static const struct { const char *name; void (*run)(int isa); } parts[] = {
+        { "forward", exceptions_models }, { "training", exceptions_training },
+        { "sampling", exceptions_sampling }, { "losses", exceptions_losses } };
+    const int wrong = FE_DIVBYZERO | FE_INVALID | FE_OVERFLOW;
+    FOR_EACH_ISA(isa)
+        for (int i = 0; i < 4; i++) {
+            feclearexcept(FE_ALL_EXCEPT);
+            parts[i].run(isa);
+            LABEL("%s, %s: %d", parts[i].name, dlm_isa_name((dlm_isa)isa),
+                  fetestexcept(wrong));
+            CHECK(fetestexcept(wrong) == 0);
+            if (fetestexcept(wrong)) continue;
+            test_trap(wrong);
+            parts[i].run(isa);
+            test_trap_no_more(wrong);
+        }
+}
+
 /* A pool that runs everything backwards on the calling thread. */
 static void reverse_for(void *user, int n, void (*job)(void *arg, int i), void *arg)
 {
@@ -9519,6 +9631,7 @@ static const test_case test_cases[] = {
     RUN(gradients_of_long_sequences_match_finite_differences),
     RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),
     RUN(steps_of_every_kind_take_the_precision),
+    RUN(ordinary_work_raises_no_floating_point_exceptions_on_any_isa),
     RUN(gradients_of_passes_add_up_until_the_update),
     RUN(trainer_pass_refuses_bad_batches_by_name),
     RUN(adamw_update_equals_double_reference_on_every_isa),
