@@ -24,7 +24,7 @@
            int ids[64], canvas[48];
            size_t n;
            char out[64];
-           dlm_init(&ctx, NULL);
+           if (dlm_init(&ctx, NULL) != DLM_OK) return 1;
            dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, sizeof text - 1);
            dlm_encode(tok, text, sizeof text - 1, ids, 64, &n);
            cfg.vocab = dlm_tokenizer_vocab(tok); cfg.max_seq = 48;
@@ -152,7 +152,8 @@ extern "C" {
 
 /* --[ errors ]----------------------------------------------------------------
    A function that can fail returns dlm_error; the sentence that names the thing,
-   what was wanted and what was found is in dlm_last_error(ctx). */
+   what was wanted and what was found is in dlm_last_error(ctx), that of dlm_init in
+   dlm_options.message. */
 
 typedef enum dlm_error {
     DLM_OK = 0,
@@ -211,13 +212,20 @@ typedef struct dlm_options {               /* all zero is right for most program
     void         *parallel_user;
     dlm_memory    memory;                  /* where the context lives; base NULL: ask
                                               the allocator                        */
-    size_t        scratch;                 /* * = 1 MiB, at least 64 KiB: room for the
-                                              matmul's packed panels               */
+    size_t        scratch;                 /* * = 1 MiB: room for the matmul's packed
+                                              panels, of which one must fit: 4 KiB for
+                                              scalar, 8 sse2 and neon, 16 avx2, 32 avx512
+                                              and above.  Changes no result        */
     int           precision;               /* DLM_F32 (0), DLM_BF16 or DLM_I8: how packed
                                               weights are kept and multiplied, those of
                                               sessions (a distiller's teacher, too)
                                               without no_pack; see dlm_pack.  Training:
                                               dlm_train_options                    */
+    char         *message;                 /* (message_size) gets the sentence when
+                                              dlm_init or dlm_ctx_bytes fails, when there
+                                              is no context to ask; else not touched, not
+                                              kept.  NULL: nobody wants it         */
+    size_t        message_size;
 } dlm_options;
 
 typedef struct dlm_ctx dlm_ctx;
@@ -225,7 +233,9 @@ typedef struct dlm_ctx dlm_ctx;
 DLM_API size_t      dlm_ctx_bytes(const dlm_options *opt);      /* 0: options invalid */
 DLM_API dlm_error   dlm_init(dlm_ctx **out, const dlm_options *opt); /* NULL: zeros */
 DLM_API void        dlm_shutdown(dlm_ctx *ctx);                      /* NULL is ok  */
-DLM_API const char *dlm_last_error(const dlm_ctx *ctx); /* detail, or ""; NULL: ""  */
+/* The sentence of the last call that failed, "" before the first; successes leave it as
+   it is.  ctx NULL: "". */
+DLM_API const char *dlm_last_error(const dlm_ctx *ctx);
 DLM_API dlm_isa     dlm_active_isa(const dlm_ctx *ctx);
 DLM_API int         dlm_active_threads(const dlm_ctx *ctx);
 /* On this CPU, 1 or 0.  For AMX, as in DLM_ISA_AUTO, Linux is asked to keep the tiles of
@@ -2915,19 +2925,31 @@ static dlm_isa dlm__best_isa(void)
     return DLM_ISA_SCALAR;
 }
 
+/* asked: for what, and where, in words. */
+static dlm_error dlm__no_isa(dlm_ctx *ctx, const char *asked)
+{
+    char list[96] = "";
+    size_t n = 0;
+    for (int i = DLM_ISA_SCALAR; i < DLM_ISA_COUNT && n < sizeof list; i++)
+        if (dlm_isa_supported((dlm_isa)i))
+            n += (size_t)snprintf(list + n, sizeof list - n, "%s%s", n ? ", " : "",
+                                  dlm_isa_name((dlm_isa)i));
+    return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: this CPU and build have %s", asked,
+                     list);
+}
+
 static dlm_error dlm__choose_isa(dlm_ctx *ctx)
 {
     const char *name = getenv("DLM_ISA");
     dlm_isa isa = ctx->opt.isa;
+    char asked[64];
+    snprintf(asked, sizeof asked, "isa %d (%s)", (int)isa, dlm_isa_name(isa));
     if (isa == DLM_ISA_AUTO && name && *name) {
+        snprintf(asked, sizeof asked, "DLM_ISA=%.40s", name);
         isa = dlm__isa_from_name(name);
-        if (isa == DLM_ISA_COUNT)
-            return dlm__fail(ctx, DLM_E_UNSUPPORTED, "DLM_ISA=%s: no such ISA", name);
     }
     if (isa == DLM_ISA_AUTO) isa = dlm__best_isa();
-    if (isa < 0 || isa >= DLM_ISA_COUNT || !dlm_isa_supported(isa))
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "this CPU or build has no %s",
-                         dlm_isa_name(isa));
+    if (!dlm_isa_supported(isa)) return dlm__no_isa(ctx, asked);
     ctx->opt.isa = isa;
     ctx->k = dlm__kernels_of(isa);
     return DLM_OK;
@@ -2949,6 +2971,19 @@ static void dlm__ctx_carve(dlm__arena *a, dlm_ctx *ctx, int workers)
 #endif
 }
 
+/* The matmul cannot do with less than one panel. */
+static dlm_error dlm__check_scratch(dlm_ctx *c)
+{
+    const size_t least = (size_t)(DLM__KC * c->k->nr) * sizeof(float);
+    if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
+    if (c->opt.scratch < least || c->opt.scratch > SIZE_MAX / 8)
+        return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, %s can use %.0f .. %.0f",
+                         (double)c->opt.scratch, dlm_isa_name(c->opt.isa), (double)least,
+                         (double)(SIZE_MAX / 8));
+    c->scratch_floats = c->opt.scratch / sizeof(float);
+    return DLM_OK;
+}
+
 static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
 {
     dlm_error e;
@@ -2960,13 +2995,17 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     if (e != DLM_OK) return e;
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
-    if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
-    if (c->opt.scratch < 65536)
-        return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, wants 65536 or more",
-                         (double)c->opt.scratch);
-    c->scratch_floats = c->opt.scratch / sizeof(float);
     c->opt.threads = dlm__min(dlm__max(c->opt.threads, 1), dlm__cores());
-    return dlm__choose_isa(c);
+    e = dlm__choose_isa(c);
+    return e == DLM_OK ? dlm__check_scratch(c) : e;
+}
+
+/* c is about to go away: its sentence goes to the caller. */
+static dlm_error dlm__ctx_failed(const dlm_ctx *c, dlm_error e)
+{
+    if (c->opt.message && c->opt.message_size)
+        snprintf(c->opt.message, c->opt.message_size, "%s", c->error);
+    return e;
 }
 
 static int dlm__workers(const dlm_ctx *c)
@@ -2986,7 +3025,10 @@ static size_t dlm__ctx_size(const dlm_ctx *resolved)
 DLM_API size_t dlm_ctx_bytes(const dlm_options *opt)
 {
     dlm_ctx c;
-    return dlm__ctx_resolve(&c, opt) == DLM_OK ? dlm__ctx_size(&c) : 0;
+    const dlm_error e = dlm__ctx_resolve(&c, opt);
+    if (e == DLM_OK) return dlm__ctx_size(&c);
+    (void)dlm__ctx_failed(&c, e);
+    return 0;
 }
 
 DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
@@ -2996,12 +3038,13 @@ DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
     void *block;
     dlm_error e = dlm__ctx_resolve(&c, opt);
     *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__place(&c, "context", dlm__ctx_size(&c),
-                   c.opt.memory.base ? &c.opt.memory : NULL, &arena, &block);
-    if (e != DLM_OK) return e;
+    if (e == DLM_OK)
+        e = dlm__place(&c, "context", dlm__ctx_size(&c),
+                       c.opt.memory.base ? &c.opt.memory : NULL, &arena, &block);
+    if (e != DLM_OK) return dlm__ctx_failed(&c, e);
     ctx = (dlm_ctx *)dlm__push(&arena, 1, sizeof *ctx);
     *ctx = c;
+    ctx->opt.message = NULL;
     ctx->block = block;
     dlm__ctx_carve(&arena, ctx, dlm__workers(ctx));
     if (ctx->pool) dlm__pool_start(ctx->pool, dlm__workers(ctx));

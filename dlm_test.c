@@ -272,23 +272,105 @@ TEST(context_lives_in_memory_of_exactly_the_predicted_size)
     free(block);
 }
 
+static void *test_no_memory(void *user, size_t size)
+{
+    (void)user, (void)size;
+    return NULL;
+}
+
+/* dlm_init and dlm_ctx_bytes fail alike, in words, within the room given for them. */
+static void test_init_fails(dlm_options o, dlm_error want, const char *text)
+{
+    for (int by_size = 0; by_size < 2; by_size++)
+        for (size_t room = 0; room <= 256; room = room * 4 + 1) {
+            char said[256];
+            dlm_ctx *ctx = (dlm_ctx *)&o;
+            if (by_size && want == DLM_E_NOMEM) continue;    /* only counts        */
+            memset(said, '#', sizeof said);
+            o.message = said;
+            o.message_size = room;
+            if (by_size) CHECK(dlm_ctx_bytes(&o) == 0);
+            else CHECK(dlm_init(&ctx, &o) == want && ctx == NULL);
+            CHECK(said[room] == '#' && (!room || memchr(said, 0, room)));
+            LABEL("\"%s\" is not in \"%.100s\"", text, room ? said : "");
+            CHECK(room < 85 || strstr(said, text));
+            LABEL("%s", text);
+        }
+    o.message = NULL;
+    CHECK(want == DLM_E_NOMEM || dlm_ctx_bytes(&o) == 0);
+}
+
 TEST(context_refuses_options_that_make_no_sense)
 {
-    for (int i = 0; i < 5; i++) {
+    static const char *const texts[] = {
+        "threads: -1 is not", "scratch: 1000 bytes", "scratch: ", "allocator: alloc and",
+        "allocator: alloc and", "isa 77 (unknown): this CPU and build have scalar",
+        "precision: 77 is none of", "context: cannot allocate", "context: needs "
+    };
+    char small[16];
+    for (int i = 0; i < 9; i++) {
         dlm_options o = {0};
-        dlm_ctx *ctx = (dlm_ctx *)&o;
         if (i == 0) o.threads = -1;
         if (i == 1) o.scratch = 1000;
-        if (i == 2) o.allocator.alloc = test_heap_alloc;
-        if (i == 3) o.allocator.release = test_heap_release;
-        if (i == 4) o.isa = (dlm_isa)77;
-        LABEL("case %d", i);
-        dlm_error want = i == 4 ? DLM_E_UNSUPPORTED : DLM_E_CONFIG;
-        CHECK_ERROR(dlm_init(&ctx, &o), want, NULL, NULL);
-        CHECK(ctx == NULL);
-        CHECK(dlm_ctx_bytes(&o) == 0);
+        if (i == 2) o.scratch = (size_t)-1;
+        if (i == 3 || i == 7) o.allocator.alloc = test_no_memory;
+        if (i == 4 || i == 7) o.allocator.release = test_heap_release;
+        if (i == 5) o.isa = (dlm_isa)77;
+        if (i == 6) o.precision = 77;
+        if (i == 8) o.memory.base = small, o.memory.size = sizeof small;
+        test_init_fails(o, i == 5 ? DLM_E_UNSUPPORTED : i < 7 ? DLM_E_CONFIG
+                                                              : DLM_E_NOMEM, texts[i]);
     }
 }
+
+TEST(context_says_no_more_once_it_exists)
+{
+    char said[64] = "untouched";
+    dlm_options o = {0};
+    dlm_ctx *ctx = NULL;
+    dlm_config c = {0};
+    o.message = said, o.message_size = sizeof said;
+    CHECK_OK(dlm_init(&ctx, &o));
+    CHECK_ERROR(dlm_config_resolve(ctx, &c), DLM_E_CONFIG, ctx, "vocab");
+    CHECK(strcmp(said, "untouched") == 0);
+    /* what a success leaves as it is */
+    c.vocab = c.dim = c.layers = c.heads = c.max_seq = 8;
+    c.head_dim = 2;
+    CHECK_OK(dlm_config_resolve(ctx, &c));
+    CHECK(strstr(dlm_last_error(ctx), "vocab") != NULL);
+    dlm_shutdown(ctx);
+    CHECK(strcmp(dlm_last_error(NULL), "") == 0);
+}
+
+#if defined(__unix__) || defined(__APPLE__)
+extern int test_setenv(const char *name, const char *value, int replace)
+#ifdef __APPLE__
+    __asm__("_setenv");
+#else
+    __asm__("setenv");                     /* not in a plain -std=c99              */
+#endif
+
+TEST(context_takes_its_isa_from_the_environment)
+{
+    char before[64] = "";
+    const char *old = getenv("DLM_ISA");
+    dlm_options o = {0};
+    dlm_ctx *ctx = NULL;
+    if (old) snprintf(before, sizeof before, "%s", old);
+    test_setenv("DLM_ISA", "pentium", 1);
+    test_init_fails(o, DLM_E_UNSUPPORTED,
+                    "DLM_ISA=pentium: this CPU and build have scalar");
+    o.isa = DLM_ISA_SCALAR;                /* what is asked for goes before it     */
+    CHECK_OK(dlm_init(&ctx, &o));
+    dlm_shutdown(ctx);
+    o.isa = DLM_ISA_AUTO;
+    test_setenv("DLM_ISA", "scalar", 1);
+    CHECK_OK(dlm_init(&ctx, &o));
+    CHECK(ctx && dlm_active_isa(ctx) == DLM_ISA_SCALAR);
+    dlm_shutdown(ctx);
+    test_setenv("DLM_ISA", before, 1);
+}
+#endif
 
 TEST(context_refuses_an_isa_this_cpu_lacks)
 {
@@ -302,6 +384,10 @@ TEST(context_refuses_an_isa_this_cpu_lacks)
         LABEL("isa %s", dlm_isa_name((dlm_isa)isa));
         CHECK_ERROR(dlm_init(&ctx, &o), DLM_E_UNSUPPORTED, NULL, NULL);
         CHECK(ctx == NULL);
+        char text[64];
+        snprintf(text, sizeof text, "isa %d (%s): this CPU and build have scalar", isa,
+                 dlm_isa_name((dlm_isa)isa));
+        test_init_fails(o, DLM_E_UNSUPPORTED, text);
     }
     if (!found) SKIP("this CPU has every instruction set");
 }
@@ -665,27 +751,53 @@ TEST(matmul_rows_do_not_depend_on_sizes_or_threads)
     }
 }
 
+/* The smallest scratch of an ISA, as the contract has it. */
+static size_t least_scratch(int isa)
+{
+    switch (isa) {
+    case DLM_ISA_SCALAR: return 4096;
+    case DLM_ISA_SSE2: case DLM_ISA_NEON: return 8192;
+    case DLM_ISA_AVX2: return 16384;
+    default: return 32768;
+    }
+}
+
+/* In memory given byte by byte, so that a sanitizer sees what goes beyond.  150 rows:
+   too many for b to be read in place. */
 TEST(matmul_does_not_depend_on_scratch)
 {
     FOR_EACH_ISA(isa) {
-        matmul_data d[2];
-        for (int i = 0; i < 2; i++) {
+        matmul_data d[6];
+        for (int i = 0; i < 6; i++) {
+            const size_t sizes[3] = { least_scratch(isa), 65536, (size_t)1 << 24 };
             dlm_options o = {0};
             o.isa = (dlm_isa)isa;
-            o.scratch = (size_t)65536 << 8 * i;
+            o.scratch = sizes[i % 3];
+            o.memory.size = dlm_ctx_bytes(&o);
+            o.memory.base = test_malloc(o.memory.size);
             dlm_ctx *ctx = NULL;
             CHECK_OK(dlm_init(&ctx, &o));
             test_state = test_seed;
-            matmul_make(&d[i], 70, 333, 700);
-            matmul_run(ctx, &d[i]);
+            matmul_make(&d[i], 150, 333, 700);
+            if (ctx && i >= 3) ctx->as_stored = DLM__WORD_BF16;     /* as in training */
+            if (ctx) matmul_run(ctx, &d[i]);
             dlm_shutdown(ctx);
+            free(o.memory.base);
         }
-        for (int kind = 0; kind < MATMUL_KINDS; kind++) {
-            LABEL("%s, %s", matmul_names[kind], dlm_isa_name((dlm_isa)isa));
-            CHECK(memcmp(d[0].out[kind], d[1].out[kind], 70 * 333 * sizeof(float)) == 0);
+        for (int i = 0; i < 6 * MATMUL_KINDS; i++) {
+            const int a = i % 6, kind = i / 6;
+            LABEL("%s, %s, %d", matmul_names[kind], dlm_isa_name((dlm_isa)isa), a);
+            CHECK(memcmp(d[a].out[kind], d[a / 3 * 3].out[kind],
+                         150 * 333 * sizeof(float)) == 0);
         }
-        matmul_free(&d[0]);
-        matmul_free(&d[1]);
+        for (int i = 0; i < 6; i++) matmul_free(&d[i]);
+        dlm_options less = {0};
+        char text[40];
+        less.isa = (dlm_isa)isa;
+        less.scratch = least_scratch(isa) - 1;
+        snprintf(text, sizeof text, "%s can use %u .. ", dlm_isa_name((dlm_isa)isa),
+                 (unsigned)least_scratch(isa));
+        test_init_fails(less, DLM_E_CONFIG, text);
     }
 }
 
@@ -9549,6 +9661,10 @@ static const test_case test_cases[] = {
     RUN(workers_keep_off_the_callers_core_and_its_affinity_is_left_alone),
     RUN(context_lives_in_memory_of_exactly_the_predicted_size),
     RUN(context_refuses_options_that_make_no_sense),
+    RUN(context_says_no_more_once_it_exists),
+#if defined(__unix__) || defined(__APPLE__)
+    RUN(context_takes_its_isa_from_the_environment),
+#endif
     RUN(context_refuses_an_isa_this_cpu_lacks),
     RUN(error_strings_and_isa_names_exist_and_differ),
     RUN(random_bits_match_the_known_answer_of_philox),
