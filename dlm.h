@@ -849,15 +849,17 @@ DLM_API int       dlm_tokenizer_vocab(const dlm_tokenizer *t);         /* ids in
 DLM_API int       dlm_tokenizer_mask(const dlm_tokenizer *t);
 DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
-   exceeds max (ids may be NULL to ask).  A character outside the vocabulary is
-   DLM_E_INPUT and is named.  PIECES begins with a space, as llama2.c does, and merges
+   exceeds max: then ids has the first max and the rest is dropped, with DLM_OK (ids may
+   be NULL to ask).  A character outside the vocabulary is DLM_E_INPUT and is named; *n
+   are then the tokens before it.  PIECES begins with a space, as llama2.c does, and merges
    the neighbours of best score until none are left (within 256 bytes at a time, and
    between spaces where no piece crosses one); it adds no BOS. */
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n);
 /* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
    zero (out may be NULL to ask).  Stop tokens vanish, masks and ids outside the
-   vocabulary become '_'.  PIECES drops the space that begins a text. */
+   vocabulary become '_'.  PIECES drops the space with which encoding began a text: that
+   of the first piece of ids and, as llama2.c does, of any piece behind a stop. */
 DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                              size_t size);
 
@@ -8423,12 +8425,15 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
                           size_t size)
 {
     size_t length = 0;
-    int begun = 0;
+    int begun = 0;                              /* is this text, after a stop the next */
     for (size_t i = 0; i < n; i++) {
         char bytes[4] = { '_', 0, 0, 0 };
         const char *from = bytes;
         size_t m = 1;
-        if (ids[i] == dlm_tokenizer_stop(t)) continue;
+        if (ids[i] == dlm_tokenizer_stop(t)) {
+            begun = 0;
+            continue;
+        }
         if (ids[i] >= 0 && ids[i] < t->n) {
             if (t->kind == DLM_TOKENIZER_PIECES) from = dlm__piece_bytes(t, ids[i], bytes,
                                                                          &m);

@@ -9488,6 +9488,76 @@ TEST(pieces_round_trip_any_bytes)
     test_close(ctx);
 }
 
+/* Texts behind each other, as a trainer gets them: encoding puts a space in front of each,
+   and the stop between them says where that was (llama2.c drops it behind every BOS). */
+TEST(pieces_decode_each_of_several_texts_as_one)
+{
+    static const struct { int n, ids[9]; const char *text; } cases[] = {
+        { 5, { 1, 267, 1, 267, 1 }, "aa" },             /* <s> " a" <s> " a" <s>     */
+        { 5, { 267, 267, 1, 267, 267 }, "a aa a" },
+        { 4, { 1, 1, 259, 260 }, "a" },                 /* <s> <s> " " "a"           */
+        { 5, { 1, 259, 259, 267, 1 }, "  a" },          /* one of them is dropped    */
+        { 5, { 260, 1, 260, 267, 260 }, "aa aa" },      /* "a" <s> "a" " a" "a"      */
+        { 4, { 1, -1, 267, 267 }, "_ a a" },            /* a mask begins the text    */
+        { 2, { 1, 267 }, "a" }, { 1, { 1 }, "" }, { 1, { 259 }, "" },
+    };
+    static piece_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    piece_make(&f, 0);
+    dlm_tokenizer *t = piece_tokenizer(ctx, &f);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char out[32];
+        const size_t n = dlm_decode(t, cases[i].ids, (size_t)cases[i].n, out, sizeof out);
+        LABEL("case %d: \"%s\", want \"%s\"", (int)i, out, cases[i].text);
+        CHECK(!strcmp(out, cases[i].text) && n == strlen(out));
+    }
+    int ids[64];
+    size_t n = 0, all = 0;
+    for (int i = 0; i < 3; i++, all += n) {
+        ids[all++] = dlm_tokenizer_stop(t);
+        CHECK_OK(dlm_encode(t, " b aa", i ? 5 : 4, ids + all, 64 - all, &n));
+    }
+    char out[32];
+    LABEL("three texts");
+    CHECK(dlm_decode(t, ids, all, out, sizeof out) == 14 && !strcmp(out, " b a b aa b aa"));
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+/* n > max drops the rest and says how much there is; a failure counts up to it. */
+TEST(encode_says_how_many_tokens_there_are)
+{
+    static piece_file f;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    piece_make(&f, 0);
+    for (int kind = 0; kind < 3; kind++) {
+        const char *corpus = kind == DLM_TOKENIZER_PIECES ? f.x : "abc";
+        dlm_tokenizer *t = NULL;
+        int all[8], some[8];
+        size_t n = 0, k;
+        CHECK_OK(dlm_tokenizer_create(&t, ctx, (dlm_tokenizer_kind)kind, corpus,
+                                      kind == DLM_TOKENIZER_PIECES ? f.n : 3));
+        if (t) CHECK_OK(dlm_encode(t, "cacab", 5, all, 8, &n));
+        for (size_t max = 0; t && max <= n; max++) {
+            for (int i = 0; i < 8; i++) some[i] = -7;
+            LABEL("kind %d, %u of %u", kind, (unsigned)max, (unsigned)n);
+            CHECK_OK(dlm_encode(t, "cacab", 5, some, max, &k));
+            CHECK(k == n && !memcmp(some, all, max * sizeof *all) && some[max] == -7);
+            CHECK_OK(dlm_encode(t, "cacab", 5, NULL, max, &k));
+            CHECK(k == n);
+        }
+        if (t && kind == DLM_TOKENIZER_CHARS) {
+            CHECK_ERROR(dlm_encode(t, "cab\xC3\xA9" "a", 6, some, 2, &k), DLM_E_INPUT, ctx,
+                        "U+00E9");
+            CHECK(k == 3 && some[0] == all[0]);
+            CHECK_ERROR(dlm_encode(t, "c\xFF", 2, some, 2, &k), DLM_E_INPUT, ctx, "byte 1");
+            CHECK(k == 1);
+        }
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
 TEST(pieces_refuse_malformed_files)
 {
     static piece_file f;
@@ -9840,6 +9910,8 @@ static const test_case test_cases[] = {
     RUN(llama2c_refuses_files_that_do_not_fit_their_header),
     RUN(pieces_merge_the_best_score_first_and_fall_back_to_bytes),
     RUN(pieces_round_trip_any_bytes),
+    RUN(pieces_decode_each_of_several_texts_as_one),
+    RUN(encode_says_how_many_tokens_there_are),
     RUN(pieces_refuse_malformed_files),
 #ifndef DLM_NO_STDIO
     RUN(pieces_ride_along_in_a_checkpoint),
