@@ -304,7 +304,8 @@ DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
    A pre-norm transformer: RMSNorm, rotary positions (half-split), grouped-query
    attention, SwiGLU.  Covers LLaMA, Qwen2/2.5 (qkv_bias), Qwen3 (QK-norm), SDAR,
    LLaDA and Dream (shifted).  Weights are read-only while in use and may be shared
-   by any number of sessions. */
+   by any number of sessions.  Denormal ones (below 2^-126) are numbers like any others
+   in f32 and in files; what narrower words make of them, dlm_pack says. */
 
 typedef enum dlm_pattern {   /* which keys may a row see (0: the default)          */
     DLM_PATTERN_BLOCK = 0,   /* its own block and all earlier ones (BD3-LM)        */
@@ -851,15 +852,15 @@ DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
    exceeds max: then ids has the first max and the rest is dropped, with DLM_OK (ids may
    be NULL to ask).  A character outside the vocabulary is DLM_E_INPUT and is named; *n
-   are then the tokens before it.  PIECES begins with a space, as llama2.c does, and merges
-   the neighbours of best score until none are left (within 256 bytes at a time, and
-   between spaces where no piece crosses one); it adds no BOS. */
+   are then the tokens before it.  PIECES begins with a space, as llama2.c does, and
+   merges the neighbours of best score until none are left (within 256 bytes at a time,
+   and between spaces where no piece crosses one); it adds no BOS. */
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n);
 /* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
    zero (out may be NULL to ask).  Stop tokens vanish, masks and ids outside the
    vocabulary become '_'.  PIECES drops the space with which encoding began a text: that
-   of the first piece of ids and, as llama2.c does, of any piece behind a stop. */
+   of the first piece and, as llama2.c does, of every piece behind a stop. */
 DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                              size_t size);
 
@@ -8425,7 +8426,7 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
                           size_t size)
 {
     size_t length = 0;
-    int begun = 0;                              /* is this text, after a stop the next */
+    int begun = 0;                              /* is this text; a stop ends it    */
     for (size_t i = 0; i < n; i++) {
         char bytes[4] = { '_', 0, 0, 0 };
         const char *from = bytes;

@@ -751,6 +751,32 @@ TEST(matmul_rows_do_not_depend_on_sizes_or_threads)
     }
 }
 
+/* Denormal factors count; a product with a power of two is exact. */
+TEST(matmul_of_denormals_is_exact)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int side = 0; side < 2; side++) {
+            matmul_data d;
+            matmul_make(&d, 37, 65, 1);
+            for (int i = 0; i < d.M; i++)
+                d.a[i] = d.at[i] = side ? (float)ldexp(1 + i, -149) : (i % 2 ? 0.5f : 2);
+            for (int i = 0; i < d.N; i++)
+                d.b[i] = d.bt[i] = side ? 2 : (float)ldexp(2 + 2 * i, -149);
+            matmul_run(ctx, &d);
+            for (int i = 0; i < d.M * d.N * MATMUL_KINDS; i++) {
+                const int at = i / MATMUL_KINDS, kind = i % MATMUL_KINDS;
+                LABEL("%s, side %d, %s", dlm_isa_name((dlm_isa)isa), side,
+                      matmul_names[kind]);
+                CHECK_CLOSE(d.out[kind][at],
+                            (double)d.a[at / d.N] * (double)d.b[at % d.N], 0);
+            }
+            matmul_free(&d);
+        }
+        test_close(ctx);
+    }
+}
+
 /* The smallest scratch of an ISA, as the contract has it. */
 static size_t least_scratch(int isa)
 {
@@ -9488,8 +9514,8 @@ TEST(pieces_round_trip_any_bytes)
     test_close(ctx);
 }
 
-/* Texts behind each other, as a trainer gets them: encoding puts a space in front of each,
-   and the stop between them says where that was (llama2.c drops it behind every BOS). */
+/* Texts behind each other, as a trainer gets them: encoding puts a space in front of
+   each, and the stop says where that was (llama2.c drops it behind every BOS). */
 TEST(pieces_decode_each_of_several_texts_as_one)
 {
     static const struct { int n, ids[9]; const char *text; } cases[] = {
@@ -9519,7 +9545,8 @@ TEST(pieces_decode_each_of_several_texts_as_one)
     }
     char out[32];
     LABEL("three texts");
-    CHECK(dlm_decode(t, ids, all, out, sizeof out) == 14 && !strcmp(out, " b a b aa b aa"));
+    CHECK(dlm_decode(t, ids, all, out, sizeof out) == 14);
+    CHECK(!strcmp(out, " b a b aa b aa"));
     dlm_tokenizer_free(t);
     test_close(ctx);
 }
@@ -9547,10 +9574,11 @@ TEST(encode_says_how_many_tokens_there_are)
             CHECK(k == n);
         }
         if (t && kind == DLM_TOKENIZER_CHARS) {
-            CHECK_ERROR(dlm_encode(t, "cab\xC3\xA9" "a", 6, some, 2, &k), DLM_E_INPUT, ctx,
-                        "U+00E9");
+            CHECK_ERROR(dlm_encode(t, "cab\xC3\xA9" "a", 6, some, 2, &k), DLM_E_INPUT,
+                        ctx, "U+00E9");
             CHECK(k == 3 && some[0] == all[0]);
-            CHECK_ERROR(dlm_encode(t, "c\xFF", 2, some, 2, &k), DLM_E_INPUT, ctx, "byte 1");
+            CHECK_ERROR(dlm_encode(t, "c\xFF", 2, some, 2, &k), DLM_E_INPUT, ctx,
+                        "byte 1");
             CHECK(k == 1);
         }
         dlm_tokenizer_free(t);
@@ -9747,6 +9775,7 @@ static const test_case test_cases[] = {
     RUN(matmul_equals_double_reference_on_every_isa),
     RUN(matmul_is_one_chain_of_fused_multiply_adds),
     RUN(matmul_rows_do_not_depend_on_sizes_or_threads),
+    RUN(matmul_of_denormals_is_exact),
     RUN(matmul_does_not_depend_on_scratch),
     RUN(model_tensors_tile_the_weights_in_order),
     RUN(model_starts_with_the_documented_distribution),
