@@ -447,7 +447,8 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
    Needs slots and rows >= T and the response in whole blocks for BLOCK, out >= T - P, and
-   overwrites the keys in lane 0.  Allocates its work space and frees it. */
+   overwrites the keys in lane 0.  Allocates its work space and frees it.  Logits that are
+   not numbers give NaN, not an error. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -489,12 +490,14 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               left instead of with the surest ones: for
                                               students that ignore their right     */
     float    entropy_bound;                /* * = 0.35 nats, for ENTROPY_BOUND     */
-    float    temperature;                  /* 0 is argmax: a real value, not "auto" */
+    float    temperature;                  /* 0 is argmax: a real value, not "auto"; the
+                                              smallest floats are as good as 0     */
     int      top_k;                        /* 0: off                               */
     float    top_p, min_p;                 /* 0: off                               */
     int      gumbel;                       /* draw by Gumbel-max over the vocabulary
                                               (LLaDA); 0: by inverting the CDF     */
-    const float *logit_bias;               /* (V) added to the logits; NULL: none  */
+    const float *logit_bias;               /* (V) added to the logits, -INFINITY forbids
+                                              a token; NULL: none                  */
     const int   *suppress;                 /* (n_suppress) tokens never emitted    */
     int      n_suppress;
     const int   *stop;                     /* (n_stop) tokens that end a sequence when
@@ -532,7 +535,11 @@ DLM_API void      dlm_sampler_free(dlm_sampler *sm);
    stay until the end; lengths (n_seqs) tokens used of each.  Resets everything. */
 DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
                                     int n_seqs);
-DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm);  /* all sequences, one forward */
+/* All sequences, one forward.  DLM_E_INPUT names sequence and position when every token
+   is forbidden there or a logit is NaN or +INFINITY, be it the model's or made so by
+   guidance, logit_bias or constrain, and of a suppressed token, too.  The canvas is then
+   what it was, and the same step may be tried again. */
+DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm);
 DLM_API int       dlm_sampler_done(const dlm_sampler *sm);
 /* Tokens of a sequence up to and including its stop token (or its whole length).
    What had been filled in after a stop token is masked again. */
@@ -560,10 +567,12 @@ DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int strati
    the result, weight (T) 1/t where masked and 0 elsewhere.  Returns the masks. */
 DLM_API int    dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
                                int first, double t, int mask_id, const dlm_address *at);
-/* -log softmax(logits)[target], and logits (V) become weight * (softmax - onehot). */
+/* -log softmax(logits)[target], and logits (V) become weight * (softmax - onehot).  Both
+   are NaN when a logit is NaN or +INFINITY or all are -INFINITY: no error, but data. */
 DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
                                  double weight);
-/* log sum exp of logits (V) and, where not NULL, the largest entry's index. */
+/* log sum exp of logits (V) and, where not NULL, the largest entry's index.  NaN when one
+   is NaN or +INFINITY, -INFINITY when all are. */
 DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax);
 
 /* --[ lift ]------------------------------------------------------------------
@@ -774,11 +783,12 @@ typedef struct dlm_divergence_options {    /* 0 in a field marked * = the defaul
     float top_p, min_p;                    /* top-p, min-p; 0: off                 */
 } dlm_divergence_options;
 
-/* The teacher's logits (V) become probabilities, renormalised as o says. */
+/* The teacher's logits (V) become probabilities, renormalised as o says; all NaN when a
+   logit is NaN or +INFINITY or all are -INFINITY. */
 DLM_API void   dlm_teacher_probs(dlm_ctx *ctx, float *logits, int V,
                                  const dlm_divergence_options *o);
 /* The divergence, and the student's logits (V) become weight * d/dlogits.  teacher (V)
-   are probabilities. */
+   are probabilities.  Both are NaN when either side has no softmax. */
 DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher, int V,
                               double weight, const dlm_divergence_options *o);
 
@@ -2003,7 +2013,9 @@ static DLM__TARGET float DLM__K(dlm__max_of)(const float *x, int n)
 }
 
 /* Sum of e^(x - shift), in double over runs of 512, and of e^(x - shift) (x - shift)
-   where that is asked for (entropy).  -INFINITY counts as nothing in both. */
+   where that is asked for (entropy).  -INFINITY counts as nothing in both.  NaN where an
+   x or x - shift is NaN, which vmax lets through as its second operand: with the largest
+   x as shift that is one that is NaN or +INFINITY, or all at -INFINITY. */
 static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shift,
                                                double *sum_exp_x)
 {
@@ -2014,7 +2026,7 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
         dlm__vf s = dlm__vset1(0.0f), sx = dlm__vset1(0.0f);
         int i = run;
         for (; i + DLM__VW <= end; i += DLM__VW) {
-            const dlm__vf d = dlm__vmax(dlm__vsub(dlm__vload(x + i), sh), floor_);
+            const dlm__vf d = dlm__vmax(floor_, dlm__vsub(dlm__vload(x + i), sh));
             const dlm__vf e = DLM__K(dlm__vexp)(d);
             s = dlm__vadd(s, e);
             sx = dlm__vfma(e, d, sx);
@@ -2024,7 +2036,7 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
             dlm__vf d, e;
             for (int j = 0; j < DLM__VW; j++)
                 rest[j] = i + j < end ? x[i + j] - shift : -INFINITY;
-            d = dlm__vmax(dlm__vload(rest), floor_);
+            d = dlm__vmax(floor_, dlm__vload(rest));
             e = DLM__K(dlm__vexp)(d);
             s = dlm__vadd(s, e);
             sx = dlm__vfma(e, d, sx);
@@ -4151,9 +4163,9 @@ static int dlm__argmax(const dlm__kernels *k, const float *x, int V, float max)
 DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax)
 {
     const float max = ctx->k->max(logits, V);
+    const float shift = max > -INFINITY ? max : 0.0f;
     if (argmax) *argmax = dlm__argmax(ctx->k, logits, V, max);
-    if (max == -INFINITY) return -INFINITY;
-    return (double)max + log(ctx->k->sum_exp(logits, V, max, NULL));
+    return (double)shift + log(ctx->k->sum_exp(logits, V, shift, NULL));
 }
 
 DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
@@ -6540,7 +6552,8 @@ typedef struct dlm__lane {          /* one sequence being filled in             
 } dlm__lane;
 
 typedef struct dlm__candidate {     /* one masked position whose logits are wanted */
-    int   seq, position, token;
+    int   seq, position;
+    int   token;                    /* negative: dlm__no_softmax                   */
     int   out;                      /* which out row predicts it                   */
     float confidence, score;        /* probability; what the order sorts by        */
     int   taken;
@@ -6636,6 +6649,15 @@ static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *l
     return DLM_OK;
 }
 
+static dlm_error dlm__sample_bias(dlm_ctx *ctx, const float *bias, int vocab)
+{
+    for (int v = 0; bias && v < vocab; v++)
+        if (!(bias[v] < INFINITY))
+            return dlm__fail(ctx, DLM_E_CONFIG, "logit_bias[%d]: %s, wants a number or "
+                             "-infinity", v, bias[v] > 0.0f ? "+infinity" : "NaN");
+    return DLM_OK;
+}
+
 static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
                                      const dlm_sample_options *opt, dlm_sample_options *o)
 {
@@ -6652,6 +6674,7 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "suppress", o->suppress, o->n_suppress,
                                             c->vocab);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
+    if (e == DLM_OK) e = dlm__sample_bias(ctx, o->logit_bias, c->vocab);
     if (e != DLM_OK) return e;
     if (o->remask_below > 0.0f && dlm__order_is_blind(o->order))
         return dlm__fail(ctx, DLM_E_CONFIG, "remask_below: order %d does not look at "
@@ -6889,13 +6912,7 @@ static void dlm__find_candidates(dlm_sampler *sm, int seq)
     }
     if (sm->opt.order == DLM_ORDER_RANDOM) dlm__keep_random(sm, l, seq, plan);
     if (sm->opt.order == DLM_ORDER_ANCESTRAL) dlm__keep_ancestral(sm, l, seq);
-    if (sm->opt.order == DLM_ORDER_FIRST_HITTING) {
-        const double u = dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
-                                              l->length,
-                                              0);
-        l->time *= (float)pow(u, 1.0 / l->n);
-        dlm__keep_random(sm, l, seq, 1);
-    }
+    if (sm->opt.order == DLM_ORDER_FIRST_HITTING) dlm__keep_random(sm, l, seq, 1);
 }
 
 /* --[ which rows ]------------------------------------------------------------
@@ -7024,14 +7041,49 @@ static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float
     return best;
 }
 
-/* What must not be emitted gets -INFINITY before anything is computed from the row. */
-static void dlm__restrict(const dlm_sampler *sm, const dlm__candidate *c, float *logits)
+/* Weights e^((x - max) / T) instead of logits x (V), the largest 1.  1/T stays finite. */
+static void dlm__temper(const dlm__kernels *k, float *x, int V, float max, float T)
+{
+    const float cold = 1.0f / fmaxf(T, 1e-37f);
+    for (int v = 0; v < V; v++) x[v] = (x[v] - max) * cold;
+    k->exp_scaled(x, x, V, 0.0f, 1.0f);
+}
+
+/* What must not be emitted gets -INFINITY before anything is computed from the row, by
+   adding it: that makes NaN of NaN and +INFINITY and so hides neither. */
+static void dlm__restrict(const dlm_sampler *sm, const dlm__candidate *c, int i,
+                          float *logits)
 {
     const dlm_sample_options *o = &sm->opt;
+    if (o->guidance != 0.0f) {
+        const float *u = sm->unguided + (size_t)i * (size_t)sm->c->vocab;
+        for (int v = 0; v < sm->c->vocab; v++)
+            logits[v] = u[v] + (o->guidance + 1.0f) * (logits[v] - u[v]);
+    }
     if (o->logit_bias) sm->s->w.ctx->k->add(logits, o->logit_bias, sm->c->vocab);
     if (o->constrain) o->constrain(o->user, c->seq, c->position, logits);
-    for (int i = 0; i < o->n_suppress; i++) logits[o->suppress[i]] = -INFINITY;
-    if (sm->c->mask_id < sm->c->vocab) logits[sm->c->mask_id] = -INFINITY;
+    for (int j = 0; j < o->n_suppress; j++) logits[o->suppress[j]] -= INFINITY;
+    if (sm->c->mask_id < sm->c->vocab) logits[sm->c->mask_id] -= INFINITY;
+}
+
+/* A row whose sum of exponentials is NaN: the candidate's token becomes ~v, where v is
+   the first logit that is NaN or +INFINITY, or V: all are -INFINITY. */
+static void dlm__no_softmax(dlm__candidate *c, const float *logits, int V)
+{
+    int v = 0;
+    while (v < V && logits[v] < INFINITY) v++;
+    c->token = ~v;
+    c->score = v < V ? logits[v] : -INFINITY;
+}
+
+static dlm_error dlm__fail_softmax(dlm_ctx *ctx, const dlm__candidate *c, int V)
+{
+    if (~c->token == V)
+        return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: every token is "
+                         "forbidden", c->seq, c->position);
+    return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: the logit of token %d "
+                     "is %s", c->seq, c->position, ~c->token,
+                     c->score > 0.0f ? "+infinity" : "NaN");
 }
 
 /* Second largest logit, for the margin. */
@@ -7052,19 +7104,14 @@ static void dlm__pick(void *user, int i, float *logits)
     double sum, sum_x, p_max;
     float max;
     int argmax;
-    if (o->guidance != 0.0f) {
-        const float *u = sm->unguided + (size_t)i * (size_t)V;
-        for (int v = 0; v < V; v++)
-            logits[v] = u[v] + (o->guidance + 1.0f) * (logits[v] - u[v]);
-    }
-    dlm__restrict(sm, c, logits);
+    dlm__restrict(sm, c, i, logits);
     max = k->max(logits, V);
-    if (!(max > -INFINITY)) {                   /* nothing is allowed, or NaN      */
-        c->token = -1;
+    sum = k->sum_exp(logits, V, max, &sum_x);
+    if (sum != sum) {
+        dlm__no_softmax(c, logits, V);
         return;
     }
     argmax = dlm__argmax(k, logits, V, max);
-    sum = k->sum_exp(logits, V, max, &sum_x);
     p_max = 1.0 / sum;
     if (c->check) {
         c->token = dlm__canvas_of(sm, c->seq)[c->position];
@@ -7080,9 +7127,7 @@ static void dlm__pick(void *user, int i, float *logits)
         c->score = (float)(p_max - p_max * exp((double)(
             dlm__runner_up(k, logits, V, argmax) - max)));
     if (o->temperature > 0.0f) {
-        const float cold = 1.0f / o->temperature;
-        for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) * cold;
-        k->exp_scaled(logits, logits, V, 0.0f, 1.0f);
+        dlm__temper(k, logits, V, max, o->temperature);
         dlm__filter(o, logits, V);
         c->token = dlm__draw(sm, c, logits, V);
         c->confidence = (float)(p_max * pow((double)logits[c->token],
@@ -7129,6 +7174,9 @@ static void dlm__commit_lane(dlm_sampler *sm, int seq)
     const int masks = dlm__count_masks(sm, seq, l->a, l->e);
     double entropy = 0.0;
     int n = 0;
+    if (order == DLM_ORDER_FIRST_HITTING)
+        l->time *= (float)pow(dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
+                                                   l->length, 0), 1.0 / masks);
     for (int i = l->first; i < l->first + l->n; i++) sm->cands[i].taken = 0;
     for (; n < l->n; n++) {
         dlm__candidate *c = dlm__best_candidate(sm, l);
@@ -7217,10 +7265,7 @@ static dlm_error dlm__sampler_forward(dlm_sampler *sm)
         const int position = c->position;
         *c = *predicted;            /* shifted: tokens 0 and 1 share row 0         */
         c->position = position;
-        if (c->token < 0)
-            return dlm__fail(sm->s->w.ctx, DLM_E_INPUT, "sequence %d, position %d: every "
-                             "token is forbidden, or the logits are NaN", c->seq,
-                             position);
+        if (c->token < 0) return dlm__fail_softmax(sm->s->w.ctx, c, sm->c->vocab);
     }
     return DLM_OK;
 }
@@ -7428,12 +7473,10 @@ DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
 DLM_API void dlm_teacher_probs(dlm_ctx *ctx, float *logits, int V,
                                const dlm_divergence_options *o)
 {
-    const float max = ctx->k->max(logits, V);
-    const float cold = o->temperature > 0.0f ? 1.0f / o->temperature : 1.0f;
     dlm_sample_options keep;
     double sum = 0.0;
-    for (int v = 0; v < V; v++) logits[v] = (logits[v] - max) * cold;
-    ctx->k->exp_scaled(logits, logits, V, 0.0f, 1.0f);
+    dlm__temper(ctx->k, logits, V, ctx->k->max(logits, V),
+                o->temperature > 0.0f ? o->temperature : 1.0f);
     memset(&keep, 0, sizeof keep);
     keep.top_k = o->top_k; keep.top_p = o->top_p; keep.min_p = o->min_p;
     dlm__filter(&keep, logits, V);
@@ -7497,11 +7540,12 @@ DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher
         int left = ties;
         for (int v = 0; v < V; v++) {
             const double s = (double)student[v];
+            const double nan = 0.0 * (s + (double)teacher[v]);      /* or 0        */
             double slope = 0.0, term = 0.0;
             if (teacher[v] > limit || (teacher[v] == limit && left-- > 0))
                 term = dlm__divergence_term(o, (double)teacher[v], fmax(s, 1e-37),
                                             &slope);
-            if (pass == 0) { value += term; total += slope; }
+            if (pass == 0) { value += term + nan; total += slope + nan; }
             else student[v] = (float)(weight * (slope - s * total));
         }
     }

@@ -3784,6 +3784,9 @@ TEST(sampler_options_are_checked_by_name)
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     dlm_model *m = toy_model(ctx, 2, 1);
     dlm_session *s = toy_session(ctx, m, 1);
+    float bad[2 * TOY_VOCAB] = { -INFINITY };        /* which is allowed */
+    bad[7] = (float)NAN;
+    bad[12] = INFINITY;
     if (s) {
         dlm_sample_options o = {0}, zero = {0};
 #define TRY(assignment, text) \
@@ -3814,6 +3817,8 @@ TEST(sampler_options_are_checked_by_name)
         TRY((o.stop = none, o.n_stop = 1), "stop");
         TRY((o.stop = high, o.n_stop = 1), "stop");
         TRY(o.n_stop = 1, "stop");
+        TRY(o.logit_bias = bad, "logit_bias[7]: NaN");
+        TRY(o.logit_bias = bad + 8, "logit_bias[4]: +infinity");
         TRY((o.stop = all, o.n_stop = -2), "stop");
 #undef TRY
     }
@@ -3854,6 +3859,168 @@ TEST(sampler_reports_when_nothing_is_allowed)
         dlm_model_free(m);
     }
     test_close(ctx);
+}
+
+/* Puts a value in place of one logit of one position. */
+typedef struct sampler_fault {
+    int   seq, position, at;               /* at -1: nowhere                       */
+    float value;
+} sampler_fault;
+
+static void sampler_spoil(void *user, int seq, int position, float *logits)
+{
+    const sampler_fault *f = (const sampler_fault *)user;
+    if (f->at >= 0 && seq == f->seq && position == f->position) logits[f->at] = f->value;
+}
+
+enum { FAULT_V = 600, FAULT_SEQS = 2, FAULT_T = 6 };
+
+/* Steps to the end of the run; the first step that fails must name the fault and leave
+   the canvas alone, and does as if nothing had been once the fault is taken away. */
+static void sampler_try_fault(dlm_ctx *ctx, dlm_sampler *sm, sampler_fault *f,
+                              int *canvas)
+{
+    const int lengths[FAULT_SEQS] = { FAULT_T, FAULT_T };
+    const size_t size = FAULT_SEQS * TOY_SLOTS;
+    int kept[FAULT_SEQS * TOY_SLOTS], failed = f->at < 0;
+    char where[64];
+    snprintf(where, sizeof where, "sequence %d, position %d: the logit of token %d is ",
+             f->seq, f->position, f->at);
+    for (size_t i = 0; i < size; i++) canvas[i] = FAULT_V - 1;
+    CHECK_OK(dlm_sampler_begin(sm, canvas, lengths, FAULT_SEQS));
+    for (int step = 0; !dlm_sampler_done(sm) && step < 20; step++) {
+        memcpy(kept, canvas, sizeof kept);
+        dlm_error e = dlm_sampler_step(sm);
+        if (e == DLM_OK) continue;
+        CHECK(!failed);
+        failed = 1;
+        CHECK_ERROR(e, DLM_E_INPUT, ctx, where);
+        CHECK(memcmp(kept, canvas, sizeof kept) == 0);
+        CHECK(canvas[f->seq * TOY_SLOTS + f->position] == FAULT_V - 1);
+        f->at = -1;
+    }
+    CHECK(failed && dlm_sampler_done(sm));
+}
+
+/* A sound run, then one for every place at which a logit can be bad: the ends of a
+   vector, of a run of 512, a suppressed token, the mask. */
+static void sampler_try_faults(dlm_ctx *ctx, dlm_session *s, dlm_sample_options o)
+{
+    static const int places[] = { 0, 1, 3, 15, 16, 17, 511, 512, FAULT_V - 2,
+                                  FAULT_V - 1 };
+    static const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
+    int canvas[FAULT_SEQS * TOY_SLOTS], sound[FAULT_SEQS * TOY_SLOTS], n_sound, n;
+    dlm_event events[FAULT_SEQS * FAULT_T];
+    sampler_fault f = { 1, 4, -1, 0 };
+    dlm_sampler *sm = NULL;
+    o.constrain = sampler_spoil;
+    o.user = &f;
+    CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+    sampler_try_fault(ctx, sm, &f, sound);
+    memcpy(events, dlm_sampler_trace(sm, &n_sound), sizeof events);
+    for (int i = 0; i < 10 * 3; i++) {
+        f.at = places[i / 3];
+        f.value = values[i % 3];
+        LABEL("order %d, temperature %g, gumbel %d, token %d is %g, %s", (int)o.order,
+              (double)o.temperature, o.gumbel, f.at, (double)f.value,
+              dlm_isa_name(dlm_active_isa(ctx)));
+        sampler_try_fault(ctx, sm, &f, canvas);
+        CHECK(memcmp(canvas, sound, sizeof canvas) == 0);
+        CHECK(memcmp(dlm_sampler_trace(sm, &n), events, sizeof events) == 0);
+        CHECK(n == n_sound && n == FAULT_SEQS * FAULT_T);
+    }
+    dlm_sampler_free(sm);
+}
+
+TEST(sampler_refuses_logits_that_are_not_numbers)
+{
+    static const int suppressed = 16;
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_model *m = toy_blank(ctx, FAULT_V);
+        dlm_session *s = toy_session(ctx, m, 0);
+        for (int k = 0; s && k < 3 * DLM_ORDER_COUNT; k++) {
+            dlm_sample_options o = {0};
+            o.order = (dlm_order)(k / 3);
+            o.temperature = k % 3 ? 1.0f : 0.0f;
+            o.gumbel = k % 3 == 2;
+            o.suppress = &suppressed;
+            o.n_suppress = 1;
+            sampler_try_faults(ctx, s, o);
+        }
+        dlm_session_free(s);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+/* The fault stands in a row of the head, in a bias that is spoilt after it was given, or
+   comes out of guidance, where both sides are infinite. */
+TEST(sampler_refuses_bad_weights_biases_and_guidance)
+{
+    for (int k = 0; k < 3 * TOY_KINDS; k++) {
+        toy_run r, kept;
+        dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+        dlm_config c = toy_config(k % TOY_KINDS);
+        float bias[TOY_VOCAB] = { 0 };
+        dlm_sample_options o = {0};
+        dlm_sampler *sm = NULL;
+        c.untied_head = 1;
+        dlm_model *m = toy_model_of(ctx, &c, 3);
+        dlm_session *s = toy_session(ctx, m, 1);
+        o.temperature = 1;
+        o.logit_bias = bias;
+        o.guidance = k / TOY_KINDS == 2 ? 1.0f : 0.0f;
+        LABEL("%s, case %d", toy_kind_names[k % TOY_KINDS], k / TOY_KINDS);
+        if (s) CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        for (int i = 0; m && i < dlm_model_tensors(m); i++) {
+            dlm_tensor t;
+            dlm_model_tensor(m, i, &t);
+            if (strcmp(t.name, "lm_head.weight") != 0 || k / TOY_KINDS == 1) continue;
+            for (int j = 0; j < t.cols; j++)         /* NaN; 0 and inf; c - u = NaN */
+                t.data[5 * t.cols + j] = k / TOY_KINDS ? INFINITY : (float)NAN;
+            dlm_model_changed(m);
+        }
+        if (k / TOY_KINDS == 1) bias[5] = INFINITY;
+        toy_canvas(&r, 1);
+        r.n_seqs = TOY_SEQS / 2;
+        kept = r;
+        if (sm) {
+            CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, r.n_seqs));
+            CHECK_ERROR(dlm_sampler_step(sm), DLM_E_INPUT, ctx, "the logit of token 5");
+        }
+        CHECK(toy_same_tokens(&r, &kept));
+        dlm_sampler_free(sm); dlm_session_free(s); dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+/* 1/T is infinite below 2.9e-39: the smallest temperatures are argmax all the same. */
+TEST(sampler_smallest_temperatures_are_argmax)
+{
+    static const float heats[] = { 1.4e-45f, 1e-40f, 2.9e-39f, 1e-37f, 1e-20f };
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int k = 0; k < TOY_KINDS * 2 * DLM_ORDER_COUNT; k++) {
+            dlm_model *m = toy_model(ctx, k % TOY_KINDS, 7);
+            dlm_sample_options o = {0};
+            toy_run want, got;
+            o.gumbel = k / TOY_KINDS % 2;
+            o.order = (dlm_order)(k / TOY_KINDS / 2);
+            toy_canvas(&want, 1);
+            toy_generate(&want, ctx, m, 1, &o);
+            for (int i = 0; i < 5; i++) {
+                o.temperature = heats[i];
+                LABEL("%s, order %d, temperature %g, %s", toy_kind_names[k % TOY_KINDS],
+                      (int)o.order, (double)heats[i], dlm_isa_name((dlm_isa)isa));
+                toy_canvas(&got, 1);
+                toy_generate(&got, ctx, m, 1, &o);
+                CHECK(toy_same_tokens(&got, &want) && toy_same_events(&got, &want));
+            }
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
 }
 
 /* A long canvas in a session of two rows: what the sampler keeps per mask must not run
@@ -4054,6 +4221,52 @@ TEST(cross_entropy_equals_double_on_every_isa)
     }
 }
 
+enum { SPOILT = 600 };
+
+/* Logits of which some are -INFINITY, one is bad, and the uniform distribution. */
+static void spoilt_fill(float *x, float *p, int at, float value)
+{
+    for (int v = 0; v < SPOILT; v++) x[v] = v < SPOILT - 40 ? 1.0f : -INFINITY;
+    for (int v = 0; v < SPOILT; v++) p[v] = 1.0f / SPOILT;
+    x[at] = value;
+}
+
+static void spoilt_check(double value, const float *gradient)
+{
+    CHECK(value != value);
+    for (int v = 0; v < SPOILT; v++) CHECK(gradient[v] != gradient[v]);
+}
+
+/* Wherever the bad logit stands, value and gradient tell: no ISA passes over it. */
+TEST(losses_of_logits_that_are_not_numbers_are_not_numbers)
+{
+    static const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
+    static float x[SPOILT], p[SPOILT];
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < SPOILT * 3; i += i < 99 || i > (SPOILT - 20) * 3 ? 1 : 7) {
+            const int at = i / 3, target = (at + 9) % (SPOILT - 40);
+            const float value = values[i % 3];
+            dlm_divergence_options o = {0};
+            o.kind = (dlm_divergence_kind)(i % 4);
+            o.sparse = i % 5 == 0 ? 7 : 0;
+            o.temperature = i % 3 ? 0.0f : 1e-40f;
+            LABEL("place %d, %g, %s", at, (double)value, dlm_isa_name((dlm_isa)isa));
+            spoilt_fill(x, p, at, value);
+            CHECK(!(fabs(dlm_log_sum_exp(ctx, x, SPOILT, NULL)) >= 0));
+            spoilt_check(dlm_cross_entropy(ctx, x, SPOILT, target, 1), x);
+            spoilt_fill(x, p, at, value);
+            spoilt_check(dlm_divergence(ctx, x, p, SPOILT, 1, &o), x);
+            spoilt_fill(x, p, at, value);                    /* now the teacher     */
+            dlm_teacher_probs(ctx, x, SPOILT, &o);
+            spoilt_check(dlm_divergence(ctx, p, x, SPOILT, 1, &o), p);
+        }
+        for (int v = 0; v < SPOILT; v++) x[v] = -INFINITY;
+        CHECK(dlm_log_sum_exp(ctx, x, SPOILT, NULL) == -INFINITY);
+        test_close(ctx);
+    }
+}
+
 /* Measured over 12 million arguments in [-87.3, 88.3]: at most 7.9e-8 relative with
    fused multiply-adds, 1.02e-7 without; half a unit in the last place is 6.0e-8. */
 #define EXP_BOUND 1.1e-7
@@ -4232,6 +4445,35 @@ TEST(log_likelihood_of_a_causal_model_is_exact)
     ref_close(&r);
     dlm_model_free(m);
     test_close(ctx);
+}
+
+/* A head whose row 5 is NaN: no error, but no number either, whatever the target is. */
+TEST(log_likelihood_of_bad_weights_is_not_a_number)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int kind = 0; kind < TOY_KINDS; kind++) {
+            static const int tokens[9] = { 1, 2, 3, 4, 6, 7, 8, 9, 10 };
+            dlm_config c = toy_config(kind);
+            double got = 0;
+            c.untied_head = 1;
+            dlm_model *m = toy_model_of(ctx, &c, 3);
+            dlm_session *s = toy_session(ctx, m, 0);
+            for (int i = 0; m && i < dlm_model_tensors(m); i++) {
+                dlm_tensor t;
+                dlm_model_tensor(m, i, &t);
+                if (strcmp(t.name, "lm_head.weight") == 0)
+                    t.data[5 * t.cols + 2] = (float)NAN;
+            }
+            if (m) dlm_model_changed(m);
+            LABEL("%s, %s", toy_kind_names[kind], dlm_isa_name((dlm_isa)isa));
+            if (s) CHECK_OK(dlm_log_likelihood(s, tokens, 9, 2, 4, 1, &got));
+            CHECK(got != got);
+            dlm_session_free(s);
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
 }
 
 /* ==[ training ]============================================================= */
@@ -7987,11 +8229,13 @@ TEST(divergences_vanish_for_equals_and_stay_finite_far_apart)
 static void opd_renormalise(double *p, const float *logits, int V,
                             const dlm_divergence_options *o)
 {
-    double sum = 0, best = 0, q[OPD_BIG];
+    const double heat = o->temperature > 0 ? (double)o->temperature : 1;
+    double sum = 0, best = 0, q[OPD_BIG], most = (double)logits[0];
+    for (int v = 0; v < V; v++) most = fmax(most, (double)logits[v]);
     for (int v = 0; v < V; v++) {
         int above = 0;
         for (int u = 0; u < V; u++) above += logits[u] > logits[v];
-        p[v] = exp((double)logits[v] / (o->temperature > 0 ? (double)o->temperature : 1));
+        p[v] = exp(((double)logits[v] - most) / heat);
         if (o->top_k > 0 && above >= o->top_k) p[v] = 0;
         sum += p[v];
     }
@@ -8016,19 +8260,19 @@ TEST(teacher_probabilities_are_tempered_then_filtered)
         { 0, 0, 0, 0 },    { 0.5f, 0, 0, 0 },  { 3, 0, 0, 0 },   { 0, 0, 0, 1 },
         { 0, 0, 0, 5 },    { 0, 0, 0, 9999 },  { 0, 0.7f, 0, 0 }, { 0, 1, 0, 0 },
         { 0, 0.001f, 0, 0 }, { 0, 0, 0.2f, 0 }, { 0, 0, 1, 0 }, { 2, 0.6f, 0.3f, 4 },
-        { 0.7f, 0.9f, 0.02f, 9 },
+        { 0.7f, 0.9f, 0.02f, 9 }, { 1e-40f, 0, 0, 0 },
     };
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    for (int i = 0; i < 13 * 5; i++) {
+    for (int i = 0; i < 14 * 5; i++) {
         float x[OPD_BIG];
         double want[OPD_BIG];
-        int V = i / 13 == 0 ? 1 : i / 13 == 1 ? 2 : i / 13 == 4 ? OPD_BIG : 17;
+        int V = i / 14 == 0 ? 1 : i / 14 == 1 ? 2 : i / 14 == 4 ? OPD_BIG : 17;
         test_fill(x, (size_t)V, 4.0f);
-        if (i / 13 == 3) x[3] = x[11] = x[4] = 4.5f;             /* ties stay together */
+        if (i / 14 == 3) x[3] = x[11] = x[4] = 4.5f;             /* ties stay together */
         dlm_divergence_options o = {0};
-        o.temperature = list[i % 13].temperature; o.top_k = list[i % 13].top_k;
-        o.top_p = list[i % 13].top_p; o.min_p = list[i % 13].min_p;
-        LABEL("options %d, V %d", i % 13, V);
+        o.temperature = list[i % 14].temperature; o.top_k = list[i % 14].top_k;
+        o.top_p = list[i % 14].top_p; o.min_p = list[i % 14].min_p;
+        LABEL("options %d, V %d", i % 14, V);
         opd_renormalise(want, x, V, &o);
         dlm_teacher_probs(ctx, x, V, &o);
         for (int v = 0; v < V; v++) CHECK_CLOSE(x[v], want[v], 1e-6);
@@ -9831,17 +10075,22 @@ static const test_case test_cases[] = {
     RUN(sampler_begin_refuses_bad_canvases),
     RUN(sampler_options_are_checked_by_name),
     RUN(sampler_reports_when_nothing_is_allowed),
+    RUN(sampler_refuses_logits_that_are_not_numbers),
+    RUN(sampler_refuses_bad_weights_biases_and_guidance),
+    RUN(sampler_smallest_temperatures_are_argmax),
     RUN(sampler_refuses_a_canvas_longer_than_its_rows),
     RUN(sampler_refuses_a_session_too_small_for_a_step),
     RUN(noise_levels_stay_in_range_and_spread),
     RUN(stratified_noise_levels_of_every_row_are_uniform),
     RUN(mask_tokens_masks_a_fraction_t_after_first),
     RUN(cross_entropy_equals_double_on_every_isa),
+    RUN(losses_of_logits_that_are_not_numbers_are_not_numbers),
     RUN(largest_and_second_largest_logits_are_found_wherever_they_stand),
     RUN(exp_is_within_its_bound_of_libm_on_every_isa),
     RUN(log_likelihood_expectation_is_the_exact_bound),
     RUN(log_likelihood_of_blocks_is_the_sum_of_their_bounds),
     RUN(log_likelihood_of_a_causal_model_is_exact),
+    RUN(log_likelihood_of_bad_weights_is_not_a_number),
     RUN(gradients_match_finite_differences_of_the_reference),
     RUN(gradients_of_long_sequences_match_finite_differences),
     RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),
