@@ -460,7 +460,9 @@ typedef enum dlm_order {     /* which masked positions are filled in this step  
     DLM_ORDER_CONFIDENCE = 0,/* the planned number of most confident ones (LLaDA)  */
     DLM_ORDER_THRESHOLD,     /* all with confidence > threshold, at least the plan */
     DLM_ORDER_ENTROPY,       /* the planned number of lowest entropies             */
-    DLM_ORDER_ENTROPY_BOUND, /* ascending while the entropies sum to < entropy_bound */
+    DLM_ORDER_ENTROPY_BOUND, /* ascending while the entropies sum to < entropy_bound, at
+                                least one: those of what is drawn from, tempered and
+                                filtered (SDAR); at temperature 0 the model's own  */
     DLM_ORDER_MARGIN,        /* the planned number of largest p1 - p2              */
     DLM_ORDER_RANDOM,        /* the planned number, uniformly                      */
     DLM_ORDER_SEQUENTIAL,    /* the planned number, left to right                  */
@@ -7086,6 +7088,18 @@ static dlm_error dlm__fail_softmax(dlm_ctx *ctx, const dlm__candidate *c, int V)
                      c->score > 0.0f ? "+infinity" : "NaN");
 }
 
+/* In nats, of the distribution that weights (V) stand for. */
+static double dlm__entropy(const float *w, int V)
+{
+    double sum = 0.0, sum_log = 0.0;
+    for (int v = 0; v < V; v++) {
+        if (w[v] <= 0.0f) continue;
+        sum += (double)w[v];
+        sum_log += (double)w[v] * log((double)w[v]);
+    }
+    return log(sum) - sum_log / sum;
+}
+
 /* Second largest logit, for the margin. */
 static float dlm__runner_up(const dlm__kernels *k, const float *logits, int V, int argmax)
 {
@@ -7134,6 +7148,8 @@ static void dlm__pick(void *user, int i, float *logits)
                                             (double)o->temperature));
         if (o->order == DLM_ORDER_CONFIDENCE || o->order == DLM_ORDER_THRESHOLD)
             c->score = c->confidence;
+        if (o->order == DLM_ORDER_ENTROPY_BOUND)
+            c->score = (float)-dlm__entropy(logits, V);
     }
     if (o->order == DLM_ORDER_THRESHOLD && o->left_first && c->confidence <= o->threshold)
         c->score = (float)-c->position;
