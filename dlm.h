@@ -480,7 +480,15 @@ typedef struct dlm_event {                 /* one token that was filled in      
 
 /* Pointers in it are borrowed until the sampler is freed. */
 typedef struct dlm_sample_options {        /* 0 in a field marked * = the default  */
-    int      steps;                        /* * = one per token: steps per block   */
+    int      steps;                        /* * = one per token: steps per block.  The
+                                              plan of a step is n // steps tokens, the
+                                              first n % steps steps one more, at least 1;
+                                              n: `block`, whatever of it is visible or
+                                              beyond the end (BLOCK, CAUSAL: SDAR, OPDLM),
+                                              or the masks that there were (FULL: LLaDA).
+                                              A block with masks left when its steps are
+                                              used up (ENTROPY_BOUND, remask_below) goes
+                                              on at the same rate                  */
     int      block;                        /* * = config.block, or the whole canvas
                                               when the pattern is FULL             */
     int      absolute_blocks;              /* 0: blocks are counted from the end of the
@@ -6823,12 +6831,14 @@ DLM_API void dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flop
 
 /* --[ which positions ]-------------------------------------------------------  */
 
-/* Positions to fill in this step: masks // steps, the remainder in the first steps. */
+/* Positions to fill in this step, if there are as many: cells // steps, the remainder in
+   the first steps.  Cells: the size of the block, when FULL the masks it began with. */
 static int dlm__planned(const dlm_sampler *sm, const dlm__lane *l)
 {
-    const int steps = sm->opt.steps ? sm->opt.steps : l->block_masks;
-    const int n = l->block_masks / steps + (l->block_step < l->block_masks % steps);
-    return dlm__max(n, 1);
+    const int full = sm->c->pattern == DLM_PATTERN_FULL;
+    const int cells = full ? l->block_masks : sm->opt.block;
+    const int steps = sm->opt.steps ? sm->opt.steps : cells;
+    return dlm__max(cells / steps + (l->block_step < cells % steps), 1);
 }
 
 static double dlm__sampler_uniform(const dlm_sampler *sm, int seq, uint32_t purpose,

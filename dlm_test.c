@@ -2786,9 +2786,13 @@ static void naive_decode(naive_run *n)
     int lo = n->o->absolute_blocks ? n->prompt / n->block * n->block : n->prompt;
     for (; lo < n->T; lo += n->block) {
         int hi = lo + n->block < n->T ? lo + n->block : n->T;
-        int masks = naive_masks(n, lo, hi), steps = n->o->steps ? n->o->steps : masks;
-        for (int s = 0; naive_masks(n, lo, hi) > 0; s++)
-            naive_step(n, lo, hi, masks / steps + (s < masks % steps));
+        int full = c->pattern == DLM_PATTERN_FULL;
+        int cells = full ? naive_masks(n, lo, hi) : n->block;
+        int steps = n->o->steps ? n->o->steps : cells;
+        for (int s = 0; naive_masks(n, lo, hi) > 0; s++) {
+            int plan = cells / steps + (s < cells % steps);
+            naive_step(n, lo, hi, plan > 0 ? plan : 1);
+        }
     }
 }
 
@@ -3241,6 +3245,44 @@ TEST(sampler_plan_is_masks_over_steps_remainder_first)
     dlm_model_free(m);
     test_close(ctx);
 }
+/* Blocks of 8 in a canvas of 13: of the first P tokens are visible, of the second three
+   lie beyond the end.  Both are filled as whole ones would be, until nothing is left. */
+TEST(sampler_plan_of_a_block_does_not_ask_what_is_visible)
+{
+    static const dlm_order planned[5] = {
+        DLM_ORDER_CONFIDENCE, DLM_ORDER_ENTROPY, DLM_ORDER_MARGIN, DLM_ORDER_RANDOM,
+        DLM_ORDER_SEQUENTIAL
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, test_seed);
+    for (int k = 0; k < 5 * 8 * 10; k++) {
+        toy_run r;
+        dlm_sample_options o = {0};
+        const int P = k % 8, left[2] = { 8 - P, 5 };
+        int count[TOY_SLOTS + 1] = { 0 }, step = 1;
+        memset(&r, 0, sizeof r);
+        r.n_seqs = 1;
+        toy_sequence(&r, 0, 13, P, 1);
+        o.order = planned[k / 80];
+        o.steps = k / 8 % 10;
+        o.block = 8;
+        o.absolute_blocks = 1;
+        LABEL("order %d, %d visible, %d steps", (int)o.order, P, o.steps);
+        toy_generate(&r, ctx, m, 1, &o);
+        for (int i = 0; i < r.n_events; i++) count[r.events[i].step]++;
+        for (int block = 0; block < 2; block++)
+            for (int s = 0, n = left[block]; n > 0; s++) {
+                int steps = o.steps ? o.steps : 8, plan = 8 / steps + (s < 8 % steps);
+                int want = plan < 1 ? 1 : plan < n ? plan : n;
+                CHECK(count[step++] == want);
+                n -= want;
+            }
+        CHECK(step == r.forwards + 1);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
 /* Canvases of `masks` masks after one visible token, in all sequences. */
 static void sampler_small_canvas(toy_run *r, int masks, int mask_id)
 {
@@ -10147,6 +10189,7 @@ static const test_case test_cases[] = {
     RUN(sampler_threshold_1_is_the_plan_and_a_tiny_one_takes_the_block),
     RUN(sampler_threshold_is_strict),
     RUN(sampler_plan_is_masks_over_steps_remainder_first),
+    RUN(sampler_plan_of_a_block_does_not_ask_what_is_visible),
     RUN(sampler_random_and_first_hitting_orders_are_uniform),
     RUN(sampler_ancestral_steps_are_uniform_and_independent),
     RUN(sampler_draws_follow_the_tempered_and_filtered_softmax),
