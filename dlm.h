@@ -522,8 +522,9 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
     void    *user;
     uint64_t seed;                         /* 0 is a seed like any other           */
     float    guidance;                     /* classifier-free: logits u + (s+1)(c - u), u
-                                              with the prompt masked; needs a session of
-                                              twice the sequences; 0: none         */
+                                              with all tokens masked that were given,
+                                              wherever they stand (LLaDA); needs a session
+                                              of twice the sequences; 0: none      */
     float    remask_below;                 /* a token of the active block is masked again,
                                               once, when its probability falls below this;
                                               0: never                             */
@@ -6578,7 +6579,7 @@ struct dlm_sampler {
     int               *canvas;      /* the caller's, (n_seqs, slots)               */
     unsigned char     *fixed;       /* (n_seqs, slots) visible from the beginning  */
     unsigned char     *remasked;    /* (n_seqs, slots) once is enough              */
-    float             *unguided;    /* (out, V) logits without the prompt          */
+    float             *unguided;    /* (out, V) logits without the given tokens    */
     dlm__lane         *lanes;       /* (seqs)                                      */
     dlm__candidate    *cands;       /* (n_seqs, slots)                             */
     int               *out_cand;    /* (out) first candidate of an out row         */
@@ -7251,7 +7252,8 @@ static void dlm__check_stop(dlm_sampler *sm, int seq)
     for (i++; i < l->length; i++) if (!fixed[i]) canvas[i] = sm->c->mask_id;
 }
 
-/* The same rows with the prompts masked, in lanes of their own; logits are kept. */
+/* The same rows with all given tokens masked, in lanes of their own; logits are kept.
+   What is given never changes, so the cached keys of these lanes stay right, too. */
 static dlm_error dlm__unguided_forward(dlm_sampler *sm, const dlm_batch *b)
 {
     const int twin = sm->s->w.seqs / 2;
@@ -7259,9 +7261,10 @@ static dlm_error dlm__unguided_forward(dlm_sampler *sm, const dlm_batch *b)
     for (int pass = 0; pass < 2; pass++) {          /* there and back              */
         for (int s = 0; s < sm->n_batch; s++) {
             const int seq = pass ? sm->lane_of[s] - twin : sm->lane_of[s];
+            const size_t first = (size_t)seq * (size_t)sm->s->w.slots;
             sm->lane_of[s] = pass ? seq : seq + twin;
             for (int i = sm->start[s]; i < sm->start[s + 1]; i++)
-                if (sm->slots[i] < sm->lanes[seq].prompt)
+                if (sm->fixed[first + (size_t)sm->slots[i]])
                     sm->tokens[i] = pass ? dlm__canvas_of(sm, seq)[sm->slots[i]]
                                          : sm->c->mask_id;
         }

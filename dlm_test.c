@@ -9468,12 +9468,13 @@ static float *opd_canvas_logits(dlm_ctx *ctx, const dlm_model *m, const int *can
     return test_logits(ctx, m, batch_close(&t, 2), 0);
 }
 
-/* All logits the sampler chose from are u + (s + 1)(c - u). */
+/* All logits the sampler chose from are u + (s + 1)(c - u), in u every token is masked
+   that stood in the first canvas: the second sequence has islands and no prompt. */
 static void opd_check_guidance(dlm_ctx *ctx, const dlm_model *m, int b)
 {
     static opd_watch w;
     dlm_sample_options o = {0};
-    int compared = 0;
+    int compared = 0, islands = 0;
     o.guidance = 1.5f; o.temperature = 1;
     w.forced = -1;
     opd_watch_run(&w, ctx, m, 2 * TOY_SEQS + 1, o);
@@ -9483,17 +9484,35 @@ static void opd_check_guidance(dlm_ctx *ctx, const dlm_model *m, int b)
         int canvas[TOY_SLOTS];
         memcpy(canvas, w.canvas[step] + q * TOY_SLOTS, sizeof canvas);
         float *c = opd_canvas_logits(ctx, m, canvas, T, P % b);
-        for (int j = 0; j < P; j++) canvas[j] = TOY_MASK;
+        for (int j = 0; j < T; j++)
+            if (w.canvas[0][q * TOY_SLOTS + j] != TOY_MASK) canvas[j] = TOY_MASK;
         float *u = opd_canvas_logits(ctx, m, canvas, T, P % b);
         for (int j = 0; j < T * TOY_VOCAB; j++) {
             const float *seen = w.logits[step][q * TOY_SLOTS + j / TOY_VOCAB];
             if (seen[0] != seen[0]) continue;
             compared++;
             CHECK_CLOSE(seen[j % TOY_VOCAB], u[j] + 2.5f * (c[j] - u[j]), 1e-4);
+            islands += q == 1 && fabsf(seen[j % TOY_VOCAB] - c[j]) > 0.1f;
         }
         free(c); free(u);
     }
-    CHECK(compared > 40 * TOY_VOCAB);
+    CHECK(compared > 40 * TOY_VOCAB && islands > 5 * TOY_VOCAB);
+}
+
+/* A canvas that begins with masks: what stands further right guides, too. */
+static void opd_check_infilling(dlm_ctx *ctx, const dlm_model *m)
+{
+    enum { M = TOY_MASK, T = 12 };
+    static const int given[T] = { M, M, 3, 7, M, M, 11, 2, M, M, 5, 6 };
+    int canvas[2][T];
+    for (int k = 0; k < 2; k++) {
+        dlm_sample_options o = {0};
+        o.guidance = 2.0f * (float)k;
+        memcpy(canvas[k], given, sizeof given);
+        CHECK_OK(dlm_sample(ctx, m, canvas[k], T, &o));
+        for (int i = 0; i < T; i++) CHECK(given[i] == M || canvas[k][i] == given[i]);
+    }
+    CHECK(memcmp(canvas[0], canvas[1], sizeof canvas[0]) != 0);
 }
 
 TEST(guidance_is_its_formula_and_needs_twice_the_sequences)
@@ -9502,6 +9521,7 @@ TEST(guidance_is_its_formula_and_needs_twice_the_sequences)
     for (int kind = 0; kind < 3; kind += 2) {
         dlm_model *m = toy_model(ctx, kind, 5);
         LABEL("%s", toy_kind_names[kind]);
+        opd_check_infilling(ctx, m);
         opd_check_guidance(ctx, m, kind == 0 ? 1 << 20 : 4);
         dlm_sample_options o = {0};
         dlm_session *s = toy_session(ctx, m, kind == 2);
