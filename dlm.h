@@ -6877,22 +6877,26 @@ static void dlm__keep_random(dlm_sampler *sm, dlm__lane *l, int seq, int keep)
 }
 
 /* Ancestral: from t to s each mask is revealed with probability 1 - s/t, which is
-   1/(steps - k) at step k of `steps` even ones.  Steps that reveal nothing need no
-   forward and are passed over (the cache of MDLM). */
+   1/(steps - k) at step k of `steps` even ones.  Each mask's step is then uniform on
+   0 .. steps - 1 and independent of the others, so it can be drawn at once, the same
+   number whenever it is asked for. */
+static int dlm__reveal_step(const dlm_sampler *sm, int seq, int position, int steps)
+{
+    return (int)(steps * dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, 0, position, 0));
+}
+
+/* Keeps the masks whose turn is next.  Steps that reveal nothing need no forward and are
+   passed over (the cache of MDLM). */
 static void dlm__keep_ancestral(dlm_sampler *sm, dlm__lane *l, int seq)
 {
     dlm__candidate *c = sm->cands + l->first;
     const int steps = sm->opt.steps ? sm->opt.steps : l->block_masks;
-    int kept = 0;
-    for (; kept == 0; l->block_step++) {
-        const double p = 1.0 / dlm__max(1, steps - l->block_step);
-        for (int i = 0; i < l->n; i++)
-            if (dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step, c[i].position,
-                                     (uint32_t)l->block_step) < p)
-                c[kept++] = c[i];
-    }
-    l->block_step--;
-    l->time = (float)dlm__max(0, steps - l->block_step - 1) / (float)steps;
+    int next = steps, kept = 0;
+    for (int i = 0; i < l->n; i++)
+        next = dlm__min(next, dlm__reveal_step(sm, seq, c[i].position, steps));
+    for (int i = 0; i < l->n; i++)
+        if (dlm__reveal_step(sm, seq, c[i].position, steps) == next) c[kept++] = c[i];
+    l->time = (float)(steps - next - 1) / (float)steps;
     sm->n_cands -= l->n - kept;
     l->n = kept;
 }

@@ -3378,6 +3378,87 @@ TEST(sampler_ancestral_steps_are_uniform_and_independent)
     test_close(ctx);
 }
 
+/* How many of n masks are revealed in step k of 4, given how many are left, is binomial
+   with p = 1/(4 - k). */
+TEST(sampler_ancestral_counts_are_binomial)
+{
+    enum { N = 5 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 5);
+    dlm_session *s = toy_session(ctx, m, 0);
+    int counts[4][N + 1][N + 1] = { { { 0 } } };           /* [step][left][revealed]  */
+    int checked = 0;
+    dlm_sample_options o = {0};
+    o.order = DLM_ORDER_ANCESTRAL;
+    o.steps = 4;
+    for (int round = 0; s && round < 600; round++) {
+        toy_run r;
+        int revealed[TOY_SEQS][5] = { { 0 } };
+        sampler_small_canvas(&r, N, TOY_MASK);
+        o.seed = test_seed + (uint64_t)round;
+        toy_drive(&r, s, &o);
+        CHECK_OK(r.error);
+        for (int i = 0; i < r.n_events; i++)
+            revealed[r.events[i].seq][3 - (int)floor(4 * r.events[i].time + 0.5f)]++;
+        for (int seq = 0; seq < TOY_SEQS; seq++)
+            for (int k = 0, left = N; k < 4; left -= revealed[seq][k], k++)
+                if (left > 0) counts[k][left][revealed[seq][k]]++;
+    }
+    for (int k = 0; k < 4; k++)
+        for (int left = k ? 1 : N; left <= N; left++) {
+            double p[N + 1], q = 1.0 / (4 - k), ways = 1;
+            int total = 0;
+            for (int j = 0; j <= left; ways = ways * (left - j) / (j + 1), j++) {
+                p[j] = ways * pow(q, j) * pow(1 - q, left - j);
+                total += counts[k][left][j];
+            }
+            LABEL("step %d, %d left", k, left);
+            if (total < 100) continue;                   /* 5 left at last are rare */
+            toy_check_counts(counts[k][left], p, left + 1);
+            checked++;
+        }
+    CHECK(checked >= 8);
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* With very many steps time is continuous: no two masks at once, any order, times as in
+   FIRST_HITTING, and as few forwards as masks. */
+TEST(sampler_ancestral_does_not_wait_for_empty_steps)
+{
+    static const int many[2] = { 100000000, 2147483647 };
+    const double p[6] = { 1.0/6, 1.0/6, 1.0/6, 1.0/6, 1.0/6, 1.0/6 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 0, 5);
+    dlm_session *s = toy_session(ctx, m, 0);
+    for (int k = 0; s && k < 2; k++) {
+        int counts[6] = { 0 };
+        double sum[3] = { 0 }, n = 0;
+        dlm_sample_options o = {0};
+        o.order = DLM_ORDER_ANCESTRAL;
+        o.steps = many[k];
+        for (int round = 0; round < 200; round++) {
+            toy_run r;
+            sampler_small_canvas(&r, 3, TOY_MASK);
+            o.seed = test_seed + (uint64_t)round;
+            toy_drive(&r, s, &o);
+            CHECK_OK(r.error);
+            CHECK(r.forwards == 3);
+            for (int q = 0; q < TOY_SEQS; q++) counts[sampler_permutation(&r, q)]++;
+            for (int i = 0; i < r.n_events; i++)
+                sum[(r.events[i].step - 1) % 3] += (double)r.events[i].time;
+            n += TOY_SEQS;
+        }
+        toy_check_counts(counts, p, 6);
+        for (int j = 0; j < 3; j++)        /* sorted uniforms; variance at most 1/20  */
+            CHECK_CLOSE(sum[j] / n, (3 - j) / 4.0, 5 * sqrt(1.0 / 20 / n));
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
 /* What the filters leave of the logits (V - 1, the mask is out), normalised: heat,
    then the k highest with ties, then a token whose predecessors have mass <= top_p,
    then those of at least min_p times the largest. */
@@ -10212,6 +10293,8 @@ static const test_case test_cases[] = {
     RUN(sampler_plan_of_a_block_does_not_ask_what_is_visible),
     RUN(sampler_random_and_first_hitting_orders_are_uniform),
     RUN(sampler_ancestral_steps_are_uniform_and_independent),
+    RUN(sampler_ancestral_counts_are_binomial),
+    RUN(sampler_ancestral_does_not_wait_for_empty_steps),
     RUN(sampler_draws_follow_the_tempered_and_filtered_softmax),
     RUN(sampler_entropy_bound_is_on_what_is_drawn_from),
     RUN(sampler_draws_of_different_steps_are_independent),
