@@ -8046,14 +8046,18 @@ static size_t dlm__utf8_put(char *out, uint32_t c)
     return 4;
 }
 
+/* The value of a hexadecimal digit, -1 when it is none. */
+static int dlm__hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
+        : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
 static uint32_t dlm__json_hex4(dlm__json *j)
 {
     uint32_t v = 0;
     for (int i = 0; i < 4; i++) {
-        const int c = j->p < j->end ? *j->p++ : 0;
-        const int digit = c >= '0' && c <= '9' ? c - '0'
-            : c >= 'a' && c <= 'f' ? c - 'a' + 10
-            : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        const int digit = dlm__hex_digit(j->p < j->end ? *j->p++ : '\0');
         if (digit < 0) j->bad = 1;
         v = v << 4 | (uint32_t)(digit & 15);
     }
@@ -8116,8 +8120,127 @@ static uint64_t dlm__json_count(dlm__json *j)
         if (v > (UINT64_MAX - 9) / 10) { j->bad = 1; break; }
         v = v * 10 + (uint64_t)(*j->p - '0');
     }
-    if (digits == 0) j->bad = 1;
+    if (digits == 0 || (digits > 1 && j->p[-digits] == '0')) j->bad = 1;
     return v;
+}
+
+/* --[ numbers ]---------------------------------------------------------------
+   The C library reads and writes numbers as the locale wants them, files have the form
+   of JSON wherever they come from.  A float is held exactly as decimal digits, digit i
+   standing for 10^(39 - i); its power of two is school arithmetic on them. */
+
+enum { DLM__WHOLE = 40, DLM__DIGITS = 240 };
+
+static void dlm__decimal_double(unsigned char *d)
+{
+    int carry = 0;
+    for (int i = DLM__DIGITS; i-- > 0; carry = carry >= 10) {
+        carry += 2 * d[i];
+        d[i] = (unsigned char)(carry % 10);
+    }
+}
+
+/* What falls off the end leaves a mark there: more than nothing. */
+static void dlm__decimal_halve(unsigned char *d)
+{
+    int rest = 0;
+    for (int i = 0; i < DLM__DIGITS; i++) {
+        rest = 10 * (rest & 1) + d[i];
+        d[i] = (unsigned char)(rest / 2);
+    }
+    d[DLM__DIGITS - 1] = (unsigned char)(d[DLM__DIGITS - 1] | (rest & 1));
+}
+
+/* What is before the point; 10^8 and more may be less than it is. */
+static uint32_t dlm__decimal_whole(const unsigned char *d)
+{
+    uint32_t v = 0;
+    for (int i = 0; i < DLM__WHOLE && v < 100000000; i++) v = 10 * v + d[i];
+    return v;
+}
+
+/* 1 when the digits from place i on round up: more than half, or half and odd before. */
+static int dlm__decimal_up(const unsigned char *d, int i, int odd)
+{
+    if (d[i] != 5) return d[i] > 5;
+    while (++i < DLM__DIGITS) if (d[i]) return 1;
+    return odd;
+}
+
+static int dlm__digits(const char **p, const char *end)
+{
+    const char *first = *p;
+    while (*p < end && **p >= '0' && **p <= '9') (*p)++;
+    return *p > first;
+}
+
+/* Where the JSON number that begins at p ends; NULL: there is none. */
+static const char *dlm__number_end(const char *p, const char *end)
+{
+    const char *first = p + (p < end && *p == '-');
+    p = first;
+    if (!dlm__digits(&p, end) || (*first == '0' && p > first + 1)) return NULL;
+    if (p < end && *p == '.') {
+        p++;
+        if (!dlm__digits(&p, end)) return NULL;
+    }
+    if (p < end && (*p == 'e' || *p == 'E')) {
+        p++;
+        if (p < end && (*p == '+' || *p == '-')) p++;
+        if (!dlm__digits(&p, end)) return NULL;
+    }
+    return p;
+}
+
+/* The digits at p; what is too large becomes INT64_MAX. */
+static int64_t dlm__whole_from(const char *p)
+{
+    int64_t v = 0;
+    for (; *p >= '0' && *p <= '9'; p++) {
+        if (v > (INT64_MAX - 9) / 10) return INT64_MAX;
+        v = 10 * v + (*p - '0');
+    }
+    return v;
+}
+
+/* The whole text as an integer in [least, most]; 0 when it is none. */
+static int dlm__int_from(const char *text, int64_t least, int64_t most, int64_t *out)
+{
+    const int minus = *text == '-';
+    const int64_t v = dlm__whole_from(text + minus);
+    const char *end = text + strlen(text);
+    *out = minus ? -v : v;
+    return strcspn(text, ".eE") == (size_t)(end - text)
+        && dlm__number_end(text, end) == end && *out >= least && *out <= most;
+}
+
+/* The whole text as the nearest float, of two the even one; 0 when it is none. */
+static int dlm__float_from(const char *text, float *out)
+{
+    unsigned char d[DLM__DIGITS] = { 0 };
+    const char *p = text + (*text == '-'), *end = text + strlen(text);
+    const char *point = p + strcspn(p, ".eE"), *power = p + strcspn(p, "eE");
+    const int sign = power < end && (power[1] == '+' || power[1] == '-');
+    int64_t far = power < end ? dlm__whole_from(power + 1 + sign) : 0, i;
+    int e = 0;
+    double v;
+    if (dlm__number_end(text, end) != end) return 0;
+    if (far > INT64_MAX / 4) far = INT64_MAX / 4;
+    i = DLM__WHOLE - (point - p) - (sign && power[1] == '-' ? -far : far);
+    for (; p < power; p++) {                    /* digit *p stands at place i      */
+        if (*p == '.') continue;
+        if (*p != '0' && i < 0) return 0;
+        if (*p != '0' && i < DLM__DIGITS) d[i] = (unsigned char)(*p - '0');
+        else if (*p != '0') d[DLM__DIGITS - 1] |= 1;
+        i++;
+    }
+    for (; dlm__decimal_whole(d) >= 1U << 24; e++) dlm__decimal_halve(d);
+    for (; dlm__decimal_whole(d) < 1U << 23 && e > -149; e--) dlm__decimal_double(d);
+    i = dlm__decimal_whole(d);
+    v = ldexp((double)(i + dlm__decimal_up(d, DLM__WHOLE, (int)i & 1)), e);
+    if (v > FLT_MAX) return 0;
+    *out = (float)(*text == '-' ? -v : v);
+    return 1;
 }
 
 static void dlm__json_skip(dlm__json *j, int depth);
@@ -8151,9 +8274,9 @@ static void dlm__json_skip(dlm__json *j, int depth)
         dlm__json_string(j, NULL, 0);
     } else if (!dlm__json_word(j, "true") && !dlm__json_word(j, "false")
                && !dlm__json_word(j, "null")) {
-        const char *first = j->p;
-        while (j->p < j->end && *j->p && strchr("+-0123456789.eE", *j->p)) j->p++;
-        if (j->p == first) j->bad = 1;
+        const char *end = dlm__number_end(j->p, j->end);
+        if (end) j->p = end;
+        else j->bad = 1;
     }
 }
 
@@ -8417,9 +8540,9 @@ static const char *dlm__piece_bytes(const dlm_tokenizer *t, int id, char *byte, 
 {
     const dlm__piece_entry *p = &t->pieces[id];
     *n = (size_t)p->size;
-    if (p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>') {
-        const char hex[3] = { p->text[3], p->text[4], '\0' };
-        *byte = (char)strtol(hex, NULL, 16);
+    if (p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>'
+        && dlm__hex_digit(p->text[3]) >= 0 && dlm__hex_digit(p->text[4]) >= 0) {
+        *byte = (char)(dlm__hex_digit(p->text[3]) << 4 | dlm__hex_digit(p->text[4]));
         *n = 1;
         return byte;
     }
@@ -8879,43 +9002,25 @@ static const dlm__field dlm__config_fields[] = {
 #undef DLM__FLOAT
 enum { DLM__N_FIELDS = sizeof dlm__config_fields / sizeof *dlm__config_fields };
 
-/* The decimal point of the current locale: files always have '.'. */
-static char dlm__decimal_point(void)
-{
-    char text[8];
-    snprintf(text, sizeof text, "%.1f", 0.5);
-    return text[1];
-}
-
-static void dlm__swap_char(char *text, char from, char to)
-{
-    for (; *text; text++) if (*text == from) *text = to;
-}
-
 static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safetensors *f)
 {
     memset(c, 0, sizeof *c);
     for (int i = 0; i < DLM__N_FIELDS; i++) {
         const dlm__field *field = &dlm__config_fields[i];
         const char *text = dlm_safetensors_metadata(f, field->name);
-        char *at = (char *)c + field->offset, *end, copy[32];
+        char *at = (char *)c + field->offset;
+        int64_t v = 0;
+        int sound;
         if (text == NULL && field->is_rare) continue;
         if (text == NULL)
             return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: no metadata \"%s\": not a "
                              "file of dlm_save", field->name);
-        snprintf(copy, sizeof copy, "%s", text);
-        if (field->is_float) {
-            dlm__swap_char(copy, '.', dlm__decimal_point());
-            *(float *)(void *)at = strtof(copy, &end);
-        } else {
-            const long v = strtol(copy, &end, 10);
-            if (v < -1 || v > INT_MAX) end = copy;
-            *(int *)(void *)at = (int)v;
-        }
-        if (end == copy || *end)
+        sound = field->is_float ? dlm__float_from(text, (float *)(void *)at)
+            : dlm__int_from(text, -1, INT_MAX, &v);
+        if (!field->is_float) *(int *)(void *)at = (int)v;
+        if (!sound)
             return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"",
-                             field->name,
-                             text);
+                             field->name, text);
     }
     return dlm_config_resolve(ctx, c);
 }
@@ -8957,13 +9062,16 @@ static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const c
 {
     const size_t size = strlen(hex) / 2;
     char *file = (char *)dlm__alloc(ctx, size + 1);
+    int wrong = strlen(hex) % 2 != 0;
     dlm_error e;
     if (file == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
     for (size_t i = 0; i < size; i++) {
-        const char pair[3] = { hex[2 * i], hex[2 * i + 1], '\0' };
-        file[i] = (char)strtol(pair, NULL, 16);
+        const int high = dlm__hex_digit(hex[2 * i]), low = dlm__hex_digit(hex[2 * i + 1]);
+        wrong |= high < 0 || low < 0;
+        file[i] = (char)((unsigned)high << 4 | (unsigned)low);
     }
-    e = dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, file, size);
+    e = wrong ? dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars is not hexadecimal")
+              : dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, file, size);
     dlm__release(ctx, file);
     return e;
 }
@@ -9167,6 +9275,40 @@ static size_t dlm__json_quote(char *out, const char *text)
     return n + 1;
 }
 
+/* The printf form %.9g, from which every finite float can be read again; out (24). */
+static void dlm__float_text(char *out, float x)
+{
+    unsigned char d[DLM__DIGITS] = { 0 };
+    int e, first = x == 0.0f ? DLM__WHOLE - 1 : 0, last, point, i = DLM__WHOLE;
+    DLM_ASSERT(fabsf(x) <= FLT_MAX);
+    for (uint32_t m = (uint32_t)ldexp(frexp(fabsf(x), &e), 24); m; m /= 10)
+        d[--i] = (unsigned char)(m % 10);
+    for (e -= 24; e > 0; e--) dlm__decimal_double(d);
+    for (; e < 0; e++) dlm__decimal_halve(d);
+    while (x != 0.0f && d[first] == 0) first++;
+    last = i = first + 8;
+    if (dlm__decimal_up(d, i + 1, d[i] & 1)) {
+        for (; d[i] == 9; i--) d[i] = 0;
+        d[i]++;
+        first = i < first ? i : first;
+    }
+    while (last > first && d[last] == 0) last--;
+    e = DLM__WHOLE - 1 - first;                 /* the power of the first digit    */
+    point = e < -4 || e > 8 ? first + 1 : DLM__WHOLE;
+    if (signbit(x)) *out++ = '-';
+    for (i = dlm__min(first, point - 1); i < point || i <= last; i++) {
+        if (i == point) *out++ = '.';
+        *out++ = (char)('0' + d[i]);
+    }
+    if (point != DLM__WHOLE) {
+        *out++ = 'e';
+        *out++ = e < 0 ? '-' : '+';
+        *out++ = (char)('0' + abs(e) / 10);
+        *out++ = (char)('0' + abs(e) % 10);
+    }
+    *out = '\0';
+}
+
 typedef struct dlm__text { char *out; size_t n; } dlm__text;
 
 static void dlm__put(dlm__text *t, const char *s)
@@ -9222,13 +9364,8 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
         const char *at = (const char *)c + f->offset;
         char value[32];
         if (f->is_rare && *(const int *)(const void *)at == 0) continue;
-        if (f->is_float) {
-            snprintf(value, sizeof value, "%.9g",
-                     (double)*(const float *)(const void *)at);
-            dlm__swap_char(value, dlm__decimal_point(), '.');
-        } else {
-            snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
-        }
+        if (f->is_float) dlm__float_text(value, *(const float *)(const void *)at);
+        else snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
         dlm__put_pair(t, f->name, value);
     }
 }
@@ -9398,6 +9535,9 @@ DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
     return dlm__write_file(t->w.ctx, path, &c);
 }
 
+/* Up to here a double, in which steps are written and reckoned with, is exact. */
+#define DLM__STEPS_MOST ((int64_t)1 << 53)
+
 /* Checks everything before anything is copied. */
 static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
 {
@@ -9406,8 +9546,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
     dlm__content c;
     dlm_config config;
-    char *end;
-    long long steps;
+    int64_t steps;
     dlm_error e = dlm__config_from(&config, ctx, f);
     if (e != DLM_OK) return e;
     if (memcmp(&config, &t->m->config, sizeof config) != 0)
@@ -9417,9 +9556,9 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         return dlm__fail(ctx, DLM_E_MISMATCH,
                          "training state: objective %s, the trainer's "
                          "is %s", objective ? objective : "missing", t->kind->name);
-    steps = strtoll(step, &end, 10);
-    if (steps < 0 || *end || end == step)
-        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\"", step);
+    if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
+        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
+                         "0..2^53", step);
     dlm__trainer_pieces(&c, t);
     for (int i = 0; i < c.n_pieces; i++) {
         const dlm_st_tensor *x = dlm_safetensors_find(f, c.pieces[i].name);

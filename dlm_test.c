@@ -5997,6 +5997,27 @@ TEST(safetensors_rejects_malformed_headers)
     }
     test_close(ctx);
 }
+
+/* Numbers have the form of JSON even where they are passed over. */
+TEST(safetensors_rejects_what_is_no_number)
+{
+    static const char *const shapes[] = {
+        "[01]", "[1],\"x\":1.2.3", "[1],\"x\":-", "[1],\"x\":01", "[1],\"x\":1e+",
+        "[1],\"x\":.5", "[1],\"x\":5.", "[1],\"x\":+1", "[1],\"x\":1e5",
+        "[1],\"x\":-0.5E-07"
+    };
+    const int wrong = 8;                   /* the last two are numbers             */
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int i = 0; i < wrong + 2; i++) {
+        char header[120];
+        snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"U8\",\"shape\":%s,"
+                 "\"data_offsets\":[0,1]}}", shapes[i]);
+        LABEL("%s", header);
+        CHECK(file_parse(ctx, header, NULL, 1) == (i < wrong ? DLM_E_FORMAT : DLM_OK));
+    }
+    test_close(ctx);
+}
+
 /* A header is UTF-8: what is not would come back as a name nobody can print. */
 TEST(safetensors_rejects_headers_that_are_not_utf8)
 {
@@ -6280,24 +6301,88 @@ TEST(checkpoint_round_trip_is_bit_exact_with_every_feature)
     test_close(ctx);
 }
 
-/* Under a locale with a decimal comma the numbers in a file are written and read as
-   everywhere else. */
+/* Any bits, now and then special ones. */
+static float number_float(int k)
+{
+    static const uint32_t special[] = {
+        0, 0x80000000u, 1, 0x007FFFFFu, 0x00800000u, 0x7F7FFFFFu, 0xFF7FFFFFu,
+        0x3F800000u, 0x4B7FFFFFu, 0x4B800000u, 0x501502F9u /* 1e10 */, 0x38D1B717u
+    };
+    const uint32_t bits = k < 12 ? special[k] : (uint32_t)(test_bits() >> 20);
+    float x;
+    memcpy(&x, &bits, 4);
+    return fabsf(x) <= 3.4028235e38f ? x : 1.0f;
+}
+
+/* In the C locale the library's routines are the reference: the same characters, the
+   same floats, the same refusals. */
+TEST(numbers_in_files_are_what_the_c_library_would_write_and_read)
+{
+    static const char *const wrong[] = {
+        "", "-", ".5", "5.", "1e", "1e+", "01", "-01", "+1", " 1", "1 ", "1,5", "0x10",
+        "nan", "inf", "1e99", "-3.4028236e38", "1e99999999999999999999", "1.5.5", "1e5e5"
+    };
+    static const struct { const char *text; int sound; double v; } whole[] = {
+        { "0", 1, 0 }, { "-7", 1, -7 }, { "9007199254740992", 1, 9007199254740992.0 },
+        { "9007199254740993", 0, 0 }, { "9223372036854775808", 0, 0 }, { "-8", 0, 0 },
+        { "99999999999999999999999", 0, 0 }, { "1.0", 0, 0 }, { "1e3", 0, 0 },
+        { "07", 0, 0 }, { "", 0, 0 }, { "-", 0, 0 }, { "+1", 0, 0 }, { "1 ", 0, 0 }
+    };
+    float x, y = 0, z;
+    int64_t v = 0;
+    for (int k = 0; k < 3000; k++) {
+        char ours[24], theirs[64];
+        x = number_float(k);
+        dlm__float_text(ours, x);
+        snprintf(theirs, sizeof theirs, "%.9g", (double)x);
+        LABEL("%s", theirs);
+        CHECK(strcmp(ours, theirs) == 0);
+        CHECK(dlm__float_from(ours, &y) && memcmp(&x, &y, 4) == 0);
+        snprintf(theirs, sizeof theirs, "%.*e", k % 44, (double)x * (1 + 3e-8 * (k % 3)));
+        LABEL("%s", theirs);
+        z = strtof(theirs, NULL);
+        if (!(fabsf(z) <= 3.4028235e38f)) CHECK(!dlm__float_from(theirs, &y));
+        else CHECK(dlm__float_from(theirs, &y) && memcmp(&z, &y, 4) == 0);
+    }
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        LABEL("\"%s\"", wrong[i]);
+        CHECK(!dlm__float_from(wrong[i], &y));
+    }
+    for (size_t i = 0; i < sizeof whole / sizeof *whole; i++) {
+        LABEL("\"%s\"", whole[i].text);
+        CHECK(dlm__int_from(whole[i].text, -7, (int64_t)1 << 53, &v) == whole[i].sound);
+        if (whole[i].sound) CHECK((double)v == whole[i].v);
+    }
+    LABEL("half between two floats, and a little more");
+    CHECK(dlm__float_from("16777217", &y) && y == 16777216.0f);
+    CHECK(dlm__float_from("16777219", &y) && y == 16777220.0f);
+    CHECK(dlm__float_from("16777217.00000000000000000000000000000000000000000000001", &y)
+          && y == 16777218.0f);
+    CHECK(dlm__float_from("1e-99999999999999999999", &y) && y == 0);
+}
+
+/* Under a locale with another decimal point, of one byte or two, the numbers in a file
+   are written and read as everywhere else. */
 TEST(checkpoint_does_not_depend_on_the_locale)
 {
-    static const char *const commas[] = { "de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8",
-                                          "fr_FR.utf8", "de_DE", "German_Germany.1252" };
+    static const char *const commas[] = {
+        "ps_AF", "ps_AF.UTF-8", "fa_IR", "fa_IR.UTF-8", "de_DE.UTF-8", "de_DE.utf8",
+        "fr_FR.UTF-8", "fr_FR.utf8", "de_DE", "German_Germany.1252"
+    };
     const char *path = "dlm_test_comma.st", *found = NULL;
     for (size_t i = 0; i < sizeof commas / sizeof commas[0] && !found; i++)
         found = setlocale(LC_NUMERIC, commas[i]);
-    if (!found) SKIP("no locale with a decimal comma is installed");
+    if (!found) SKIP("no locale with another decimal point is installed");
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    dlm_model *m = NULL, *back = NULL;
+    dlm_model *m = NULL, *back = NULL, *there = NULL;
     dlm_config c = checkpoint_config(6);
     CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
     if (m) CHECK_OK(dlm_save(ctx, path, m, NULL));
+    CHECK_OK(dlm_load(&there, NULL, ctx, path));
     setlocale(LC_NUMERIC, "C");
     CHECK_OK(dlm_load(&back, NULL, ctx, path));
     if (m && back) CHECK(memcmp(&m->config, &back->config, sizeof m->config) == 0);
+    dlm_model_free(there);
     dlm_model_free(m);
     dlm_model_free(back);
     remove(path);
@@ -10350,6 +10435,7 @@ static const test_case test_cases[] = {
     RUN(safetensors_widens_singles_and_doubles),
     RUN(safetensors_rejects_metadata_twice),
     RUN(safetensors_rejects_malformed_headers),
+    RUN(safetensors_rejects_what_is_no_number),
     RUN(safetensors_rejects_headers_that_are_not_utf8),
     RUN(safetensors_errors_name_the_tensor),
     RUN(safetensors_rejects_long_names_and_deep_nesting),
@@ -10359,6 +10445,7 @@ static const test_case test_cases[] = {
     RUN(safetensors_parses_a_released_layout),
     RUN(safetensors_open_reports_unreadable_files),
     RUN(checkpoint_round_trip_is_bit_exact_with_every_feature),
+    RUN(numbers_in_files_are_what_the_c_library_would_write_and_read),
     RUN(checkpoint_does_not_depend_on_the_locale),
     RUN(checkpoint_carries_its_tokenizer),
     RUN(checkpoint_carries_every_character),
