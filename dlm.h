@@ -100,7 +100,8 @@
 
    THREADS AND DETERMINISM         one context per thread of control; no globals
        A forked child has no workers: it must not use or shut down its parent's context.
-       The built-in pool needs POSIX threads; elsewhere give a hook, or one thread works.
+       The built-in pool needs POSIX threads and gcc's atomics; elsewhere give a hook, or
+       one thread works.
        Same binary, same ISA: bit-identical results for any number of threads and any
        neighbours in a batch, because work is shared out over outputs, never over sums.
        In f32 ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
@@ -1051,8 +1052,9 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
   #endif
 #endif
 
-#if !defined(DLM_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
-#define DLM__POSIX_THREADS 1
+#if !defined(DLM_NO_THREADS) && defined(__ATOMIC_SEQ_CST) \
+    && (defined(__unix__) || defined(__APPLE__))
+#define DLM__POSIX_THREADS 1        /* tcc has had no atomics for long             */
 #include <pthread.h>
 #include <unistd.h>
 #endif
@@ -2408,8 +2410,8 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #include DLM_SELF
 
 /* --[ avx512 ]----------------------------------------------------------------
-   Words of gcc without a mask start from a register that is never set, of which g++ -Wall
-   warns wherever they are used; those with a mask, all of it set, become the same code. */
+   Words of gcc without a mask start from a register that is never set, of which g++
+   -Wall warns wherever they are used; those whose mask is all set are the same code. */
 #define DLM__AVX512 __attribute__((target("avx512f,avx512bw")))
 #define DLM__ALL ((__mmask16)0xffff)
 DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
