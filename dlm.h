@@ -4860,11 +4860,22 @@ static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
         if (b->lanes && (b->lanes[s] < 0 || b->lanes[s] >= w->seqs))
             return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] = %d, wants 0..%d", s,
                              b->lanes[s], w->seqs - 1);
-        for (int r = 0; b->lanes && r < s; r++)
-            if (b->lanes[r] == b->lanes[s])
-                return dlm__fail(w->ctx, DLM_E_INPUT,
-                                 "batch: lanes[%d] and lanes[%d] are "
-                                 "both %d", r, s, b->lanes[s]);
+    }
+    return DLM_OK;
+}
+
+/* No two sequences share a cache.  n_slots, which is filled in afterwards, remembers who
+   has which lane. */
+static dlm_error dlm__check_lanes(const dlm__work *w, const dlm_batch *b)
+{
+    if (b->lanes == NULL) return DLM_OK;
+    for (int s = 0; s < b->n_seqs; s++) w->n_slots[b->lanes[s]] = -1;
+    for (int s = 0; s < b->n_seqs; s++) {
+        int *owner = &w->n_slots[b->lanes[s]];
+        if (*owner >= 0)
+            return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] and lanes[%d] are "
+                             "both %d", *owner, s, b->lanes[s]);
+        *owner = s;
     }
     return DLM_OK;
 }
@@ -4948,6 +4959,7 @@ static void dlm__take_out_rows(dlm__work *w, const dlm_batch *b)
 static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
 {
     dlm_error e = dlm__check_sequences(w, b);
+    if (e == DLM_OK) e = dlm__check_lanes(w, b);
     if (e != DLM_OK) return e;
     dlm__take_rows(w, b);
     for (int s = 0; s < w->n_seqs; s++)
@@ -6579,7 +6591,6 @@ typedef struct dlm__candidate {     /* one masked position whose logits are want
     int   token;                    /* negative: dlm__no_softmax                   */
     int   out;                      /* which out row predicts it                   */
     float confidence, score;        /* probability; what the order sorts by        */
-    int   taken;
     int   check;                    /* already filled in; is it still likely?      */
 } dlm__candidate;
 
@@ -6872,20 +6883,60 @@ static void dlm__add_candidate(dlm_sampler *sm, int seq, int position)
     sm->lanes[seq].n++;
 }
 
-/* Keeps the `keep` candidates of the lane with the smallest random keys, in place. */
+/* The order of candidates: larger score first, of equal ones the left one; what is only
+   checked comes last. */
+static int dlm__comes_before(const dlm__candidate *a, const dlm__candidate *b)
+{
+    if (a->check != b->check) return b->check;
+    if (a->score != b->score) return a->score > b->score;
+    return a->position < b->position;
+}
+
+/* A heap: c[i] comes before c[2i+1] and c[2i+2], so c[0] before all.  c[i] sinks until
+   this holds again in c (n). */
+static void dlm__sink(dlm__candidate *c, int i, int n)
+{
+    const dlm__candidate moved = c[i];
+    for (int j = 2 * i + 1; j < n; j = 2 * i + 1) {
+        if (j + 1 < n && dlm__comes_before(&c[j + 1], &c[j])) j++;
+        if (!dlm__comes_before(&c[j], &moved)) break;
+        c[i] = c[j];
+        i = j;
+    }
+    c[i] = moved;
+}
+
+static void dlm__make_heap(dlm__candidate *c, int n)
+{
+    for (int i = n / 2 - 1; i >= 0; i--) dlm__sink(c, i, n);
+}
+
+/* Takes c[0] off a heap of n: it changes places with the last, and n - 1 are left. */
+static void dlm__pop(dlm__candidate *c, int n)
+{
+    const dlm__candidate first = c[0];
+    c[0] = c[n - 1];
+    c[n - 1] = first;
+    dlm__sink(c, 0, n - 1);
+}
+
+/* Keeps the `keep` candidates with the smallest random keys, left to right. */
 static void dlm__keep_random(dlm_sampler *sm, dlm__lane *l, int seq, int keep)
 {
     dlm__candidate *c = sm->cands + l->first;
+    const int left = l->n - keep;
+    if (left <= 0) return;
     for (int i = 0; i < l->n; i++)
-        c[i].score = (float)dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
-                                                 c[i].position, 0);
-    while (l->n > keep) {
-        int worst = 0;
-        for (int i = 1; i < l->n; i++) if (c[i].score > c[worst].score) worst = i;
-        memmove(c + worst, c + worst + 1, (size_t)(l->n - worst - 1) * sizeof *c);
-        l->n--;
-        sm->n_cands--;
-    }
+        c[i].score = -(float)dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
+                                                  c[i].position, 0);
+    dlm__make_heap(c, l->n);
+    for (int n = l->n; n > left; n--) dlm__pop(c, n);
+    memmove(c, c + left, (size_t)keep * sizeof *c);
+    for (int i = 0; i < keep; i++) c[i].score = (float)c[i].position;
+    dlm__make_heap(c, keep);
+    for (int n = keep; n > 1; n--) dlm__pop(c, n);      /* rightmost to the end     */
+    l->n = keep;
+    sm->n_cands -= left;
 }
 
 /* Ancestral: from t to s each mask is revealed with probability 1 - s/t, which is
@@ -7197,33 +7248,20 @@ static void dlm__commit(dlm_sampler *sm, const dlm__candidate *c)
     e->time = l->time;
 }
 
-static dlm__candidate *dlm__best_candidate(dlm_sampler *sm, const dlm__lane *l)
-{
-    dlm__candidate *best = NULL;
-    for (int i = l->first; i < l->first + l->n; i++) {
-        dlm__candidate *c = &sm->cands[i];
-        if (c->taken || c->check) continue;
-        if (best == NULL || c->score > best->score) best = c;
-    }
-    return best;
-}
-
 /* Commits in order of score until the order says stop. */
 static void dlm__commit_lane(dlm_sampler *sm, int seq)
 {
     dlm__lane *l = &sm->lanes[seq];
+    dlm__candidate *c = sm->cands + l->first;
     const dlm_order order = sm->opt.order;
     const int plan = dlm__order_is_blind(order) ? l->n : dlm__planned(sm, l);
     const int masks = dlm__count_masks(sm, seq, l->a, l->e);
     double entropy = 0.0;
-    int n = 0;
     if (order == DLM_ORDER_FIRST_HITTING)
         l->time *= (float)pow(dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
                                                    l->length, 0), 1.0 / masks);
-    for (int i = l->first; i < l->first + l->n; i++) sm->cands[i].taken = 0;
-    for (; n < l->n; n++) {
-        dlm__candidate *c = dlm__best_candidate(sm, l);
-        if (c == NULL) break;
+    dlm__make_heap(c, l->n);
+    for (int n = 0; n < l->n && !c->check; n++) {       /* c: the best that is left */
         entropy -= (double)c->score;
         if (order == DLM_ORDER_ENTROPY_BOUND) {
             if (n > 0 && !(entropy < (double)sm->opt.entropy_bound)) break;
@@ -7231,16 +7269,15 @@ static void dlm__commit_lane(dlm_sampler *sm, int seq)
                                   && c->confidence > sm->opt.threshold)) {
             break;
         }
-        c->taken = 1;
         if (order != DLM_ORDER_ANCESTRAL && order != DLM_ORDER_FIRST_HITTING)
             l->time = (float)(masks - n - 1) / (float)l->block_masks;
         dlm__commit(sm, c);
+        dlm__pop(c, l->n - n);
     }
-    for (int i = l->first; i < l->first + l->n; i++) {
-        const dlm__candidate *c = &sm->cands[i];
-        if (!c->check || c->confidence >= sm->opt.remask_below) continue;
-        dlm__canvas_of(sm, seq)[c->position] = sm->c->mask_id;
-        sm->remasked[(size_t)seq * (size_t)sm->s->w.slots + (size_t)c->position] = 1;
+    for (int i = 0; i < l->n; i++) {
+        if (!c[i].check || c[i].confidence >= sm->opt.remask_below) continue;
+        dlm__canvas_of(sm, seq)[c[i].position] = sm->c->mask_id;
+        sm->remasked[(size_t)seq * (size_t)sm->s->w.slots + (size_t)c[i].position] = 1;
     }
     l->step++;
     l->block_step++;
@@ -7253,13 +7290,14 @@ static int dlm__is_stop(const dlm_sampler *sm, int token)
     return 0;
 }
 
-/* Ends the sequence at the first generated stop token with no mask before it. */
+/* Ends the sequence at the first generated stop token with no mask before it.  There is
+   none before the active block: that was looked through when it was active. */
 static void dlm__check_stop(dlm_sampler *sm, int seq)
 {
     dlm__lane *l = &sm->lanes[seq];
     int *canvas = dlm__canvas_of(sm, seq);
     const unsigned char *fixed = sm->fixed + (size_t)seq * (size_t)sm->s->w.slots;
-    int i = l->prompt;
+    int i = l->a;
     while (i < l->e && canvas[i] != sm->c->mask_id
            && (fixed[i] || !dlm__is_stop(sm, canvas[i]))) i++;
     if (sm->opt.n_stop == 0 || i >= l->e || canvas[i] == sm->c->mask_id) return;

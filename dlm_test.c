@@ -1775,6 +1775,7 @@ static void batch_try_all(dlm_ctx *ctx, dlm_session *s, int cached)
     TRY(r.slots[5] = TOY_SLOTS, "slot");
     if (cached) TRY(r.lanes[1] = -1, "lane");
     if (cached) TRY(r.lanes[1] = TOY_SEQS, "lane");
+    if (cached) TRY(r.lanes[1] = 0, "lanes[0] and lanes[1] are both 0");
     TRY(r.keys[3].lo0 = -1, "key");
     TRY(r.keys[3].hi0 = TOY_SLOTS + 1, "key");
     TRY((r.keys[3].lo0 = 3, r.keys[3].hi0 = 2), "key");
@@ -1792,6 +1793,30 @@ static void batch_try_all(dlm_ctx *ctx, dlm_session *s, int cached)
     LABEL("sound, cached %d", cached);
     CHECK_OK(dlm_forward(s, &r.b, batch_score, NULL));
     CHECK(batch_scored == 3);
+}
+
+/* A million lanes, shuffled, then one of them twice; all pairs would take minutes. */
+TEST(batch_lanes_are_checked_in_one_go)
+{
+    enum { S = 1 << 20 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int *start = (int *)calloc(S + 1, sizeof(int));
+    int *lanes = (int *)calloc(S, sizeof(int));
+    dlm__work w;
+    dlm_batch b = {0};
+    memset(&w, 0, sizeof w);
+    w.ctx = ctx; w.seqs = S; w.rows = 1;
+    w.n_slots = (int *)calloc(S, sizeof(int));
+    b.n_seqs = S; b.start = start; b.lanes = lanes;
+    for (int i = 0; i < S; i++) lanes[i] = (int)dlm_shuffled(1, 0, S, (size_t)i);
+    CHECK_OK(dlm__check_sequences(&w, &b));
+    CHECK_OK(dlm__check_lanes(&w, &b));
+    CHECK_OK(dlm__check_lanes(&w, &b));
+    lanes[S - 1] = lanes[77];
+    CHECK_ERROR(dlm__check_lanes(&w, &b), DLM_E_INPUT, ctx,
+                "lanes[77] and lanes[1048575]");
+    free(start); free(lanes); free(w.n_slots);
+    test_close(ctx);
 }
 
 TEST(forward_refuses_bad_batches_by_name)
@@ -3460,6 +3485,71 @@ TEST(sampler_ancestral_does_not_wait_for_empty_steps)
     dlm_session_free(s);
     dlm_model_free(m);
     test_close(ctx);
+}
+
+/* A sampler of one lane whose n candidates are all masks of a canvas, without a model. */
+typedef struct sampler_crowd {
+    dlm_sampler sm;
+    dlm_session s;
+    dlm_config  c;
+    dlm__lane   lane;
+} sampler_crowd;
+
+static void sampler_crowd_open(sampler_crowd *w, int n)
+{
+    memset(w, 0, sizeof *w);
+    w->c.pattern = DLM_PATTERN_FULL;
+    w->s.w.slots = w->lane.n = w->lane.e = w->lane.block_masks = w->sm.n_cands = n;
+    w->sm.s = &w->s; w->sm.c = &w->c; w->sm.lanes = &w->lane;
+    w->sm.canvas = (int *)test_malloc((size_t)n * sizeof(int));
+    w->sm.trace = (dlm_event *)test_malloc((size_t)n * sizeof(dlm_event));
+    w->sm.cands = (dlm__candidate *)test_malloc((size_t)n * sizeof(dlm__candidate));
+    for (int i = 0; i < n; i++) {
+        dlm__candidate *c = &w->sm.cands[i];
+        memset(c, 0, sizeof *c);
+        c->position = i;
+        c->token = 1;
+        c->score = c->confidence = (float)(test_below(n / 4) + 1);      /* with ties */
+        w->sm.canvas[i] = 0;
+    }
+}
+
+static void sampler_crowd_close(sampler_crowd *w)
+{
+    free(w->sm.canvas); free(w->sm.trace); free(w->sm.cands);
+}
+
+/* Repeated scans would take minutes here. */
+TEST(sampler_chooses_among_half_a_million_candidates)
+{
+    enum { N = 1 << 19, KEEP = N / 3 };
+    sampler_crowd w;
+    sampler_crowd_open(&w, N);
+    w.sm.opt.steps = 1;
+    dlm__commit_lane(&w.sm, 0);
+    CHECK(w.sm.n_events == N);
+    for (int i = 1; i < w.sm.n_events; i++) {
+        const dlm_event *a = &w.sm.trace[i - 1], *b = &w.sm.trace[i];
+        CHECK(a->confidence > b->confidence
+              || (a->confidence == b->confidence && a->position < b->position));
+    }
+    for (int i = 0; i < N; i++) CHECK(w.sm.canvas[i] == 1);
+    sampler_crowd_close(&w);
+
+    sampler_crowd_open(&w, N);
+    dlm__keep_random(&w.sm, &w.lane, 0, KEEP);
+    CHECK(w.lane.n == KEEP && w.sm.n_cands == KEEP);
+    float in = 0, out = 1;                 /* largest key kept, smallest left out     */
+    for (int i = 0, k = 0; i < N; i++) {
+        float key = (float)dlm__sampler_uniform(&w.sm, 0, DLM_RANDOM_ORDER, 0, i, 0);
+        const int kept = k < KEEP && w.sm.cands[k].position == i;
+        k += kept;
+        if (kept && key > in) in = key;
+        if (!kept && key < out) out = key;
+        if (i == N - 1) CHECK(k == KEEP);  /* so they stand left to right             */
+    }
+    CHECK(in <= out);
+    sampler_crowd_close(&w);
 }
 
 /* What the filters leave of the logits (V - 1, the mask is out), normalised: heat,
@@ -9832,14 +9922,15 @@ TEST(remasking_revises_unlikely_tokens_once)
 {
     static opd_watch w, plain;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    for (int i = 0; i < 2 * 3 * 2; i++) {
+    for (int i = 0; i < 2 * 4 * 2; i++) {
+        static const dlm_order orders[4] = { DLM_ORDER_CONFIDENCE, DLM_ORDER_THRESHOLD,
+                                             DLM_ORDER_MARGIN, DLM_ORDER_ENTROPY };
         dlm_model *m = toy_model(ctx, i % 2 ? 2 : 0, 5);
         dlm_sample_options o = {0};
         const int forced = 7;
-        o.order = i / 2 % 3 == 0 ? DLM_ORDER_CONFIDENCE
-            : i / 2 % 3 == 1 ? DLM_ORDER_THRESHOLD : DLM_ORDER_MARGIN;
+        o.order = orders[i / 2 % 4];
         o.threshold = 0.4f; o.temperature = 1; o.seed = 3;
-        o.remask_below = i / 6 ? 1.0f : 0.2f;
+        o.remask_below = i / 8 ? 1.0f : 0.2f;
         w.forced = forced;
         w.forced_token = 0;
         LABEL("case %d", i);
@@ -9848,7 +9939,7 @@ TEST(remasking_revises_unlikely_tokens_once)
         CHECK(revised > 0);
         CHECK(w.run.n_events == revised + 24 - 5 + 13 - 2 + 0 + 1 + 1 + 18 - 4 - 3);
         CHECK(w.canvas[1][forced] == w.forced_token);       /* the least likely one */
-        if (i / 6) CHECK(w.canvas[2][forced] == TOY_MASK);
+        if (i / 8) CHECK(w.canvas[2][forced] == TOY_MASK);
         o.remask_below = 0;                     /* equals not having the option    */
         w.forced = plain.forced = -1;
         opd_watch_run(&w, ctx, m, TOY_SEQS, o);
@@ -10430,6 +10521,7 @@ static const test_case test_cases[] = {
     RUN(keys_doubled_shows_what_block_diffusion_says),
     RUN(forward_refuses_bad_batches_by_name),
     RUN(long_context_costs_only_where_it_is_used),
+    RUN(batch_lanes_are_checked_in_one_go),
     RUN(logits_equal_double_reference_for_every_feature_on_every_isa),
     RUN(logits_agree_between_isas_and_packings),
     RUN(logits_do_not_depend_on_neighbours_out_rows_or_threads),
@@ -10460,6 +10552,7 @@ static const test_case test_cases[] = {
     RUN(sampler_plan_is_masks_over_steps_remainder_first),
     RUN(sampler_plan_of_a_block_does_not_ask_what_is_visible),
     RUN(sampler_random_and_first_hitting_orders_are_uniform),
+    RUN(sampler_chooses_among_half_a_million_candidates),
     RUN(sampler_ancestral_steps_are_uniform_and_independent),
     RUN(sampler_ancestral_counts_are_binomial),
     RUN(sampler_ancestral_does_not_wait_for_empty_steps),
