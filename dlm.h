@@ -893,22 +893,27 @@ DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, c
 
 typedef enum dlm_dtype {
     DLM_F32 = 0, DLM_F16, DLM_BF16, DLM_F64, DLM_I64, DLM_I32, DLM_I16, DLM_I8, DLM_U8,
-    DLM_BOOL, DLM_DTYPE_COUNT
+    DLM_BOOL,
+    DLM_DTYPE_OTHER,                       /* none of these: U16, F8_E4M3, ...     */
+    DLM_DTYPE_COUNT
 } dlm_dtype;
 
-typedef struct dlm_st_tensor {             /* one entry of a safetensors file      */
-    char        name[128];
-    dlm_dtype   dtype;
-    int         n_dims;                    /* 0 .. 4                               */
-    int64_t     dims[4];
-    size_t      count;                     /* elements                             */
-    const void *data;                      /* little-endian, maybe unaligned, inside
-                                              the file's memory                    */
+/* One entry of a safetensors file.  What points somewhere lives as long as the file is
+   open.  Any type and any number of dimensions is listed; only a use can refuse it. */
+typedef struct dlm_st_tensor {
+    const char    *name, *type;            /* as the file has them                 */
+    dlm_dtype      dtype;
+    int            n_dims;
+    const int64_t *dims;                   /* (n_dims)                             */
+    size_t         count, bytes;           /* elements; what they take             */
+    const void    *data;                   /* (bytes) little-endian, maybe unaligned,
+                                              inside the file's memory             */
 } dlm_st_tensor;
 
 typedef struct dlm_safetensors dlm_safetensors;
 
-/* data (size) is borrowed and must stay until close. */
+/* data (size) is borrowed and must stay until close.  As the format wants, the header
+   begins with '{' (spaces may follow it) and the tensors fill the rest without a hole. */
 DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
                                         const void *data, size_t size);
 DLM_API void      dlm_safetensors_close(dlm_safetensors *f);           /* NULL is ok */
@@ -8704,9 +8709,9 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
 }
 
 /* ==[ safetensors ]===========================================================
-   u64 header length, a JSON header, raw little-endian data.  Everything in the header
-   is hostile until checked: sizes with overflow, ranges within the file, no two
-   tensors on the same bytes, no name twice. */
+   u64 header length, a JSON header that begins with '{', raw little-endian data.
+   Everything in the header is hostile until checked: sizes with overflow, no name twice,
+   and tensors that lie one behind the other and fill the data, as the format wants. */
 
 #if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -8720,9 +8725,12 @@ struct dlm_safetensors {
     dlm_ctx       *ctx;
     int            n, n_meta;
     dlm_st_tensor *tensors;         /* (n) sorted by name                          */
+    unsigned char *asked;           /* (n) 1: dlm__read_tensor had a use for it    */
     dlm__pair     *meta;            /* (n_meta)                                    */
-    char          *text;            /* unescaped metadata                          */
-    size_t         text_used;
+    int64_t       *dims;            /* shapes, one behind the other                */
+    size_t         dims_used;
+    char          *text;            /* strings, unescaped, each with its zero      */
+    size_t         text_used, text_size;
     const char    *data;            /* after the header                            */
     size_t         data_size;
     void          *map;             /* the whole file, when it was opened here     */
@@ -8731,65 +8739,70 @@ struct dlm_safetensors {
 
 static const struct { const char *name; size_t size; } dlm__dtypes[DLM_DTYPE_COUNT] = {
     { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
-    { "I16", 2 }, { "I8", 1 }, { "U8", 1 }, { "BOOL", 1 },
+    { "I16", 2 }, { "I8", 1 }, { "U8", 1 }, { "BOOL", 1 }, { "", 0 },
 };
 
 static dlm_error dlm__bad_header(dlm_ctx *ctx, const char *name, const char *what)
 {
-    return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %s: %s", name, what);
+    return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %.80s: %s", name, what);
 }
 
-static dlm_error dlm__st_dtype(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
+/* The next string, kept.  It is shorter than in the header, where it has quotes. */
+static const char *dlm__st_string(dlm_safetensors *f, dlm__json *j)
 {
-    char name[16];
-    dlm__json_string(j, name, sizeof name);
-    if (j->bad) return dlm__bad_header(ctx, t->name, "dtype is not a short string");
-    for (int i = 0; i < DLM_DTYPE_COUNT; i++)
-        if (strcmp(name, dlm__dtypes[i].name) == 0) {
-            t->dtype = (dlm_dtype)i;
-            return DLM_OK;
-        }
-    return dlm__fail(ctx, DLM_E_UNSUPPORTED, "safetensors: %s: dtype %s", t->name, name);
+    char *text = f->text + f->text_used;
+    f->text_used += dlm__json_string(j, text, f->text_size - f->text_used) + 1;
+    return text;
 }
 
-static dlm_error dlm__st_shape(dlm_ctx *ctx, dlm__json *j, dlm_st_tensor *t)
+static dlm_error dlm__st_dtype(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
+{
+    int i = 0;
+    t->type = dlm__st_string(f, j);
+    if (j->bad) return dlm__bad_header(f->ctx, t->name, "dtype is not a string");
+    while (i < DLM_DTYPE_OTHER && strcmp(t->type, dlm__dtypes[i].name) != 0) i++;
+    t->dtype = (dlm_dtype)i;
+    return DLM_OK;
+}
+
+static dlm_error dlm__st_shape(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
 {
     int count = 0;
     t->count = 1;
+    t->dims = f->dims + f->dims_used;
     dlm__json_want(j, '[');
     while (dlm__json_next(j, ']', &count)) {
         const uint64_t d = dlm__json_count(j);
         if (j->bad) break;
-        if (t->n_dims == 4)
-            return dlm__fail(ctx, DLM_E_UNSUPPORTED, "safetensors: %s: more than 4 "
-                             "dimensions", t->name);
         if (d > INT64_MAX || (d != 0 && t->count > SIZE_MAX / 16 / d))
-            return dlm__bad_header(ctx, t->name, "its shape overflows");
-        t->dims[t->n_dims++] = (int64_t)d;
+            return dlm__bad_header(f->ctx, t->name, "its shape overflows");
+        f->dims[f->dims_used++] = (int64_t)d;
+        t->n_dims++;
         t->count *= (size_t)d;
     }
-    if (j->bad) return dlm__bad_header(ctx, t->name, "shape is not a list of sizes");
+    if (j->bad) return dlm__bad_header(f->ctx, t->name, "shape is not a list of sizes");
     return DLM_OK;
 }
 
 /* One entry, j behind its key.  begin and end are relative to the data. */
-static dlm_error dlm__st_entry(const dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
+static dlm_error dlm__st_entry(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
 {
+    static const char *const keys[] = { "dtype", "shape", "data_offsets" };
     char key[32];
     uint64_t begin = 1, end = 0;
     int count = 0, seen = 0;
     dlm_error e = DLM_OK;
     dlm__json_want(j, '{');
     while (e == DLM_OK && dlm__json_key(j, key, sizeof key, &count)) {
-        if (strcmp(key, "dtype") == 0) {
-            seen |= 1;
-            e = dlm__st_dtype(f->ctx, j, t);
-        } else if (strcmp(key, "shape") == 0) {
-            seen |= 2;
-            t->n_dims = 0;
-            e = dlm__st_shape(f->ctx, j, t);
-        } else if (strcmp(key, "data_offsets") == 0) {
-            seen |= 4;
+        int k = 0;
+        while (k < 3 && strcmp(key, keys[k]) != 0) k++;
+        if (k < 3 && seen >> k & 1) return dlm__bad_header(f->ctx, key, "there twice");
+        seen |= 1 << k;
+        if (k == 0) {
+            e = dlm__st_dtype(f, j, t);
+        } else if (k == 1) {
+            e = dlm__st_shape(f, j, t);
+        } else if (k == 2) {
             dlm__json_want(j, '[');
             begin = dlm__json_count(j);
             dlm__json_want(j, ',');
@@ -8800,64 +8813,54 @@ static dlm_error dlm__st_entry(const dlm_safetensors *f, dlm__json *j, dlm_st_te
         }
     }
     if (e != DLM_OK) return e;
-    if (j->bad || seen != 7)
+    if (j->bad || (seen & 7) != 7)
         return dlm__bad_header(f->ctx, t->name, "wants dtype, shape and data_offsets");
     if (begin > end || end > f->data_size)
-        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %s: bytes [%.0f, %.0f) of "
-                         "%.0f", t->name, (double)begin, (double)end,
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.80s: bytes [%.0f, %.0f) "
+                         "of %.0f", t->name, (double)begin, (double)end,
                          (double)f->data_size);
-    if (end - begin != (uint64_t)t->count * dlm__dtypes[t->dtype].size)
-        return dlm__bad_header(f->ctx, t->name, "its bytes do not fit its shape");
+    t->bytes = (size_t)(end - begin);
     t->data = f->data + begin;
+    if (t->dtype != DLM_DTYPE_OTHER && t->bytes != t->count * dlm__dtypes[t->dtype].size)
+        return dlm__bad_header(f->ctx, t->name, "its bytes do not fit its shape");
     return DLM_OK;
 }
 
-/* Metadata, null or an object of strings; pairs are stored when there is room. */
-static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j, size_t text_size)
+/* Metadata: null or an object of strings. */
+static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j)
 {
     int count = 0;
     if (dlm__json_word(j, "null")) return DLM_OK;
     dlm__json_want(j, '{');
-    f->n_meta = 0;
-    f->text_used = 0;
-    while (f->meta && !j->bad) {
-        dlm__pair *pair = &f->meta[f->n_meta];
-        char *key = f->text + f->text_used;
-        if (!dlm__json_next(j, '}', &count)) break;
-        f->text_used += dlm__json_string(j, key, text_size - f->text_used) + 1;
+    while (dlm__json_next(j, '}', &count)) {
+        dlm__pair *pair = &f->meta[f->n_meta++];
+        pair->key = dlm__st_string(f, j);
         dlm__json_want(j, ':');
-        pair->key = key;
-        pair->value = f->text + f->text_used;
-        f->text_used += dlm__json_string(j, f->text + f->text_used,
-                                         text_size - f->text_used) + 1;
-        f->n_meta++;
-    }
-    while (!f->meta && dlm__json_key(j, NULL, 0, &count)) {
-        dlm__json_string(j, NULL, 0);
-        f->n_meta++;
+        pair->value = dlm__st_string(f, j);
     }
     return j->bad ? dlm__bad_header(f->ctx, "__metadata__", "not an object of strings")
                   : DLM_OK;
 }
 
-/* Walks the header; without arrays it only counts. */
 static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t size)
 {
     dlm__json j;
-    int count = 0, n = 0, meta = 0;
+    int count = 0, meta = 0;
     dlm_error e = DLM_OK;
     j.p = header; j.end = header + size; j.bad = 0;
     dlm__json_want(&j, '{');
-    while (e == DLM_OK) {
-        dlm_st_tensor counted, *t = f->tensors ? &f->tensors[n] : &counted;
+    while (e == DLM_OK && dlm__json_next(&j, '}', &count)) {
+        dlm_st_tensor *t = &f->tensors[f->n];
         memset(t, 0, sizeof *t);
-        if (!dlm__json_key(&j, t->name, sizeof t->name, &count)) break;
+        t->name = dlm__st_string(f, &j);
+        dlm__json_want(&j, ':');
+        if (j.bad) break;
         if (strcmp(t->name, "__metadata__") == 0) {
             e = meta++ ? dlm__bad_header(f->ctx, t->name, "there twice")
-                       : dlm__st_metadata(f, &j, size + 1);
+                       : dlm__st_metadata(f, &j);
         } else {
             e = dlm__st_entry(f, &j, t);
-            n++;
+            f->n++;
         }
     }
     if (e != DLM_OK) return e;
@@ -8865,7 +8868,6 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
     if (j.bad || j.p != j.end)
         return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed header near byte "
                          "%.0f", (double)(j.p - header) + 8.0);
-    f->n = n;
     return DLM_OK;
 }
 
@@ -8879,19 +8881,24 @@ static int dlm__by_place(const void *a, const void *b)
     const dlm_st_tensor *s = (const dlm_st_tensor *)a, *t = (const dlm_st_tensor *)b;
     const char *x = (const char *)s->data, *y = (const char *)t->data;
     if (x != y) return (x > y) - (x < y);
-    return (s->count > t->count) - (s->count < t->count);
+    return (s->bytes > t->bytes) - (s->bytes < t->bytes);
 }
 
-static dlm_error dlm__st_check_overlap(dlm_safetensors *f)
+/* Every tensor begins where the one before it ends, the last ends with the file. */
+static dlm_error dlm__st_check_places(dlm_safetensors *f)
 {
+    const char *at = f->data;
     qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_place);
-    for (int i = 1; i < f->n; i++) {
-        const dlm_st_tensor *a = &f->tensors[i - 1], *b = &f->tensors[i];
-        if ((const char *)a->data + a->count * dlm__dtypes[a->dtype].size
-            > (const char *)b->data)
-            return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %s and %s overlap",
-                             a->name, b->name);
+    for (int i = 0; i < f->n; i++) {
+        const dlm_st_tensor *t = &f->tensors[i];
+        if ((const char *)t->data != at)
+            return dlm__bad_header(f->ctx, t->name, (const char *)t->data < at
+                                   ? "overlaps another tensor" : "a hole before it");
+        at += t->bytes;
     }
+    if (at != f->data + f->data_size)
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.0f bytes behind the last "
+                         "tensor", (double)(f->data + f->data_size - at));
     qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_name);
     for (int i = 1; i < f->n; i++)
         if (strcmp(f->tensors[i - 1].name, f->tensors[i].name) == 0)
@@ -8899,49 +8906,47 @@ static dlm_error dlm__st_check_overlap(dlm_safetensors *f)
     return DLM_OK;
 }
 
-/* Arrays for what the first walk counted, in one block behind the object. */
-static dlm_error dlm__st_build(dlm_safetensors **out, const dlm_safetensors *counted,
-                               const char *header, size_t header_size)
+/* Room for all that the header can hold, in one block behind the object: a tensor has a
+   brace, a pair of metadata a colon, a size of a shape a bracket or a comma before it. */
+static dlm_safetensors *dlm__st_new(dlm_ctx *ctx, const char *header, size_t size)
 {
-    const size_t tensors = (size_t)counted->n + 1, pairs = (size_t)counted->n_meta + 1;
-    dlm_ctx *ctx = counted->ctx;
+    size_t braces = 0, colons = 0, sizes = 0;
+    dlm_safetensors head, *f = &head;
     dlm__arena arena = { NULL, 0 };
-    dlm_safetensors *f = NULL;
-    dlm_error e;
-    for (int pass = 0; pass < 2; pass++) {
-        dlm_safetensors sizes, *to;
-        f = (dlm_safetensors *)dlm__push(&arena, 1, sizeof *f);
-        to = f ? f : &sizes;
-        if (f) *f = *counted;
-        to->tensors = (dlm_st_tensor *)dlm__push(&arena, tensors, sizeof(dlm_st_tensor));
-        to->meta = (dlm__pair *)dlm__push(&arena, pairs, sizeof(dlm__pair));
-        to->text = (char *)dlm__push(&arena, header_size + 1, 1);
-        if (pass == 0) {
-            void *block = dlm__alloc(ctx, arena.used);
-            if (block == NULL || arena.used == SIZE_MAX) {
-                dlm__release(ctx, block);
-                return dlm__fail(ctx, DLM_E_NOMEM, "safetensors: cannot allocate");
-            }
-            arena.base = (char *)block;
-            arena.used = 0;
-        }
+    for (size_t i = 0; i < size; i++) {
+        braces += header[i] == '{';
+        colons += header[i] == ':';
+        sizes += header[i] == ',' || header[i] == '[';
     }
-    e = dlm__st_walk(f, header, header_size);
-    if (e == DLM_OK) e = dlm__st_check_overlap(f);
-    if (e == DLM_OK) *out = f;
-    else dlm__release(ctx, f);
-    return e;
+    memset(&head, 0, sizeof head);
+    for (int pass = 0; pass < 2; pass++) {
+        dlm__push(&arena, 1, sizeof *f);
+        f->tensors = (dlm_st_tensor *)dlm__push(&arena, braces, sizeof *f->tensors);
+        f->asked = (unsigned char *)dlm__push(&arena, braces, 1);
+        f->meta = (dlm__pair *)dlm__push(&arena, colons, sizeof *f->meta);
+        f->dims = (int64_t *)dlm__push(&arena, sizes, sizeof *f->dims);
+        f->text = (char *)dlm__push(&arena, size + 1, 1);
+        if (pass == 1) break;
+        arena.base = arena.used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, arena.used);
+        if (arena.base == NULL) return NULL;
+        arena.used = 0;
+        f = (dlm_safetensors *)(void *)arena.base;
+        memset(f, 0, sizeof *f);
+    }
+    memset(f->asked, 0, braces);
+    f->ctx = ctx;
+    f->text_size = size + 1;
+    return f;
 }
 
 DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
                                         const void *data, size_t size)
 {
-    dlm_safetensors f;
+    const char *text = (const char *)data + 8;
+    dlm_safetensors *f;
     uint64_t header = 0;
     dlm_error e;
     *out = NULL;
-    memset(&f, 0, sizeof f);
-    f.ctx = ctx;
     if (size < 8)
         return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %.0f bytes are too few",
                          (double)size);
@@ -8950,11 +8955,18 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
         return dlm__fail(ctx, DLM_E_FORMAT,
                          "safetensors: header of %.0f bytes in a file of "
                          "%.0f", (double)header, (double)size);
-    f.data = (const char *)data + 8 + header;
-    f.data_size = size - 8 - (size_t)header;
-    e = dlm__st_walk(&f, (const char *)data + 8, (size_t)header);
-    if (e != DLM_OK) return e;
-    return dlm__st_build(out, &f, (const char *)data + 8, (size_t)header);
+    if (header == 0 || *text != '{')
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: the header does not begin with "
+                         "'{'");
+    f = dlm__st_new(ctx, text, (size_t)header);
+    if (f == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "safetensors: cannot allocate");
+    f->data = text + header;
+    f->data_size = size - 8 - (size_t)header;
+    e = dlm__st_walk(f, text, (size_t)header);
+    if (e == DLM_OK) e = dlm__st_check_places(f);
+    if (e == DLM_OK) *out = f;
+    else dlm__release(ctx, f);
+    return e;
 }
 
 DLM_API int dlm_safetensors_count(const dlm_safetensors *f) { return f->n; }
@@ -9014,8 +9026,8 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, f
         return DLM_OK;
     }
     if (t->dtype != DLM_F16 && t->dtype != DLM_BF16 && t->dtype != DLM_F64)
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: %s is not a float type", t->name,
-                         dlm__dtypes[t->dtype].name);
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%.80s: %.40s is not a float type we "
+                         "read", t->name, t->type);
     for (size_t i = 0; i < t->count; i++) {
         uint16_t h = 0;
         double d = 0.0;
@@ -9075,35 +9087,31 @@ static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safeten
     return dlm_config_resolve(ctx, c);
 }
 
-static dlm_error dlm__read_tensor(dlm_ctx *ctx, const dlm_safetensors *f,
+static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
                                   const dlm_tensor *want)
 {
+    const int n_dims = want->cols > 1 ? 2 : 1;
     const dlm_st_tensor *t = dlm_safetensors_find(f, want->name);
     if (t == NULL)
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", want->name);
-    if (t->n_dims != (want->cols > 1 ? 2 : 1) || t->dims[0] != want->rows
-        || (want->cols > 1 && t->dims[1] != want->cols))
+    f->asked[t - f->tensors] = 1;
+    if (t->n_dims != n_dims || t->dims[0] != want->rows
+        || (n_dims == 2 && t->dims[1] != want->cols))
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s has %d dimensions [%.0f, "
                          "%.0f], the config needs [%d, %d]", want->name, t->n_dims,
-                         (double)t->dims[0], (double)t->dims[1], want->rows, want->cols);
+                         t->n_dims > 0 ? (double)t->dims[0] : 1.0,
+                         t->n_dims > 1 ? (double)t->dims[1] : 1.0, want->rows,
+                         want->cols);
     return dlm_safetensors_floats(ctx, t, want->data);
 }
 
 /* Names the first tensor of the file that the model has no use for. */
-static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f,
-                                   const dlm_model *m)
+static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f)
 {
-    for (int i = 0; i < f->n; i++) {
-        int known = 0;
-        for (int k = 0; k < dlm_model_tensors(m) && !known; k++) {
-            dlm_tensor t;
-            dlm_model_tensor(m, k, &t);
-            known = strcmp(t.name, f->tensors[i].name) == 0;
-        }
-        if (!known)
-            return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is not part of this "
+    for (int i = 0; i < f->n; i++)
+        if (!f->asked[i])
+            return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.80s is not part of this "
                              "model", f->tensors[i].name);
-    }
     return DLM_OK;
 }
 
@@ -9151,7 +9159,7 @@ static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
 }
 
 static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
-                                const dlm_safetensors *f)
+                                dlm_safetensors *f)
 {
     dlm_config c;
     dlm_error e = dlm__config_from(&c, ctx, f);
@@ -9164,8 +9172,7 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
         dlm_model_tensor(*out, i, &t);
         e = dlm__read_tensor(ctx, f, &t);
     }
-    if (e == DLM_OK && f->n != dlm_model_tensors(*out))
-        e = dlm__extra_tensor(ctx, f, *out);
+    if (e == DLM_OK) e = dlm__extra_tensor(ctx, f);
     if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
     if (e == DLM_OK && tok) e = dlm__check_vocab(ctx, *out, *tok);
     if (e != DLM_OK) {
