@@ -888,8 +888,14 @@ DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, c
 
 /* --[ files ]-----------------------------------------------------------------
    Checkpoints are safetensors files with Hugging Face tensor names; our config and
-   tokenizer ride along as string metadata.  Writing is atomic: beside, flush, rename.
-   A training state is a second file; resuming from both is bit-exact. */
+   tokenizer ride along as string metadata.  A training state is a second file; resuming
+   from both is bit-exact.
+   Saving is atomic: the file is written beside its target as "<target>.<n>.part", a name
+   not taken before, flushed to disk and renamed.  A reader finds the old file or the new
+   one, whoever else is saving; after a failure the old one.  A symbolic link stays, what
+   it points to is replaced; the mode of an old file is kept; what is there and is not a
+   regular file (a folder, a device) is refused.  So are pipes for reading.  The numbers
+   in a file do not depend on the locale. */
 
 typedef enum dlm_dtype {
     DLM_F32 = 0, DLM_F16, DLM_BF16, DLM_F64, DLM_I64, DLM_I32, DLM_I16, DLM_I8, DLM_U8,
@@ -8721,6 +8727,9 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
 
 typedef struct dlm__pair { const char *key, *value; } dlm__pair;
 
+/* The bytes of a whole file: mapped, or read into memory from the allocator. */
+typedef struct dlm__file { void *data; size_t size; int mapped; } dlm__file;
+
 struct dlm_safetensors {
     dlm_ctx       *ctx;
     int            n, n_meta;
@@ -8733,8 +8742,7 @@ struct dlm_safetensors {
     size_t         text_used, text_size;
     const char    *data;            /* after the header                            */
     size_t         data_size;
-    void          *map;             /* the whole file, when it was opened here     */
-    size_t         map_size;
+    dlm__file      file;            /* all of it, when it was opened here          */
 };
 
 static const struct { const char *name; size_t size; } dlm__dtypes[DLM_DTYPE_COUNT] = {
@@ -9201,70 +9209,93 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
 
 /* --[ reading files ]---------------------------------------------------------  */
 
+#include <errno.h>
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-static dlm_error dlm__map_file(dlm_ctx *ctx, const char *path, void **data, size_t *size)
+#ifndef DLM__MAY_MAP
+#define DLM__MAY_MAP 1              /* the tests ask for what happens without      */
+#endif
+
+static int dlm__read_all(int fd, char *out, size_t size)
+{
+    while (size > 0) {
+        const ssize_t n = read(fd, out, size);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return 0;
+        out += n;
+        size -= (size_t)n;
+    }
+    return 1;
+}
+
+/* Some network file systems map nothing: then it is read. */
+static int dlm__take_file(dlm_ctx *ctx, int fd, dlm__file *f)
+{
+    f->data = DLM__MAY_MAP ? mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0)
+        : MAP_FAILED;
+    f->mapped = f->data != MAP_FAILED;
+    if (f->mapped) return 1;
+    f->data = dlm__alloc(ctx, f->size);
+    return f->data && dlm__read_all(fd, (char *)f->data, f->size);
+}
+
+static void dlm__close_file(dlm_ctx *ctx, dlm__file *f)
+{
+    if (f->mapped) munmap(f->data, f->size);
+    else dlm__release(ctx, f->data);
+    memset(f, 0, sizeof *f);
+}
+
+/* Does not block: what would wait for a writer, a FIFO, is not a regular file. */
+static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
 {
     struct stat st;
-    const int fd = open(path, O_RDONLY);
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY);
+    dlm_error e = DLM_OK;
+    memset(f, 0, sizeof *f);
     if (fd < 0) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0) {
-        close(fd);
-        return dlm__fail(ctx, DLM_E_IO, "%s is empty or not a regular file", path);
-    }
-    *size = (size_t)st.st_size;
-    *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
+        e = dlm__fail(ctx, DLM_E_IO, "%s is not a regular file", path);
+    else if (st.st_size <= 0 || (uint64_t)st.st_size > SIZE_MAX / 2)
+        e = dlm__fail(ctx, DLM_E_IO, "%s is %s", path, st.st_size > 0 ? "too large"
+                      : "empty");
+    f->size = e == DLM_OK ? (size_t)st.st_size : 0;
+    if (e == DLM_OK && !dlm__take_file(ctx, fd, f))
+        e = dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
+    if (e != DLM_OK) dlm__close_file(ctx, f);
     close(fd);
-    if (*data == MAP_FAILED) {
-        *data = NULL;
-        return dlm__fail(ctx, DLM_E_IO, "cannot map %s", path);
-    }
-    return DLM_OK;
+    return e;
 }
-
-static void dlm__unmap_file(dlm_ctx *ctx, void *data, size_t size)
-{
-    (void)ctx;
-    if (data) munmap(data, size);
-}
-
-/* POSIX hides these under -std=c99, C++ compilers never do. */
-#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
-extern int fileno(FILE *file);
-extern int fsync(int fd);
-#endif
-static int dlm__sync(FILE *f) { return fflush(f) == 0 && fsync(fileno(f)) == 0; }
 
 #else
 
-static dlm_error dlm__map_file(dlm_ctx *ctx, const char *path, void **data, size_t *size)
+static void dlm__close_file(dlm_ctx *ctx, dlm__file *f)
 {
-    FILE *f = fopen(path, "rb");
+    dlm__release(ctx, f->data);
+    memset(f, 0, sizeof *f);
+}
+
+static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
+{
+    FILE *in = fopen(path, "rb");
     long n = -1;
-    *data = NULL;
-    if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
-    if (fseek(f, 0, SEEK_END) == 0) n = ftell(f);
-    if (n > 0 && fseek(f, 0, SEEK_SET) == 0) *data = dlm__alloc(ctx, (size_t)n);
-    *size = n > 0 ? (size_t)n : 0;
-    if (*data && fread(*data, 1, *size, f) != *size) {
-        dlm__release(ctx, *data);
-        *data = NULL;
-    }
-    fclose(f);
-    return *data ? DLM_OK : dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
+    int read = 0;
+    memset(f, 0, sizeof *f);
+    if (in == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
+    if (fseek(in, 0, SEEK_END) == 0) n = ftell(in);
+    if (n > 0 && fseek(in, 0, SEEK_SET) == 0) f->data = dlm__alloc(ctx, (size_t)n);
+    f->size = n > 0 ? (size_t)n : 0;
+    if (f->data) read = fread(f->data, 1, f->size, in) == f->size;
+    fclose(in);
+    if (read) return DLM_OK;
+    dlm__close_file(ctx, f);
+    return dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
 }
-
-static void dlm__unmap_file(dlm_ctx *ctx, void *data, size_t size)
-{
-    (void)size;
-    dlm__release(ctx, data);
-}
-
-static int dlm__sync(FILE *f) { return fflush(f) == 0; }
 
 #endif /* POSIX */
 
@@ -9280,20 +9311,15 @@ static dlm_error dlm__name_path(dlm_ctx *ctx, dlm_error e, const char *path)
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path)
 {
-    void *data = NULL;
-    size_t size = 0;
+    dlm__file file;
     dlm_error e;
     *out = NULL;
-    e = dlm__map_file(ctx, path, &data, &size);
+    e = dlm__open_file(ctx, path, &file);
     if (e != DLM_OK) return e;
-    e = dlm_safetensors_parse(out, ctx, data, size);
-    if (e != DLM_OK) {
-        dlm__unmap_file(ctx, data, size);
-        return dlm__name_path(ctx, e, path);
-    }
-    (*out)->map = data;
-    (*out)->map_size = size;
-    return DLM_OK;
+    e = dlm_safetensors_parse(out, ctx, file.data, file.size);
+    if (e == DLM_OK) (*out)->file = file;
+    else dlm__close_file(ctx, &file);
+    return dlm__name_path(ctx, e, path);
 }
 
 #endif /* !DLM_NO_STDIO */
@@ -9302,7 +9328,7 @@ DLM_API void dlm_safetensors_close(dlm_safetensors *f)
 {
     if (f == NULL) return;
 #ifndef DLM_NO_STDIO
-    dlm__unmap_file(f->ctx, f->map, f->map_size);
+    dlm__close_file(f->ctx, &f->file);
 #endif
     dlm__release(f->ctx, f);
 }
@@ -9311,7 +9337,142 @@ DLM_API void dlm_safetensors_close(dlm_safetensors *f)
 
 /* --[ writing files ]---------------------------------------------------------
    The header is text built in two passes, counting and writing; the same calls do
-   both.  The file goes beside its target and is renamed when it is safely there. */
+   both.  The file goes beside its target, under a name that nobody else has, and is
+   renamed when it is safely there: a reader sees the old file or the new one. */
+
+enum { DLM__PATH = 4096 };
+
+#if defined(__unix__) || defined(__APPLE__)
+
+/* POSIX hides these under -std=c99, C++ compilers never do. */
+#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
+extern FILE   *fdopen(int fd, const char *mode);
+extern int     fileno(FILE *file);
+extern int     fsync(int fd);
+extern int     fchmod(int fd, mode_t mode);
+extern ssize_t readlink(const char *path, char *out, size_t size);
+#endif
+
+/* The mode of what is at path, -1 where nothing is, -2 when it is no regular file. */
+static int dlm__file_mode(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st) != 0) return -1;
+    return S_ISREG(st.st_mode) ? (int)(st.st_mode & 07777) : -2;
+}
+
+/* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */
+static int dlm__follow_links(char *path)
+{
+    for (int hops = 0; hops < 40; hops++) {
+        char link[DLM__PATH], *slash = strrchr(path, '/');
+        const ssize_t n = readlink(path, link, sizeof link);
+        char *from = slash && n > 0 && link[0] != '/' ? slash + 1 : path;
+        if (n < 0) return 1;
+        if (n >= DLM__PATH - (from - path)) return 0;
+        memcpy(from, link, (size_t)n);
+        from[n] = '\0';
+    }
+    return 0;
+}
+
+/* A file that was not there before; until it is whole a private one stays private. */
+static FILE *dlm__create_file(const char *path, int mode)
+{
+    const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, mode < 0 ? 0666 : 0600);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (fd >= 0 && f == NULL) {
+        close(fd);
+        remove(path);
+    }
+    return f;
+}
+
+static int dlm__sync_file(FILE *f, int mode)
+{
+    if (mode >= 0) (void)fchmod(fileno(f), (mode_t)mode);   /* not on every disk   */
+    return fflush(f) == 0 && fsync(fileno(f)) == 0;
+}
+
+/* The name is safe once its folder is; some file systems cannot promise it. */
+static int dlm__rename_file(const char *from, char *to)
+{
+    char *slash = strrchr(to, '/');
+    int fd;
+    if (rename(from, to) != 0) return 0;
+    if (slash) slash[slash == to] = '\0';
+    fd = open(slash ? to : ".", O_RDONLY);
+    if (fd >= 0) {
+        (void)fsync(fd);
+        close(fd);
+    }
+    return 1;
+}
+
+#elif defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
+
+#ifdef __cplusplus
+extern "C"
+#endif
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to,
+                                                unsigned long flags);
+
+static int dlm__file_mode(const char *path)
+{
+    struct _stati64 st;
+    if (_stati64(path, &st) != 0) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? 0 : -2;
+}
+
+static int dlm__follow_links(char *path) { (void)path; return 1; }
+
+static FILE *dlm__create_file(const char *path, int mode)
+{
+    const int fd = _open(path, _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY,
+                         _S_IREAD | _S_IWRITE);
+    FILE *f = fd < 0 ? NULL : _fdopen(fd, "wb");
+    (void)mode;
+    if (fd >= 0 && f == NULL) {
+        _close(fd);
+        remove(path);
+    }
+    return f;
+}
+
+static int dlm__sync_file(FILE *f, int mode)
+{
+    (void)mode;
+    return fflush(f) == 0 && _commit(_fileno(f)) == 0;
+}
+
+/* rename does not replace here; this does (1), and returns when it is on disk (8). */
+static int dlm__rename_file(const char *from, char *to)
+{
+    return MoveFileExA(from, to, 1 | 8) != 0;
+}
+
+#else                               /* C alone has neither modes nor "only if new" */
+
+static int dlm__file_mode(const char *path) { (void)path; return -1; }
+static int dlm__follow_links(char *path) { (void)path; return 1; }
+
+static FILE *dlm__create_file(const char *path, int mode)
+{
+    FILE *f = fopen(path, "rb");
+    (void)mode;
+    if (f == NULL) return fopen(path, "wb");
+    fclose(f);
+    errno = EEXIST;
+    return NULL;
+}
+
+static int dlm__sync_file(FILE *f, int mode) { (void)mode; return fflush(f) == 0; }
+static int dlm__rename_file(const char *from, char *to) { return rename(from, to) == 0; }
+
+#endif
 
 /* Appends text as a JSON string; out NULL counts.  Returns the bytes. */
 static size_t dlm__json_quote(char *out, const char *text)
@@ -9457,7 +9618,8 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
     while (t->n % 8 != 0) dlm__put(t, " ");
 }
 
-static int dlm__write_all(FILE *f, const dlm__text *header, const dlm__content *c)
+static int dlm__write_all(FILE *f, int mode, const dlm__text *header,
+                          const dlm__content *c)
 {
     const uint64_t length = header->n - 8;
     memcpy(header->out, &length, 8);
@@ -9465,24 +9627,33 @@ static int dlm__write_all(FILE *f, const dlm__text *header, const dlm__content *
     for (int i = 0; i < c->n_pieces; i++)
         if (fwrite(c->pieces[i].data, sizeof(float), c->pieces[i].count, f)
             != c->pieces[i].count) return 0;
-    return dlm__sync(f);
+    return dlm__sync_file(f, mode);
 }
 
-static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path, const char *beside,
+static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path,
                                    const dlm__text *header, const dlm__content *c)
 {
-    FILE *f = fopen(beside, "wb");
+    char target[DLM__PATH], beside[DLM__PATH + 24];
+    const int mode = dlm__file_mode(path);
+    FILE *f = NULL;
     int ok;
+    if (mode == -2)
+        return dlm__fail(ctx, DLM_E_IO, "%s is not a regular file: it stays as it is",
+                         path);
+    if (strlen(path) >= sizeof target)
+        return dlm__fail(ctx, DLM_E_IO, "cannot create a file with so long a path");
+    memcpy(target, path, strlen(path) + 1);
+    if (!dlm__follow_links(target))
+        return dlm__fail(ctx, DLM_E_IO, "cannot follow the links of %s", path);
+    for (int i = 0; f == NULL && i < 1000; i++) {
+        snprintf(beside, sizeof beside, "%s.%d.part", target, i);
+        f = dlm__create_file(beside, mode);
+        if (f == NULL && errno != EEXIST) break;
+    }
     if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot create %s", beside);
-    ok = dlm__write_all(f, header, c);
+    ok = dlm__write_all(f, mode, header, c);
     ok = fclose(f) == 0 && ok;
-#ifdef _WIN32
-    if (ok) remove(path);                       /* rename does not replace there   */
-#endif
-    if (ok && rename(beside, path) == 0) return DLM_OK;
-#ifdef _WIN32
-    if (ok) return dlm__fail(ctx, DLM_E_IO, "cannot rename %s to %s", beside, path);
-#endif
+    if (ok && dlm__rename_file(beside, target)) return DLM_OK;
     remove(beside);
     return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
 }
@@ -9511,11 +9682,8 @@ static void dlm__write_vocabulary(const dlm_tokenizer *tok, char *out)
 
 static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c)
 {
-    static const char suffix[] = ".part";
-    const size_t path_size = strlen(path);
     const size_t chars = dlm__vocabulary_size(c->tok);
     dlm__text header = { NULL, 0 };
-    char *block, *beside;
     dlm_error e;
     dlm__text counted = { NULL, 0 };
     c->chars = chars ? (char *)dlm__alloc(ctx, chars) : NULL;
@@ -9523,18 +9691,14 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c
         return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
     if (chars) dlm__write_vocabulary(c->tok, c->chars);
     dlm__put_header(&counted, c);
-    block = (char *)dlm__alloc(ctx, counted.n + path_size + sizeof suffix);
-    if (block == NULL) {
+    header.out = (char *)dlm__alloc(ctx, counted.n);
+    if (header.out == NULL) {
         dlm__release(ctx, c->chars);
         return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
     }
-    header.out = block;
     dlm__put_header(&header, c);
-    beside = block + counted.n;
-    memcpy(beside, path, path_size);
-    memcpy(beside + path_size, suffix, sizeof suffix);
-    e = dlm__replace_file(ctx, path, beside, &header, c);
-    dlm__release(ctx, block);
+    e = dlm__replace_file(ctx, path, &header, c);
+    dlm__release(ctx, header.out);
     dlm__release(ctx, c->chars);
     return e;
 }
@@ -9739,28 +9903,25 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
 
 DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path)
 {
-    void *data = NULL;
-    size_t size = 0;
-    dlm_error e = dlm__map_file(ctx, path, &data, &size);
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
     *out = NULL;
     if (e != DLM_OK) return e;
-    e = dlm__name_path(ctx, dlm_llama2c_memory(out, ctx, data, size), path);
-    dlm__unmap_file(ctx, data, size);
+    e = dlm__name_path(ctx, dlm_llama2c_memory(out, ctx, file.data, file.size), path);
+    dlm__close_file(ctx, &file);
     return e;
 }
 
 DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
                                      dlm_tokenizer_kind kind, const char *path)
 {
-    void *data = NULL;
-    size_t size = 0;
-    dlm_error e = dlm__map_file(ctx, path, &data, &size);
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
     *out = NULL;
     if (e != DLM_OK) return e;
-    e = dlm__name_path(ctx, dlm_tokenizer_create(out, ctx, kind, (const char *)data,
-                                                 size),
-                       path);
-    dlm__unmap_file(ctx, data, size);
+    e = dlm_tokenizer_create(out, ctx, kind, (const char *)file.data, file.size);
+    e = dlm__name_path(ctx, e, path);
+    dlm__close_file(ctx, &file);
     return e;
 }
 

@@ -8,6 +8,10 @@
    if nothing failed.  Expected values are worked out here, in double and from the
    formulas, never with the code under test.  Sections follow the order of the header. */
 
+#if defined(__unix__) || defined(__APPLE__)
+static int test_refuse_maps;               /* 1: as on a disk that maps no files   */
+#define DLM__MAY_MAP (!test_refuse_maps)
+#endif
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 
@@ -6917,6 +6921,196 @@ TEST(checkpoint_failing_save_keeps_the_old_file_and_leaves_no_other)
     dlm_model_free(other);
     test_close(ctx);
 }
+
+#include <sys/wait.h>
+#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
+extern int symlink(const char *to, const char *path);      /* hidden by -std=c99  */
+#endif
+
+static int file_mode(const char *path)     /* 0: not there                         */
+{
+    struct stat st;
+    return stat(path, &st) == 0 ? (int)st.st_mode & 0777 : 0;
+}
+
+static int file_is_link(const char *path)
+{
+    char to[256];
+    return readlink(path, to, sizeof to) > 0;
+}
+
+TEST(checkpoint_keeps_the_mode_of_an_old_file_and_the_files_of_others)
+{
+    const char *path = "dlm_test_mode.st";
+    const char *const others[2] = { "dlm_test_mode.st.part", "dlm_test_mode.st.0.part" };
+    static const int modes[] = { 0600, 0644, 0664, 0400 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *back = NULL;
+    for (int i = 0; i < 2; i++) file_write(others[i], "mine", 4);
+    mode_t kept = umask(027);
+    remove(path);
+    CHECK_OK(dlm_save(ctx, path, m, NULL));
+    CHECK(file_mode(path) == 0640);                        /* new: as the mask says */
+    umask(077);
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        LABEL("mode %o", (unsigned)modes[i]);
+        CHECK(chmod(path, (mode_t)modes[i]) == 0);
+        CHECK_OK(dlm_save(ctx, path, m, NULL));
+        CHECK(file_mode(path) == modes[i]);
+    }
+    umask(kept);
+    CHECK_OK(dlm_load(&back, NULL, ctx, path));
+    for (int i = 0; i < 2; i++) {
+        test_file f = file_read(others[i]);
+        CHECK(f.size == 4 && memcmp(f.data, "mine", 4) == 0);
+        free(f.data);
+        remove(others[i]);
+    }
+    CHECK(file_count("dlm_test_mode") == 1);
+    remove(path);
+    dlm_model_free(back);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+TEST(checkpoint_is_saved_through_links)
+{
+    static const char *const links[][2] = {                /* path, what it says   */
+        { "dlm_test_l1.st", "dlm_test_d/l2.st" }, { "dlm_test_d/l2.st", "real.st" },
+        { "dlm_test_l3.st", "./dlm_test_l1.st" }, { "dlm_test_l4.st", "dlm_test_l4.st" }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *back = NULL;
+    CHECK(mkdir("dlm_test_d", 0777) == 0);
+    for (int i = 0; i < 4; i++) CHECK(symlink(links[i][1], links[i][0]) == 0);
+    for (int i = 0; i < 3; i++) {                          /* the first to nothing */
+        LABEL("link %d", i);
+        CHECK_OK(dlm_save(ctx, links[i][0], m, NULL));
+        for (int k = 0; k < 4; k++) CHECK(file_is_link(links[k][0]));
+        CHECK(!file_is_link("dlm_test_d/real.st"));
+        CHECK_OK(dlm_load(&back, NULL, ctx, "dlm_test_d/real.st"));
+        CHECK(remove("dlm_test_d/real.st") == 0);
+        dlm_model_free(back);
+    }
+    CHECK_ERROR(dlm_save(ctx, links[3][0], m, NULL), DLM_E_IO, ctx, "links");
+    for (int i = 0; i < 4; i++) CHECK(remove(links[i][0]) == 0);
+    CHECK(rmdir("dlm_test_d") == 0 && file_count("dlm_test_l") == 0);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Neither opening for reading waits for a writer nor does saving replace it. */
+TEST(pipes_and_devices_are_refused_at_once)
+{
+    static const char *const paths[2] = { "dlm_test_fifo.st", "dlm_test_fifo2.st" };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *back = NULL;
+    dlm_trainer *t = NULL;
+    dlm_tokenizer *tok = NULL;
+    struct stat st;
+    if (m) CHECK_OK(dlm_trainer_create(&t, ctx, m, NULL, NULL));
+    if (mkfifo(paths[0], 0600) != 0) SKIP("no FIFO here");
+    CHECK(symlink(paths[0], paths[1]) == 0);
+    alarm(20);                                             /* ends what would wait */
+    for (int i = 0; i < 2; i++) {
+        const char *const path = paths[i], *text = "not a regular file";
+        CHECK_ERROR(dlm_load(&back, NULL, ctx, path), DLM_E_IO, ctx, text);
+        CHECK_ERROR(dlm_load_llama2c(&back, ctx, path), DLM_E_IO, ctx, text);
+        CHECK_ERROR(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_CHARS, path), DLM_E_IO,
+                    ctx, text);
+        CHECK_ERROR(dlm_trainer_load(t, path), DLM_E_IO, ctx, text);
+        CHECK_ERROR(dlm_save(ctx, path, m, NULL), DLM_E_IO, ctx, text);
+        CHECK_ERROR(dlm_trainer_save(t, path), DLM_E_IO, ctx, text);
+        CHECK(stat(path, &st) == 0 && S_ISFIFO(st.st_mode));
+    }
+    alarm(0);
+    CHECK(file_is_link(paths[1]) && file_count("dlm_test_fifo") == 2);
+    CHECK(dlm__file_mode("/dev/null") == -2);   /* saving there might really do it */
+    CHECK_ERROR(dlm_load(&back, NULL, ctx, "/dev/null"), DLM_E_IO, ctx, "regular");
+    for (int i = 0; i < 2; i++) remove(paths[i]);
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+static dlm_ctx *heap_open(test_heap *heap, int threads);   /* in section memory      */
+
+TEST(files_that_cannot_be_mapped_are_read)
+{
+    const char *path = "dlm_test_read.st";
+    test_heap heap = {0};
+    dlm_ctx *ctx = heap_open(&heap, 1);
+    dlm_model *m = toy_model(ctx, 2, 1), *back = NULL;
+    dlm_tokenizer *tok = NULL;
+    CHECK_OK(dlm_save(ctx, path, m, NULL));
+    test_file f = file_read(path);
+    const int live = heap.live;
+    test_refuse_maps = 1;
+    CHECK_OK(dlm_load(&back, NULL, ctx, path));
+    if (m && back)
+        CHECK(memcmp(m->weights, back->weights, m->n_params * sizeof(float)) == 0);
+    dlm_model_free(back);
+    back = NULL;
+    heap.fail_at = heap.calls + 1;
+    CHECK_ERROR(dlm_load(&back, NULL, ctx, path), DLM_E_IO, ctx, path);
+    CHECK(heap.last == f.size && heap.live == live);
+    file_write(path, "abc", 3);
+    CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_CHARS, path));
+    CHECK(tok && dlm_tokenizer_vocab(tok) == 5);
+    dlm_tokenizer_free(tok);
+    CHECK_ERROR(dlm_load_llama2c(&back, ctx, path), DLM_E_FORMAT, ctx, path);
+    CHECK(heap.live == live);
+    test_refuse_maps = 0;
+    remove(path);
+    free(f.data);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Saves its own model over and over; never returns. */
+static void checkpoint_writer(const char *path, uint64_t seed, int times)
+{
+    dlm_ctx *ctx = NULL;
+    dlm_model *m = NULL;
+    dlm_config c = toy_config(2);
+    int bad = dlm_init(&ctx, NULL) || dlm_model_create(&m, ctx, &c, seed, NULL);
+    while (!bad && times-- > 0) bad = dlm_save(ctx, path, m, NULL) != DLM_OK;
+    _exit(bad);
+}
+
+TEST(checkpoint_of_two_writers_is_always_that_of_one)
+{
+    const char *path = "dlm_test_both.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m[2] = { NULL, NULL };
+    dlm_config c = toy_config(2);
+    for (int i = 0; i < 2; i++)
+        CHECK_OK(dlm_model_create(&m[i], ctx, &c, (uint64_t)i + 1, NULL));
+    size_t bytes = m[0] ? m[0]->n_params * sizeof(float) : 0;
+    int left = 2, status = 0;
+    CHECK_OK(dlm_save(ctx, path, m[0], NULL));
+    fflush(NULL);
+    for (int i = 0; i < 2; i++) {
+        const pid_t child = fork();
+        if (child == 0) checkpoint_writer(path, (uint64_t)i + 1, 40);
+        if (child < 0) left--;
+    }
+    if (left < 2) printf("fork failed\n");
+    while (left > 0) {
+        dlm_model *back = NULL;
+        CHECK_OK(dlm_load(&back, NULL, ctx, path));
+        if (back) CHECK(memcmp(back->weights, m[0]->weights, bytes) == 0
+                        || memcmp(back->weights, m[1]->weights, bytes) == 0);
+        dlm_model_free(back);
+        if (waitpid(-1, &status, WNOHANG) <= 0) continue;
+        CHECK(status == 0);
+        left--;
+    }
+    CHECK(file_count("dlm_test_both") == 1);
+    remove(path);
+    for (int i = 0; i < 2; i++) dlm_model_free(m[i]);
+    test_close(ctx);
+}
 #endif /* _WIN32 */
 #endif /* DLM_NO_STDIO */
 
@@ -10757,6 +10951,11 @@ static const test_case test_cases[] = {
     RUN(checkpoint_of_many_tensors_loads_in_no_time),
 #ifndef _WIN32
     RUN(checkpoint_failing_save_keeps_the_old_file_and_leaves_no_other),
+    RUN(checkpoint_keeps_the_mode_of_an_old_file_and_the_files_of_others),
+    RUN(checkpoint_is_saved_through_links),
+    RUN(pipes_and_devices_are_refused_at_once),
+    RUN(files_that_cannot_be_mapped_are_read),
+    RUN(checkpoint_of_two_writers_is_always_that_of_one),
 #endif
     RUN(trainer_resumes_bit_exactly),
     RUN(trainer_load_refuses_wrong_files_and_stays_unharmed),
