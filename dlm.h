@@ -373,7 +373,9 @@ DLM_API void      dlm_model_changed(dlm_model *m);
    What a forward pass is given: rows (tokens), grouped into sequences of any length
    without padding, and for every row the keys it may see, as at most two ranges.
    Every pattern there is reduces to this: full, causal, block, prefix, and the
-   doubled row [prompt | clean | noisy] of block-diffusion training. */
+   doubled row [prompt | clean | noisy] of block-diffusion training.  No token means
+   padding, here or anywhere else: one that you pad with is seen, kept and learnt like
+   any other.  Give lengths instead. */
 
 typedef struct dlm_keys {                  /* slots [lo0,hi0) and [lo1,hi1) of the  */
     int lo0, hi0, lo1, hi1;                /* row's own sequence; disjoint, in order */
@@ -496,7 +498,8 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               prompt (the visible prefix); 1: from
                                               position 0 (SDAR's files)            */
     dlm_order order;                       /* 0 is CONFIDENCE                      */
-    float    threshold;                    /* * = 0.9, for THRESHOLD               */
+    float    threshold;                    /* * = 0.9, for THRESHOLD.  What 0 would mean,
+                                              whole blocks at once, is 1e-30       */
     int      left_first;                   /* 1: THRESHOLD fills its plan up from the
                                               left instead of with the surest ones: for
                                               students that ignore their right     */
@@ -515,8 +518,12 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               they are emitted                     */
     int      n_stop;
     /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
-       -INFINITY (the mask token is, afterwards).  May run on any thread.  NULL:
-       everything is allowed. */
+       -INFINITY (suppress and the mask token are, afterwards; guidance and logit_bias
+       are in).  May run on any thread, for all positions that are looked at side by
+       side.  All through a step the canvas is as the step began: what one position gets
+       another does not see, so rules between positions need an order that fills in one
+       at a time.  Tokens 0 and 1 of a shifted model come from one row: when both are
+       masked there is one call, for 0.  NULL: everything is allowed. */
     void   (*constrain)(void *user, int seq, int position, float *logits);
     /* Called after every step with what it filled in.  NULL: nobody watches. */
     void   (*on_step)(void *user, const dlm_event *events, int n_events);
@@ -544,7 +551,8 @@ DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_memory *mem);
 DLM_API void      dlm_sampler_free(dlm_sampler *sm);
 /* canvas: n_seqs rows of session.slots tokens, written in place, caller-owned, must
-   stay until the end; lengths (n_seqs) tokens used of each.  Resets everything. */
+   stay until the end; lengths (n_seqs) tokens used of each, the rest is not looked at.
+   Resets everything. */
 DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
                                     int n_seqs);
 /* All sequences, one forward.  DLM_E_INPUT names sequence and position when every token

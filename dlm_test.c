@@ -3830,6 +3830,59 @@ TEST(sampler_constraint_decides_what_stands_where)
     test_close(ctx);
 }
 
+/* What a constraint sees of the run: the canvas now and as the step began. */
+typedef struct sampler_view {
+    toy_run run;
+    int     began[TOY_ALL];
+    float   bias[TOY_VOCAB];
+    char    moved[TOY_ALL], wrong[TOY_ALL], seen[TOY_ALL];
+} sampler_view;
+
+static void sampler_view_look(void *user, int seq, int position, float *logits)
+{
+    sampler_view *w = (sampler_view *)user;
+    const int at = seq * TOY_SLOTS + position;
+    if (memcmp(w->run.canvas, w->began, sizeof w->began) != 0) w->moved[at] = 1;
+    if (w->began[at] != TOY_MASK || memcmp(logits, w->bias, sizeof w->bias) != 0)
+        w->wrong[at] = 1;
+    w->seen[at] = 1;
+}
+
+static void sampler_view_step(void *user, const dlm_event *events, int n_events)
+{
+    sampler_view *w = (sampler_view *)user;
+    (void)events; (void)n_events;
+    memcpy(w->began, w->run.canvas, sizeof w->began);
+}
+
+TEST(sampler_constraint_sees_the_canvas_as_the_step_began)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    dlm_model *m = toy_blank(ctx, TOY_VOCAB);               /* the bias is the logits */
+    for (int k = 0; m && k < DLM_ORDER_COUNT * 3; k++) {
+        static sampler_view w;
+        dlm_sample_options o = {0};
+        memset(&w, 0, sizeof w);
+        test_fill(w.bias, TOY_VOCAB, 1.0f);
+        o.order = (dlm_order)(k / 3);
+        o.steps = k % 3 * 3;
+        o.temperature = (float)(k % 2);
+        o.logit_bias = w.bias;
+        o.constrain = sampler_view_look;
+        o.on_step = sampler_view_step;
+        o.user = &w;
+        LABEL("order %d, steps %d", (int)o.order, o.steps);
+        toy_canvas(&w.run, 0);
+        memcpy(w.began, w.run.canvas, sizeof w.began);
+        toy_generate(&w.run, ctx, m, 0, &o);
+        for (int i = 0; i < TOY_ALL; i++) CHECK(!w.moved[i] && !w.wrong[i]);
+        for (int i = 0; i < w.run.n_events; i++)
+            CHECK(w.seen[w.run.events[i].seq * TOY_SLOTS + w.run.events[i].position]);
+    }
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
 /* Position 7 must be token 9, nothing else may be: 9 is the stop token. */
 static void sampler_force_stop(void *user, int seq, int position, float *logits)
 {
@@ -10878,6 +10931,7 @@ static const test_case test_cases[] = {
     RUN(sampler_draws_of_different_steps_are_independent),
     RUN(sampler_never_emits_suppressed_tokens),
     RUN(sampler_constraint_decides_what_stands_where),
+    RUN(sampler_constraint_sees_the_canvas_as_the_step_began),
     RUN(sampler_stop_token_ends_a_sequence_and_leaves_the_rest_masked),
     RUN(sampler_step_callback_sees_the_trace),
     RUN(sampler_begin_resets_and_the_one_call_form_agrees),
