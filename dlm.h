@@ -944,6 +944,11 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t,
    bytes of a checkpoint of ours.  Weights are copied. */
 DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                                   const void *data, size_t size);
+/* A training state, from the bytes of a file of dlm_trainer_save, into a trainer of the
+   same config and objective.  Checked as a whole first: numbers that are not finite or a
+   negative adam.v are refused, named with their place, and so is all that fails; the
+   trainer is then as it was. */
+DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size_t size);
 
 /* A model in llama2.c's .bin format (version 0): LLaMA layout, f32, causal.  Rotary pairs
    stand next to each other there and are moved apart; weights are copied. */
@@ -963,7 +968,8 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
 DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path);
 /* Moments, averaged weights, step and a copy of the weights: everything a resumed
-   run needs beyond its options. */
+   run needs beyond its options.  What loading would refuse is not saved (DLM_E_INPUT):
+   the last sound file stays. */
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path);
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
 #endif
@@ -9213,6 +9219,99 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
     return e;
 }
 
+/* --[ training states ]-------------------------------------------------------
+   The flat arrays of a trainer, as they are. */
+
+typedef struct dlm__piece {
+    const char *name;
+    float      *data;
+    size_t      count;
+    float       least;              /* no sound value is below                     */
+} dlm__piece;
+
+static dlm__piece dlm__piece_of(const char *name, float *data, size_t count, float least)
+{
+    dlm__piece p;
+    p.name = name; p.data = data; p.count = count; p.least = least;
+    return p;
+}
+
+/* out (4); returns how many. */
+static int dlm__trainer_pieces(const dlm_trainer *t, dlm__piece *out)
+{
+    const size_t n = t->m->n_params;
+    out[0] = dlm__piece_of("weights", t->m->weights, n, -FLT_MAX);
+    out[1] = dlm__piece_of("adam.m", t->adam_m, n, -FLT_MAX);
+    out[2] = dlm__piece_of("adam.v", t->adam_v, n, 0.0f);   /* a mean of squares   */
+    out[3] = dlm__piece_of("ema", t->ema, n, -FLT_MAX);
+    return t->ema ? 4 : 3;
+}
+
+/* data (count), maybe unaligned: finite, and no mean of squares below zero, whose root
+   would be NaN in an update that reports finite gradients. */
+static dlm_error dlm__check_piece(dlm_ctx *ctx, dlm_error code, const dlm__piece *p,
+                                  const void *data)
+{
+    for (size_t i = 0; i < p->count; i++) {
+        float x;
+        memcpy(&x, (const char *)data + i * sizeof x, sizeof x);
+        if (!(x >= p->least && x <= FLT_MAX))
+            return dlm__fail(ctx, code, "training state: %s[%.0f] is %g", p->name,
+                             (double)i, (double)x);
+    }
+    return DLM_OK;
+}
+
+/* Up to here a double, in which steps are written and reckoned with, is exact. */
+#define DLM__STEPS_MOST ((int64_t)1 << 53)
+
+/* Checks everything before anything is copied. */
+static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
+{
+    dlm_ctx *ctx = t->w.ctx;
+    const char *step = dlm_safetensors_metadata(f, "dlm.step");
+    const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
+    const dlm_st_tensor *from[4];
+    dlm__piece to[4];
+    const int n = dlm__trainer_pieces(t, to);
+    dlm_config config;
+    int64_t steps;
+    dlm_error e = dlm__config_from(&config, ctx, f);
+    if (e != DLM_OK) return e;
+    if (memcmp(&config, &t->m->config, sizeof config) != 0)
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
+                         "config");
+    if (step == NULL || objective == NULL || strcmp(objective, t->kind->name) != 0)
+        return dlm__fail(ctx, DLM_E_MISMATCH,
+                         "training state: objective %s, the trainer's "
+                         "is %s", objective ? objective : "missing", t->kind->name);
+    if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
+        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
+                         "0..2^53", step);
+    for (int i = 0; i < n; i++) {
+        from[i] = dlm_safetensors_find(f, to[i].name);
+        if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to[i].count)
+            return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
+                             "%.0f floats", to[i].name, (double)to[i].count);
+        e = dlm__check_piece(ctx, DLM_E_FORMAT, &to[i], from[i]->data);
+        if (e != DLM_OK) return e;
+    }
+    for (int i = 0; i < n; i++) memcpy(to[i].data, from[i]->data, from[i]->bytes);
+    t->step = steps;
+    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
+    dlm_model_changed(t->m);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size_t size)
+{
+    dlm_safetensors *f;
+    dlm_error e = dlm_safetensors_parse(&f, t->w.ctx, data, size);
+    if (e == DLM_OK) e = dlm__trainer_from(t, f);
+    dlm_safetensors_close(f);
+    return e;
+}
+
 #ifndef DLM_NO_STDIO
 
 /* --[ reading files ]---------------------------------------------------------  */
@@ -9567,12 +9666,6 @@ static void dlm__put_tensor(dlm__text *t, const char *name, int rows, int cols,
     *offset += bytes;
 }
 
-typedef struct dlm__piece {
-    const char  *name;
-    const float *data;
-    size_t       count;
-} dlm__piece;
-
 /* What a file holds: a model's tensors, or whole arrays. */
 typedef struct dlm__content {
     const dlm_model     *m;
@@ -9711,14 +9804,6 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c
     return e;
 }
 
-static void dlm__add_piece(dlm__content *c, const char *name, const float *data, size_t n)
-{
-    dlm__piece *p = &c->pieces[c->n_pieces++];
-    p->name = name;
-    p->data = data;
-    p->count = n;
-}
-
 DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok)
 {
@@ -9728,7 +9813,7 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
     memset(&c, 0, sizeof c);
     c.m = m;
     c.tok = tok;
-    dlm__add_piece(&c, "weights", m->weights, m->n_params);
+    c.pieces[c.n_pieces++] = dlm__piece_of("weights", m->weights, m->n_params, -FLT_MAX);
     return dlm__write_file(ctx, path, &c);
 }
 
@@ -9746,63 +9831,17 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     return e;
 }
 
-static void dlm__trainer_pieces(dlm__content *c, const dlm_trainer *t)
-{
-    memset(c, 0, sizeof *c);
-    c->m = t->m;
-    c->t = t;
-    dlm__add_piece(c, "weights", t->m->weights, t->m->n_params);
-    dlm__add_piece(c, "adam.m", t->adam_m, t->m->n_params);
-    dlm__add_piece(c, "adam.v", t->adam_v, t->m->n_params);
-    if (t->ema) dlm__add_piece(c, "ema", t->ema, t->m->n_params);
-}
-
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
 {
     dlm__content c;
-    dlm__trainer_pieces(&c, t);
-    return dlm__write_file(t->w.ctx, path, &c);
-}
-
-/* Up to here a double, in which steps are written and reckoned with, is exact. */
-#define DLM__STEPS_MOST ((int64_t)1 << 53)
-
-/* Checks everything before anything is copied. */
-static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
-{
-    dlm_ctx *ctx = t->w.ctx;
-    const char *step = dlm_safetensors_metadata(f, "dlm.step");
-    const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
-    dlm__content c;
-    dlm_config config;
-    int64_t steps;
-    dlm_error e = dlm__config_from(&config, ctx, f);
-    if (e != DLM_OK) return e;
-    if (memcmp(&config, &t->m->config, sizeof config) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
-                         "config");
-    if (step == NULL || objective == NULL || strcmp(objective, t->kind->name) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH,
-                         "training state: objective %s, the trainer's "
-                         "is %s", objective ? objective : "missing", t->kind->name);
-    if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
-        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
-                         "0..2^53", step);
-    dlm__trainer_pieces(&c, t);
-    for (int i = 0; i < c.n_pieces; i++) {
-        const dlm_st_tensor *x = dlm_safetensors_find(f, c.pieces[i].name);
-        if (x == NULL || x->dtype != DLM_F32 || x->count != c.pieces[i].count)
-            return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
-                             "%.0f floats", c.pieces[i].name, (double)c.pieces[i].count);
-    }
-    for (int i = 0; i < c.n_pieces; i++)
-        memcpy((float *)(uintptr_t)c.pieces[i].data,
-               dlm_safetensors_find(f, c.pieces[i].name)->data,
-               c.pieces[i].count * sizeof(float));
-    t->step = steps;
-    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
-    dlm_model_changed(t->m);
-    return DLM_OK;
+    dlm_error e = DLM_OK;
+    memset(&c, 0, sizeof c);
+    c.m = t->m;
+    c.t = t;
+    c.n_pieces = dlm__trainer_pieces(t, c.pieces);
+    for (int i = 0; e == DLM_OK && i < c.n_pieces; i++)
+        e = dlm__check_piece(t->w.ctx, DLM_E_INPUT, &c.pieces[i], c.pieces[i].data);
+    return e == DLM_OK ? dlm__write_file(t->w.ctx, path, &c) : e;
 }
 
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)

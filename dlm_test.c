@@ -7388,6 +7388,96 @@ TEST(trainer_load_refuses_wrong_files_and_stays_unharmed)
     train_close(&b);
     test_close(ctx);
 }
+
+/* One metadata string of f becomes another; the rest of the file stays. */
+static test_file train_with_step(const test_file *f, const char *step)
+{
+    static const char key[] = "\"dlm.step\":\"";
+    size_t header = f->data[0] | (size_t)f->data[1] << 8, at = 8, n = 0;
+    char *h = (char *)test_malloc(header + 100);
+    while (memcmp(f->data + at, key, sizeof key - 1) != 0) at++;
+    at += sizeof key - 1;
+    memcpy(h, f->data + 8, at - 8);
+    n = at - 8 + (size_t)sprintf(h + at - 8, "%s", step);
+    while (f->data[at] != '"') at++;
+    memcpy(h + n, f->data + at, 8 + header - at);
+    n += 8 + header - at;
+    test_file g = file_make(h, n, f->data + 8 + header, f->size - 8 - header);
+    free(h);
+    return g;
+}
+
+static void train_try_bad_numbers(dlm_ctx *ctx, train_rig *a, const train_rig *b,
+                                  const test_file *f)
+{
+    static const char *const names[4] = { "weights", "adam.m", "adam.v", "ema" };
+    const float bad[4] = { NAN, INFINITY, -INFINITY, -1e-45f };
+    const size_t n = a->m->n_params, payload = f->size - 16 * n;
+    for (int i = 0; i < 4 * 4 * 3; i++) {
+        const int which = i / 12, value = i / 3 % 4;
+        const size_t at = i % 3 == 0 ? 0 : i % 3 == 1 ? n - 1 : n / 3;
+        unsigned char *entry = f->data + payload + 4 * ((size_t)which * n + at), kept[4];
+        char text[60];
+        if (value == 3 && which != 2) continue;            /* negative: no matter  */
+        snprintf(text, sizeof text, "%s[%u]", names[which], (unsigned)at);
+        LABEL("%g in %s", (double)bad[value], text);
+        memcpy(kept, entry, 4);
+        memcpy(entry, &bad[value], 4);
+        CHECK_ERROR(dlm_trainer_load_memory(a->t, f->data, f->size), DLM_E_FORMAT, ctx,
+                    text);
+        memcpy(entry, kept, 4);
+        CHECK(train_same(a, b));
+    }
+}
+
+TEST(trainer_load_refuses_numbers_that_are_none_and_steps_without_end)
+{
+    static const char *const steps[] = {
+        "9223372036854775807", "9223372036854775808", "18446744073709551616", "-1", "1.5",
+        "9007199254740993", "1e3", "", "x", " 1"
+    };
+    const char *path = "dlm_test_numbers.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int text[TRAIN_TEXT];
+    dlm_train_options o = train_options();
+    o.ema = 0.9f;
+    train_text(text);
+    train_rig a = train_open(ctx, 0, 1, &o), b = train_open(ctx, 0, 1, &o);
+    train_run(&a, text, 2);
+    train_run(&b, text, 2);
+    CHECK_OK(dlm_trainer_save(a.t, path));
+    test_file f = file_read(path), g;
+    train_try_bad_numbers(ctx, &a, &b, &f);
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        LABEL("step %s", steps[i]);
+        g = train_with_step(&f, steps[i]);
+        CHECK_ERROR(dlm_trainer_load_memory(a.t, g.data, g.size), DLM_E_FORMAT, ctx,
+                    "step");
+        free(g.data);
+        CHECK(train_same(&a, &b));
+    }
+    LABEL("the largest");
+    g = train_with_step(&f, "9007199254740992");
+    CHECK_OK(dlm_trainer_load_memory(a.t, g.data, g.size));
+    CHECK(dlm_trainer_steps(a.t) == (int64_t)1 << 53);
+    train_run(&a, text, 1);
+    free(g.data);
+    LABEL("afterwards");
+    CHECK_OK(dlm_trainer_load_memory(a.t, f.data, f.size));
+    train_run(&a, text, 2);
+    train_run(&b, text, 2);
+    CHECK(train_same(&a, &b));
+    dlm_trainer_ema(a.t)[3] = NAN;         /* nor is such a state saved            */
+    CHECK_ERROR(dlm_trainer_save(a.t, path), DLM_E_INPUT, ctx, "ema[3]");
+    g = file_read(path);
+    CHECK(file_equal(&f, &g));
+    remove(path);
+    free(f.data);
+    free(g.data);
+    train_close(&a);
+    train_close(&b);
+    test_close(ctx);
+}
 #endif /* DLM_NO_STDIO */
 
 static void train_try_example(dlm_ctx *ctx, dlm_trainer *t, const dlm_example *e, int n,
@@ -11013,6 +11103,7 @@ static const test_case test_cases[] = {
 #endif
     RUN(trainer_resumes_bit_exactly),
     RUN(trainer_load_refuses_wrong_files_and_stays_unharmed),
+    RUN(trainer_load_refuses_numbers_that_are_none_and_steps_without_end),
 #endif
     RUN(trainer_failed_steps_change_nothing),
     RUN(trainer_takes_examples_without_a_response),
