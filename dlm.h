@@ -871,7 +871,9 @@ typedef enum dlm_tokenizer_kind {
 typedef struct dlm_tokenizer dlm_tokenizer;
 
 /* text (size) is the corpus for CHARS, the bytes of the file for PIECES, ignored for
-   BYTES.  It is copied. */
+   BYTES.  What is needed of it is copied.  A corpus is UTF-8 without zeros; a file that
+   is none, and the JSON vocabulary of another program (tokenizer.json, vocab.json), are
+   DLM_E_INPUT.  Any other JSON is a text like others. */
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size);
@@ -8373,19 +8375,80 @@ struct dlm_tokenizer {
 typedef struct dlm__piece_entry { const char *text; int size; float score; }
     dlm__piece_entry;
 
-/* Sets, or counts, the bit of every character; bits covers all code points. */
-static dlm_error dlm__collect_chars(dlm_ctx *ctx, unsigned char *bits, const char *text,
+/* Code points in pages of 256; only pages with a character in them get their bits. */
+enum { DLM__PAGES = 0x110000 / 256, DLM__PAGE_BYTES = 256 / 8 };
+
+typedef struct dlm__char_set {
+    uint16_t       page[DLM__PAGES];        /* 0: no character; else which, from 1 */
+    unsigned char *bits;                    /* NULL: only mark the pages           */
+} dlm__char_set;
+
+/* Where the bit of c is, whose page has bits. */
+static unsigned char *dlm__char_byte(const dlm__char_set *set, uint32_t c)
+{
+    return set->bits + (set->page[c / 256] - 1) * DLM__PAGE_BYTES + c % 256 / 8;
+}
+
+static dlm_error dlm__collect_chars(dlm_ctx *ctx, dlm__char_set *set, const char *text,
                                     size_t size)
 {
     for (size_t i = 0; i < size;) {
         uint32_t c;
         if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
-            return dlm__fail(ctx, DLM_E_INPUT,
-                             "text: malformed UTF-8, or a zero, at byte "
-                             "%.0f", (double)i);
-        bits[c >> 3] = (unsigned char)(bits[c >> 3] | 1 << (c & 7));
+            return dlm__fail(ctx, DLM_E_INPUT, "text: malformed UTF-8, or a zero, at "
+                             "byte %.0f: not a text to take characters from", (double)i);
+        if (set->bits) {
+            unsigned char *byte = dlm__char_byte(set, c);
+            *byte = (unsigned char)(*byte | 1 << c % 8);
+        } else {
+            set->page[c / 256] = 1;
+        }
     }
     return DLM_OK;
+}
+
+/* The characters, ascending, to out; NULL counts. */
+static int dlm__list_chars(const dlm__char_set *set, uint32_t *out)
+{
+    int n = 0;
+    for (uint32_t c = 0; c < 0x110000; c++) {
+        if (set->page[c / 256] == 0) {
+            c |= 255;               /* on to the next page                         */
+        } else if (*dlm__char_byte(set, c) >> c % 8 & 1) {
+            if (out) out[n] = c;
+            n++;
+        }
+    }
+    return n;
+}
+
+/* Enters an object and goes to the value of `key`; 0: it is not there. */
+static int dlm__json_find(dlm__json *j, const char *key)
+{
+    char name[64];
+    int count = 0;
+    dlm__json_want(j, '{');
+    while (dlm__json_key(j, name, sizeof name, &count)) {
+        if (strcmp(name, key) == 0) return 1;
+        dlm__json_skip(j, 0);
+    }
+    return 0;
+}
+
+/* 1 for the files in which others keep a vocabulary: an object whose "model" has a
+   "vocab" (tokenizer.json), or one of nothing but the ids 0, 1, 2, ... (vocab.json). */
+static int dlm__is_vocabulary(const char *text, size_t size)
+{
+    dlm__json j;
+    int count = 0;
+    uint64_t ids = 0;
+    j.p = text; j.end = text + size; j.bad = 0;
+    if (dlm__json_find(&j, "model") && dlm__json_find(&j, "vocab")) return 1;
+    j.p = text; j.bad = 0;
+    dlm__json_want(&j, '{');
+    while (dlm__json_key(&j, NULL, 0, &count))
+        if (dlm__json_count(&j) != ids++) return 0;
+    return !j.bad && ids >= 256;    /* fewer may be a text                         */
 }
 
 static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
@@ -8404,24 +8467,31 @@ static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
     return DLM_OK;
 }
 
-static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx, const char *text,
-                                      size_t size)
+static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
+                                      const char *text, size_t size)
 {
-    const size_t bytes = 0x110000 / 8;
-    unsigned char *bits = (unsigned char *)dlm__alloc(ctx, bytes);
-    int n = 0;
+    dlm__char_set set;
+    size_t bytes = 0;
     dlm_error e;
-    if (bits == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-    memset(bits, 0, bytes);
-    e = dlm__collect_chars(ctx, bits, text, size);
-    for (uint32_t c = 0; c < 0x110000; c++) n += bits[c >> 3] >> (c & 7) & 1;
-    if (e == DLM_OK && n == 0)
-        e = dlm__fail(ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
-    if (e == DLM_OK) e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n);
-    n = 0;
-    for (uint32_t c = 0; e == DLM_OK && c < 0x110000; c++)
-        if (bits[c >> 3] >> (c & 7) & 1) (*out)->chars[n++] = c;
-    dlm__release(ctx, bits);
+    if (dlm__is_vocabulary(text, size))
+        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a text to "
+                         "take characters from");
+    memset(&set, 0, sizeof set);
+    e = dlm__collect_chars(ctx, &set, text, size);
+    if (e != DLM_OK) return e;
+    if (size == 0)
+        return dlm__fail(ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
+    for (int i = 0; i < DLM__PAGES; i++)
+        if (set.page[i]) set.page[i] = (uint16_t)(++bytes);
+    bytes *= DLM__PAGE_BYTES;
+    set.bits = (unsigned char *)dlm__alloc(ctx, bytes);
+    if (set.bits == NULL)
+        return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    memset(set.bits, 0, bytes);
+    dlm__collect_chars(ctx, &set, text, size);
+    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, dlm__list_chars(&set, NULL));
+    if (e == DLM_OK) dlm__list_chars(&set, (*out)->chars);
+    dlm__release(ctx, set.bits);
     return e;
 }
 

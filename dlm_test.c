@@ -5863,7 +5863,7 @@ TEST(tokenizer_survives_invalid_utf8)
                                                   : 0xC0 + test_below(64));
         dlm_error e = dlm_encode(known, text, size, ids, 16, &n);
         CHECK(e == DLM_OK || e == DLM_E_INPUT);
-        if (k % 10 < 2) {                        /* each looks at all code points */
+        if (k % 10 < 2) {
             e = dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, text, size);
             CHECK((e == DLM_OK) == (t != NULL));
             CHECK(e == DLM_OK || e == DLM_E_INPUT);
@@ -5877,6 +5877,95 @@ TEST(tokenizer_survives_invalid_utf8)
     }
     dlm_tokenizer_free(known);
     test_close(ctx);
+}
+
+static dlm_error tokenizer_try(dlm_ctx *ctx, const char *text, size_t size)
+{
+    dlm_tokenizer *t = NULL;
+    dlm_error e = dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, text, size);
+    CHECK((e == DLM_OK) == (t != NULL));
+    dlm_tokenizer_free(t);
+    return e;
+}
+
+/* n entries "k": id, where all ids but the one at `wrong` follow each other. */
+static size_t tokenizer_vocab_json(char *out, int n, int wrong)
+{
+    size_t k = (size_t)sprintf(out, " {\n");
+    for (int i = 0; i < n; i++)
+        k += (size_t)sprintf(out + k, "%s\"\\u0120t%d\": %d", i ? ", " : "", i,
+                             i + (i == wrong));
+    return k + (size_t)sprintf(out + k, "}\n");
+}
+
+TEST(tokenizer_takes_no_vocabulary_for_a_corpus)
+{
+    static const char *const vocabularies[] = {
+        "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":0,\"content\":\"<s>\"}],"
+            "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"vocab\":{\"a\":0}}}",
+        "\n{ \"model\" : { \"vocab\" : [ [\"a\", -1.5] ]"
+    };
+    static const char *const texts[] = {                   /* honest JSON           */
+        "{\"a\":0,\"b\":1}", "{}", "[]", "{\"model\":\"vocab\"}", "{\"model\":{\"a\":1}}",
+        "{\"vocab\":{\"a\":0}}", "{\"a\":{\"model\":{\"vocab\":1}}}", "{", "{\"",
+        "{\"model",
+        "{\"name\":\"x\",\"n\":1}\n{\"name\":\"y\",\"n\":2}\n", "model vocab"
+    };
+    static const char pieces[] = "\7\0\0\0\0\0\0\0\5\0\0\0<unk>";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    char *json = (char *)test_malloc(40000);
+    for (size_t i = 0; i < sizeof vocabularies / sizeof *vocabularies; i++) {
+        LABEL("%.100s", vocabularies[i]);
+        CHECK_ERROR(tokenizer_try(ctx, vocabularies[i], strlen(vocabularies[i])),
+                    DLM_E_INPUT, ctx, "vocabulary in JSON");
+    }
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        LABEL("%s", texts[i]);
+        CHECK_OK(tokenizer_try(ctx, texts[i], strlen(texts[i])));
+    }
+    LABEL("ids");
+    CHECK_ERROR(tokenizer_try(ctx, json, tokenizer_vocab_json(json, 256, -1)),
+                DLM_E_INPUT, ctx, "vocabulary in JSON");
+    CHECK_OK(tokenizer_try(ctx, json, tokenizer_vocab_json(json, 255, -1)));
+    CHECK_OK(tokenizer_try(ctx, json, tokenizer_vocab_json(json, 1000, 999)));
+    CHECK_OK(tokenizer_try(ctx, json, tokenizer_vocab_json(json, 1000, -1) - 2));
+    LABEL("binary");                       /* pieces; then a safetensors file      */
+    CHECK_ERROR(tokenizer_try(ctx, pieces, sizeof pieces - 1), DLM_E_INPUT, ctx,
+                "not a text");
+    CHECK_ERROR(tokenizer_try(ctx, "\2\0\0\0\0\0\0\0{}", 10), DLM_E_INPUT, ctx,
+                "not a text");
+    free(json);
+    test_close(ctx);
+}
+
+/* Adds up what is asked for; nothing here is freed and asked for again. */
+static void *tokenizer_alloc(void *user, size_t size)
+{
+    *(size_t *)user += size;
+    return malloc(size);
+}
+static void tokenizer_release(void *user, void *ptr) { (void)user; free(ptr); }
+
+TEST(tokenizer_chars_take_memory_by_their_number)
+{
+    dlm_ctx *ctx = NULL;
+    dlm_options o = {0};
+    size_t asked = 0, before;
+    char text[128 + 4 * 200], *end = text;
+    o.allocator.alloc = tokenizer_alloc;
+    o.allocator.release = tokenizer_release;
+    o.allocator.user = &asked;
+    CHECK_OK(dlm_init(&ctx, &o));
+    before = asked;
+    CHECK_OK(tokenizer_try(ctx, "abcdefghijklmnopqrst", 20));
+    CHECK(asked - before < 512);
+    for (uint32_t c = 1; c < 128; c++) *end++ = (char)c;
+    for (uint32_t c = 0x80; c < 0x110000; c += 0x110000 / 180)   /* pages of their own */
+        if (c < 0xD800 || c > 0xDFFF) end += dlm__utf8_put(end, c);
+    before = asked;
+    CHECK_OK(tokenizer_try(ctx, text, (size_t)(end - text)));
+    CHECK(asked - before < 10000);
+    dlm_shutdown(ctx);
 }
 
 /* ==[ safetensors ]=========================================================== */
@@ -11067,6 +11156,8 @@ static const test_case test_cases[] = {
     RUN(tokenizer_names_an_unknown_character),
     RUN(tokenizer_says_sizes_and_truncates),
     RUN(tokenizer_survives_invalid_utf8),
+    RUN(tokenizer_takes_no_vocabulary_for_a_corpus),
+    RUN(tokenizer_chars_take_memory_by_their_number),
     RUN(safetensors_reads_hand_made_files),
     RUN(safetensors_widens_every_half_and_bfloat),
     RUN(safetensors_widens_singles_and_doubles),
