@@ -14,7 +14,7 @@ static const char text[] =
     "water. the cat fears the dog. the bird fears the cat. the fish fears the bird. "
     "the dog fears the dark. the cat likes milk. the dog likes bones. ";
 
-int main(void)
+int main(int argc, char **argv)
 {
     const char *forms[] = {"the bird likes _______",
                            "the ____ likes water. the ___ likes milk. ",
@@ -28,9 +28,15 @@ int main(void)
     dlm_train_options how = {0};
     int ids[sizeof text], canvas[T];
     size_t n = 0;
-    char filled[T + 1];
+    char filled[T + 1], why[256] = "";        /* why: for a context that fails      */
+    dlm_options options = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 1) {
+        puts("usage: first_program        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
     if (!e) e = dlm_encode(tok, text, strlen(text), ids, sizeof text, &n);
 
@@ -56,7 +62,8 @@ int main(void)
         dlm_decode(tok, canvas, (size_t)length, filled, sizeof filled);
         printf("%s\n%s\n\n", forms[f], filled);
     }
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   *why ? why : dlm_last_error(ctx));
     dlm_trainer_free(trainer);
     dlm_model_free(model);
     dlm_tokenizer_free(tok);

@@ -17,9 +17,24 @@
 enum { THREADS = 2, T = 128, B = 4, WINDOWS = 64, MAX_TEXT = 1 << 25 };
 static char text[MAX_TEXT];
 static int ids[MAX_TEXT];
+static dlm_ctx *ctx;
+static char why[256];                        /* for a context that fails             */
 
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int number) { (void)number; interrupted = 1; }
+
+static void require(dlm_error e)
+{
+    if (e == DLM_OK) return;
+    fprintf(stderr, "%s: %s\n", dlm_error_string(e), *why ? why : dlm_last_error(ctx));
+    exit(1);
+}
+
+static void refuse(const char *path, const char *sentence)
+{
+    fprintf(stderr, "%s: %s\n", path, sentence);
+    exit(1);
+}
 
 static double seconds(void)
 {
@@ -44,6 +59,26 @@ static size_t make_text(void)
     return n;
 }
 
+static size_t read_text(const char *path)
+{
+    FILE *input = fopen(path, "rb");
+    size_t n = input ? fread(text, 1, MAX_TEXT, input) : 0;
+    if (!input || ferror(input)) refuse(path, "cannot be read");
+    fclose(input);
+    if (n < 80 * T || n == MAX_TEXT) refuse(path, "10 KB .. 32 MB of text are needed");
+    return n;
+}
+
+/* Is there such a file?  One that could not be written is refused before the training,
+   not after it; what is there stays as it is. */
+static int exists(const char *path)
+{
+    FILE *there = fopen(path, "rb"), *f = fopen(path, "ab");
+    if (!f) refuse(path, "cannot be written");
+    fclose(f);
+    return there ? fclose(there), 1 : (remove(path), 0);
+}
+
 /* Nats per character for a model that knows how frequent each one is, no more. */
 static double unigram_entropy(size_t n, int vocab)
 {
@@ -57,7 +92,7 @@ static double unigram_entropy(size_t n, int vocab)
 }
 
 /* Loss without learning, on windows spread over ids[first .. n). */
-static dlm_error evaluate(dlm_trainer *t, size_t first, size_t n)
+static void evaluate(dlm_trainer *t, size_t first, size_t n)
 {
     dlm_example windows[WINDOWS] = {{0}};
     dlm_report r;
@@ -65,20 +100,18 @@ static dlm_error evaluate(dlm_trainer *t, size_t first, size_t n)
         windows[i].tokens = ids + first + i * (n - first - T) / WINDOWS;
         windows[i].length = T;
     }
-    dlm_error e = dlm_trainer_evaluate(t, windows, WINDOWS, 0, &r);
-    if (!e) printf("step %5d: held-out loss %.3f\n", (int)dlm_trainer_steps(t), r.loss);
-    return e;
+    require(dlm_trainer_evaluate(t, windows, WINDOWS, 0, &r));
+    printf("step %5d: held-out loss %.3f\n", (int)dlm_trainer_steps(t), r.loss);
 }
 
-static dlm_error train(dlm_trainer *t, size_t n, int steps)
+static void train(dlm_trainer *t, size_t n, int steps)
 {
     double t0 = seconds(), shown = t0, tokens = 0.0;
     int64_t first = dlm_trainer_steps(t);
     while (dlm_trainer_steps(t) < steps && !interrupted) {
         dlm_report r;
-        dlm_error e = dlm_trainer_step_text(t, ids, n, T, B, &r);
+        require(dlm_trainer_step_text(t, ids, n, T, B, &r));
         double now = seconds();
-        if (e) return e;
         tokens += (double)r.tokens;
         if (now - shown < 1.0) continue;
         double per_step = (now - t0) / (double)(r.step - first);
@@ -87,64 +120,78 @@ static dlm_error train(dlm_trainer *t, size_t n, int steps)
         fflush(stdout);
         shown = now;
     }
-    return DLM_OK;
+}
+
+/* A new model for the text, or the one of a run that was stopped: then text must be
+   spelled in its characters. */
+static void open_model(dlm_model **model, dlm_tokenizer **tok, const char *path,
+                       int resumed, size_t size, size_t *n)
+{
+    dlm_config cfg = {0};
+    if (!resumed) {
+        require(dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, text, size));
+        cfg.vocab = dlm_tokenizer_vocab(*tok), cfg.max_seq = T, cfg.block = 8;
+        cfg.dim = 160, cfg.layers = 3, cfg.heads = 5, cfg.ffn = 480, cfg.rope_theta = 100;
+        require(dlm_model_create(model, ctx, &cfg, 1, NULL));
+    } else {
+        require(dlm_load(model, tok, ctx, path));
+        if (!*tok) refuse(path, "holds no tokenizer");
+        if ((*model)->config.max_seq < T) refuse(path, "not a model of this program");
+    }
+    dlm_error e = dlm_encode(*tok, text, size, ids, MAX_TEXT, n);
+    if (e) fprintf(stderr, "%s is of another text; give another checkpoint\n", path);
+    require(e);
 }
 
 int main(int argc, char **argv)
 {
     const char *path = argc > 2 ? argv[2] : "model.safetensors";
-    int steps = argc > 3 ? atoi(argv[3]) : 1000, resumed;
-    FILE *input = argc > 1 ? fopen(argv[1], "rb") : NULL, *old;
-    size_t size = input ? fread(text, 1, MAX_TEXT, input) : 0, n = 0, n_train;
+    const char *precision = argc > 4 ? argv[4] : "f32";
+    int steps = argc > 3 ? atoi(argv[3]) : 1000, made = argc < 2 || !strcmp(argv[1], "-");
+    size_t size, n = 0, n_train;
     char state[1024];
-    dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
     dlm_model *model = NULL;
     dlm_trainer *trainer = NULL;
     dlm_options options = {0};
-    dlm_config cfg = {0};
     dlm_train_options how = {0};
 
-    if (input) fclose(input);
-    if (argc < 2 || !strcmp(argv[1], "-")) size = make_text();
-    if (size < 80 * T || size == MAX_TEXT || steps < 1) {
-        fprintf(stderr, "need 10 KB .. 32 MB of text and a number of steps\n");
-        return 1;
+    if (argc > 5 || (!made && argv[1][0] == '-') || steps < 1
+        || (strcmp(precision, "f32") && strcmp(precision, "bf16"))) {
+        puts("usage: train_text [text file or -] [checkpoint] [steps] [f32 or bf16]");
+        return strcmp(argv[1], "--help") ? 2 : 0;
     }
     options.threads = THREADS;               /* changes the time, never the result   */
-    dlm_error e = dlm_init(&ctx, &options);
-    snprintf(state, sizeof state, "%s.train", path);
-    old = fopen(state, "rb");                /* a run that was stopped?              */
-    resumed = old != NULL;
-    if (old) fclose(old);
-    if (!e && resumed) e = dlm_load(&model, &tok, ctx, path);
-    else if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
-    if (!e && !resumed) {
-        cfg.vocab = dlm_tokenizer_vocab(tok), cfg.max_seq = T, cfg.block = 8;
-        cfg.dim = 160, cfg.layers = 3, cfg.heads = 5, cfg.ffn = 480, cfg.rope_theta = 100;
-        e = dlm_model_create(&model, ctx, &cfg, 1, NULL);
-    }
-    if (!e) e = dlm_encode(tok, text, size, ids, MAX_TEXT, &n);
+    options.message = why, options.message_size = sizeof why;
+    require(dlm_init(&ctx, &options));
+    size = made ? make_text() : read_text(argv[1]);
+    if (snprintf(state, sizeof state, "%s.train", path) >= (int)sizeof state)
+        refuse(path, "too long a name");
+    int old = exists(path), resumed = exists(state);     /* a run that was stopped?   */
+    if (old && !resumed) refuse(path, "is there, but no .train to go on from");
+    open_model(&model, &tok, path, resumed, size, &n);
     n_train = n - n / 10;                    /* the rest is held out                 */
     how.max_rows = 2 * B * T, how.lr = 1e-3f, how.warmup = steps / 10, how.total = steps;
     how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 5e-5f, how.weight_decay = 0.01f;
-    if (argc > 4 && !strcmp(argv[4], "bf16")) how.precision = DLM_BF16;
-    if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
-    if (!e && resumed) e = dlm_trainer_load(trainer, state);
-    if (!e) printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
-                   (int)model->n_params, (int)n, unigram_entropy(n, model->config.vocab));
+    if (!strcmp(precision, "bf16")) how.precision = DLM_BF16;
+    require(dlm_trainer_create(&trainer, ctx, model, &how, NULL));
+    if (resumed) {
+        require(dlm_trainer_load(trainer, state));
+        printf("%s: from step %d on\n", state, (int)dlm_trainer_steps(trainer));
+    }
+    printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
+           (int)model->n_params, (int)n, unigram_entropy(n, model->config.vocab));
 
     signal(SIGINT, on_interrupt);            /* from here on, Ctrl-C saves first     */
-    if (!e) e = evaluate(trainer, n_train, n);
-    if (!e) e = train(trainer, n_train, steps);
-    if (!e) e = evaluate(trainer, n_train, n);
-    if (!e) e = dlm_save(ctx, path, model, tok);
-    if (!e) e = dlm_trainer_save(trainer, state);
-    if (!e) printf("saved; the same command %s\n", interrupted ? "goes on" : "evaluates");
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    evaluate(trainer, n_train, n);
+    train(trainer, n_train, steps);
+    evaluate(trainer, n_train, n);
+    require(dlm_save(ctx, path, model, tok));
+    require(dlm_trainer_save(trainer, state));
+    printf("saved; the same command %s\n", interrupted ? "goes on" : "evaluates");
     dlm_trainer_free(trainer);
     dlm_model_free(model);
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);
-    return e != DLM_OK;
+    return 0;
 }

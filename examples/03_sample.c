@@ -52,21 +52,35 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, int T, int n_pro
 int main(int argc, char **argv)
 {
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
-    const char *prompt = argc > 2 ? argv[2] : "the ", *why = NULL;
+    const char *prompt = argc > 2 ? argv[2] : "the ";
+    char why[256] = "";                      /* where the library has no words yet   */
     int T = argc > 3 ? atoi(argv[3]) : 100;
     size_t n = 0;
     dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
     dlm_model *model = NULL;
+    dlm_options options = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 4 || (argc > 1 && argv[1][0] == '-')) {
+        puts("usage: sample [checkpoint] [prompt] [length]");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_load(&model, &tok, ctx, path);
-    if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
+    if (!e && !tok) {
+        snprintf(why, sizeof why, "%s holds no tokenizer", path);
+        e = DLM_E_MISMATCH;
+    }
     if (!e) e = dlm_encode(tok, prompt, strlen(prompt), canvas, MAX, &n);
     if (!e) {                                /* the canvas: the prompt, then masks   */
         int most = model->config.max_seq < MAX ? model->config.max_seq : MAX;
         if (T < 1 || T > most - (int)n) T = most - (int)n;
-        if (T < 1) e = DLM_E_INPUT, why = "the prompt leaves no room to go on";
+        if (T < 1) {
+            snprintf(why, sizeof why, "%d tokens of prompt leave no room: %s has %d",
+                     (int)n, path, most);
+            e = DLM_E_INPUT;
+        }
         T += (int)n;
         for (int i = (int)n; i < T; i++) canvas[i] = model->config.mask_id;
     }
@@ -76,7 +90,7 @@ int main(int argc, char **argv)
         printf("%s\n", text);
     } else {
         fprintf(stderr, "%s: %s\n", dlm_error_string(e),
-                   why ? why : dlm_last_error(ctx));
+                *why ? why : dlm_last_error(ctx));
     }
     dlm_model_free(model);
     dlm_tokenizer_free(tok);

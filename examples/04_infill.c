@@ -37,21 +37,33 @@ int main(int argc, char **argv)
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
     const char *form = argc > 2 ? argv[2]
                      : "a friend _______ the silver ___ at home. ";
-    const char *why = NULL;
+    char why[256] = "";                      /* where the library has no words yet   */
     static int blank[MAX], canvas[MAX];
     static char text[4 * MAX + 1];
     int T = 0;
     dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
     dlm_model *model = NULL;
+    dlm_options options = {0};
     dlm_sample_options how = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 3 || (argc > 1 && argv[1][0] == '-')) {
+        puts("usage: infill [checkpoint] [form with _]");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_load(&model, &tok, ctx, path);
     if (!e && tok) e = read_form(tok, form, blank, &T);
-    if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
-    if (!e && (T > MAX || T > model->config.max_seq))
-        e = DLM_E_INPUT, why = "the form is too long for this model";
+    if (!e && !tok) {
+        snprintf(why, sizeof why, "%s holds no tokenizer", path);
+        e = DLM_E_MISMATCH;
+    }
+    if (!e && (T < 1 || T > MAX || T > model->config.max_seq)) {
+        snprintf(why, sizeof why, "the form has %d tokens, %s takes 1 to %d", T, path,
+                 model->config.max_seq < MAX ? model->config.max_seq : MAX);
+        e = DLM_E_INPUT;
+    }
     /* The surest character first.  A model trained in blocks sees what stands to the
        right of a hole up to the end of the block, one with the full pattern all of it. */
     how.order = DLM_ORDER_CONFIDENCE;
@@ -64,7 +76,7 @@ int main(int argc, char **argv)
         if (!e) printf("%s\n", text);
     }
     if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
-                   why ? why : dlm_last_error(ctx));
+                   *why ? why : dlm_last_error(ctx));
     dlm_model_free(model);
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);

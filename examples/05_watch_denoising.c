@@ -103,15 +103,25 @@ int main(int argc, char **argv)
     dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
     dlm_model *model = NULL;
-    const char *plain = getenv("NO_COLOR"), *why = NULL;
+    const char *plain = getenv("NO_COLOR");
+    char why[256] = "";                      /* where the library has no words yet   */
+    dlm_options options = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 2 || (argc > 1 && argv[1][0] == '-')) {
+        puts("usage: watch [checkpoint]");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e && argc > 1) e = dlm_load(&model, &tok, ctx, argv[1]);
     else if (!e) e = train(ctx, &model, &tok);
-    if (!e && !tok) e = DLM_E_MISMATCH, why = "the checkpoint holds no tokenizer";
+    if (!e && !tok) {
+        snprintf(why, sizeof why, "%s holds no tokenizer", argv[1]);
+        e = DLM_E_MISMATCH;
+    }
     if (!e) e = watch(tok, model, isatty(1) && !(plain && *plain));
     if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
-                   why ? why : dlm_last_error(ctx));
+                   *why ? why : dlm_last_error(ctx));
     dlm_model_free(model);
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);

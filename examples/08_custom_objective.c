@@ -8,6 +8,7 @@
 #include "dlm.h"
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 enum { T = 64, B = 8, STEPS = 400, SIZE = 60000, WINDOWS = 64 };
 
@@ -110,17 +111,25 @@ static dlm_error run(dlm_ctx *ctx, int vocab, size_t n, double g)
     return e;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     size_t size = make_text(), n = 0;
     dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
-    dlm_error e = dlm_init(&ctx, NULL);
+    char why[256] = "";                      /* for a context that fails             */
+    dlm_options options = {0};
+    if (argc > 1) {
+        puts("usage: custom_objective        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
     if (!e) e = dlm_encode(tok, text, size, ids, size, &n);
     if (!e) e = run(ctx, dlm_tokenizer_vocab(tok), n, 0.0);
     if (!e) e = run(ctx, dlm_tokenizer_vocab(tok), n, 1.0);
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   *why ? why : dlm_last_error(ctx));
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);
     return e != DLM_OK;

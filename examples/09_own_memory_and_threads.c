@@ -93,9 +93,11 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
     dlm_train_options how = {0};
     dlm_report r = {0};
     dlm_memory mem;
+    char why[256] = "";                      /* for a context that fails             */
 
     used = 0;
     printf("%s\n", name);
+    options.message = why, options.message_size = sizeof why;
     options.memory = place("context", dlm_ctx_bytes(&options));
     dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
@@ -117,7 +119,8 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
         printf("  loss %.4f after %d steps, weights %08lx\n", r.loss, STEPS,
                (unsigned long)*sum);
     } else {
-        fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+        fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                *why ? why : dlm_last_error(ctx));
     }
     dlm_trainer_free(trainer);
     dlm_model_free(model);
@@ -126,10 +129,14 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
     return e;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     dlm_options options = {0};
     uint32_t one = 0, own = 0;
+    if (argc > 1) {
+        puts("usage: own_memory_and_threads        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
     options.allocator.alloc = take;          /* the tokenizer asks it                */
     options.allocator.release = keep;
     if (run("one thread", options, &one)) return 1;

@@ -61,7 +61,7 @@ static dlm_error bits(dlm_session *s, const dlm_tokenizer *tok, const char *sent
     return e;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const char *const pairs[][2] = {
         {"the baker hides some honey by the river.",
@@ -76,8 +76,15 @@ int main(void)
     dlm_session *session[2] = {NULL, NULL};
     dlm_limits limits = {0};
     size_t size = make_text(), n = 0;
+    char why[256] = "";                      /* for a context that fails             */
+    dlm_options options = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 1) {
+        puts("usage: likelihood        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
     if (!e) e = dlm_encode(tok, text, size, ids, size, &n);
     limits.slots = 2 * T;                    /* blocks: sentence and its noisy copy  */
@@ -97,7 +104,8 @@ int main(void)
         printf("\n");
     }
     if (!e) printf("* the likelier of the two\n");
-    else fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    else fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                 *why ? why : dlm_last_error(ctx));
     for (int m = 0; m < 2; m++) {
         dlm_session_free(session[m]);
         dlm_model_free(model[m]);

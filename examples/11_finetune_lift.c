@@ -111,7 +111,7 @@ static void print_bins(const dlm_report *r)
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const char *const names[3] = {"base", "vanilla", "LIFT-3"};
     static const dlm_method methods[3] = {DLM_METHOD_VANILLA, DLM_METHOD_VANILLA,
@@ -122,8 +122,15 @@ int main(void)
     dlm_model *m[3] = {NULL, NULL, NULL};
     dlm_config cfg = {0};
     dlm_report r;
+    char why[256] = "";                      /* for a context that fails             */
+    dlm_options options = {0};
 
-    dlm_error e = dlm_init(&ctx, NULL);
+    if (argc > 1) {
+        puts("usage: finetune_lift        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, alphabet, 17);
     if (!e) cfg.vocab = dlm_tokenizer_vocab(tok);
     cfg.pattern = DLM_PATTERN_FULL, cfg.max_seq = T, cfg.dim = 64;
@@ -138,7 +145,8 @@ int main(void)
                        1e-9 * r.flops, right, TESTS);
     }
     if (!e) print_bins(&r);
-    else fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    else fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                 *why ? why : dlm_last_error(ctx));
     for (int k = 0; k < 3; k++) dlm_model_free(m[k]);
     dlm_tokenizer_free(tok);
     dlm_shutdown(ctx);

@@ -19,11 +19,18 @@ static const int *steps[TEXTS];
 static dlm_ctx *ctx;
 static dlm_model *teacher, *student;
 static int begin;                            /* the token that every text begins with */
+static char why[256];                        /* for a context that fails             */
 
 static void require(dlm_error e)
 {
     if (e == DLM_OK) return;
-    fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    fprintf(stderr, "%s: %s\n", dlm_error_string(e), *why ? why : dlm_last_error(ctx));
+    exit(1);
+}
+
+static void refuse(const char *path, const char *sentence)
+{
+    fprintf(stderr, "%s: %s\n", path, sentence);
     exit(1);
 }
 
@@ -113,25 +120,53 @@ static void convert(int rounds, double minutes)
     dlm_distiller_free(d[0]), dlm_distiller_free(d[1]), dlm_trainer_free(trainer);
 }
 
+/* The teacher, what it is written in, and the token that begins its texts. */
+static dlm_tokenizer *open_teacher(const char *path, const char *pieces)
+{
+    const size_t n = strlen(path);
+    dlm_tokenizer *tok = NULL;
+    size_t one;
+    if (n >= 4 && strcmp(path + n - 4, ".bin") == 0) {
+        require(dlm_load_llama2c(&teacher, ctx, path));
+        require(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES, pieces));
+        begin = dlm_tokenizer_stop(tok);
+    } else {
+        require(dlm_load(&teacher, &tok, ctx, path));
+        if (tok == NULL) refuse(path, "holds no tokenizer");
+        require(dlm_encode(tok, " ", 1, &begin, 1, &one));
+    }
+    if (dlm_tokenizer_vocab(tok) > teacher->config.vocab)
+        refuse(pieces, "has more tokens than the model knows");
+    if (teacher->config.pattern != DLM_PATTERN_CAUSAL)
+        refuse(path, "is no autoregressive model");
+    if (teacher->config.max_seq < T) refuse(path, "cannot take the 65 tokens of a text");
+    return tok;
+}
+
+/* Before the training, not after it: can the file be written?  What is there stays. */
+static void check_writable(const char *path)
+{
+    FILE *there = fopen(path, "rb"), *f = fopen(path, "ab");
+    if (f == NULL) refuse(path, "cannot be written");
+    fclose(f);
+    if (there) fclose(there);
+    else remove(path);
+}
+
 int main(int argc, char **argv)
 {
-    const size_t n = argc > 3 ? strlen(argv[1]) : 0;
     const double minutes = argc > 4 ? atof(argv[4]) : 2;
-    dlm_tokenizer *tok = NULL;
+    dlm_tokenizer *tok;
     dlm_options options = {0};
-    size_t one;
-    if (n < 4 || !(minutes > 0))
-        return fprintf(stderr, "usage: convert MODEL TOKENIZER OUT [minutes]\n"), 2;
-    options.threads = THREADS;
-    require(dlm_init(&ctx, &options));
-    if (strcmp(argv[1] + n - 4, ".bin")) {
-        require(dlm_load(&teacher, &tok, ctx, argv[1]));
-        require(dlm_encode(tok, " ", 1, &begin, 1, &one));
-    } else {
-        require(dlm_load_llama2c(&teacher, ctx, argv[1]));
-        require(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES, argv[2]));
-        begin = dlm_tokenizer_stop(tok);
+    if (argc < 4 || argc > 5 || !(minutes > 0)) {
+        puts("usage: convert MODEL TOKENIZER OUT.safetensors [minutes]");
+        return argc > 1 && !strcmp(argv[1], "--help") ? 0 : 2;
     }
+    options.threads = THREADS;
+    options.message = why, options.message_size = sizeof why;
+    require(dlm_init(&ctx, &options));
+    tok = open_teacher(argv[1], argv[2]);
+    check_writable(argv[3]);
     const clock_t start = clock();           /* counts all threads' time             */
     write_texts(teacher, 0, 0);              /* a round takes about 5 times as long  */
     const double pace = 5.0 * (double)(clock() - start) / CLOCKS_PER_SEC / THREADS;

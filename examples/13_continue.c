@@ -73,15 +73,18 @@ int main(int argc, char **argv)
     int tokens = argc > 3 ? atoi(argv[3]) : 128, begins = 0, prompt[MAX_TOKENS];
     writer w = {0};
     size_t n = 0;
-    if (argc < 2) {
-        fprintf(stderr, "usage: continue MODEL.safetensors [\"beginning\"] [tokens]\n");
-        return 2;
+    char why[256] = "";                      /* where the library has no words yet   */
+    dlm_options options = {0};
+    if (argc < 2 || argc > 4 || argv[1][0] == '-') {
+        puts("usage: continue MODEL.safetensors [\"beginning\"] [tokens]");
+        return argc > 1 && !strcmp(argv[1], "--help") ? 0 : 2;
     }
-    dlm_error e = dlm_init(&w.ctx, NULL);
+    options.message = why, options.message_size = sizeof why;
+    dlm_error e = dlm_init(&w.ctx, &options);
     if (!e) e = dlm_load(&w.model, &w.tok, w.ctx, argv[1]);
     if (!e && w.tok == NULL) {
-        fprintf(stderr, "%s has no tokenizer\n", argv[1]);
-        return 1;
+        snprintf(why, sizeof why, "%s holds no tokenizer", argv[1]);
+        e = DLM_E_MISMATCH;
     }
     if (!e && dlm_tokenizer_mask(w.tok) >= dlm_tokenizer_vocab(w.tok))
         prompt[begins++] = dlm_tokenizer_stop(w.tok);    /* pieces: it begins a text  */
@@ -92,15 +95,17 @@ int main(int argc, char **argv)
         const int room = most < MAX_TOKENS ? most : MAX_TOKENS;
         if (tokens > room - given) tokens = room - given;
         if (tokens < 1 || given < 1) {
-            fprintf(stderr, "need a beginning of 1 .. %d tokens\n", room - 1);
-            return 1;
+            snprintf(why, sizeof why, "%s needs a beginning of 1 .. %d tokens and one or "
+                     "more to go on", argv[1], room - 1);
+            e = DLM_E_INPUT;
         }
         for (int t = 0; t < 2; t++)
             for (int k = 0; k < 3 && !e; k++)
                 e = go_on(&w, prompt, given, given + tokens, temperatures[t],
                           thresholds[k]);
     }
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(w.ctx));
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   *why ? why : dlm_last_error(w.ctx));
     dlm_model_free(w.model);
     dlm_tokenizer_free(w.tok);
     dlm_shutdown(w.ctx);

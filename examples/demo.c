@@ -469,7 +469,7 @@ static dlm_error stage_table(struct demo *d)
     return e;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const struct { const char *name; dlm_error (*run)(struct demo *); } stage[] = {
         {"a text", stage_text}, {"an autoregressive teacher", stage_teacher},
@@ -477,8 +477,13 @@ int main(void)
         {"filling in", stage_infill}, {"Sudoku (LIFT)", stage_sudoku},
         {"table", stage_table}};
     struct demo d = {0};
-    dlm_options options = {.threads = THREADS};
+    char why[256] = "";                      /* for a context that fails             */
+    dlm_options options = {.threads = THREADS, .message = why, .message_size = 256};
     const char *plain = getenv("NO_COLOR");
+    if (argc > 1) {
+        puts("usage: demo        it takes no arguments");
+        return strcmp(argv[1], "--help") ? 2 : 0;
+    }
     setvbuf(stdout, NULL, _IONBF, 0);
     d.begin = seconds();
     d.live = isatty(1) && !(plain && *plain);
@@ -487,7 +492,8 @@ int main(void)
         printf("\n== %s (%.0f s)\n", stage[s].name, seconds() - d.begin);
         e = stage[s].run(&d);
     }
-    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(d.ctx));
+    if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
+                   *why ? why : dlm_last_error(d.ctx));
     for (int m = MODELS; m-- > 0;) forget(&d, m);
     dlm_tokenizer_free(d.tok);
     dlm_shutdown(d.ctx);
