@@ -691,10 +691,11 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     dlm_schedule schedule;                 /* after the warm-up; 0: constant       */
     float    lr_min;                       /* where LINEAR and COSINE end, at update
                                               number total                         */
-    float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8                  */
+    float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8 (at least 1e-15) */
     float    weight_decay;                 /* decoupled; on matrices only          */
     float    clip;                         /* * = 1: largest global gradient norm  */
-    int      no_clip;                      /* 1: never clip                        */
+    int      no_clip;                      /* 1: never clip (norms above 1e18 are: f32
+                                              must hold the squares)               */
     float    ema;                          /* decay of averaged weights; 0: none   */
     float    level_min, level_max;         /* noise levels of training are uniform in
                                               this range (BD3-LM's clipped schedule);
@@ -728,9 +729,11 @@ typedef struct dlm_example {
 typedef struct dlm_report {
     int64_t step;                          /* updates done, this one included      */
     double  loss;                          /* nats per scored token (ELBO weighted) */
-    double  grad_norm;                     /* before clipping; when it is not finite the
-                                              update leaves weights and moments alone, but
-                                              counts as a step                     */
+    double  grad_norm;                     /* before clipping, right for all finite
+                                              gradients; not finite when a gradient or a
+                                              moment is not or a second moment is below 0:
+                                              then the update leaves weights and moments
+                                              alone, but counts as a step          */
     double  lr;
     int64_t tokens;                        /* tokens that could carry loss (D)     */
     int64_t scored;                        /* rows that did                        */
@@ -1414,6 +1417,7 @@ typedef struct dlm__kernels {
     float (*max)(const float *x, int n);
     double (*sum_exp)(const float *x, int n, float shift, double *sum_exp_x);
     void (*exp_scaled)(float *y, const float *x, int n, float shift, float scale);
+    float (*unsound)(const float *m, const float *v, int n);
     void (*adamw)(float *w, const float *g, float *m, float *v, int n,
                   const float *constants);
 } dlm__kernels;
@@ -2112,6 +2116,19 @@ static DLM__TARGET void DLM__K(dlm__exp_scaled)(float *y, const float *x, int n,
     }
 }
 
+/* 0, or NaN if one of m or v is not finite or one of v, means of squares, below 0. */
+static DLM__TARGET float DLM__K(dlm__unsound)(const float *m, const float *v, int n)
+{
+    const dlm__vf zero = dlm__vset1(0.0f);
+    dlm__vf bad = zero, least = zero;
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf v_i = DLM__K(dlm__ld)(v + i, n - i);
+        bad = dlm__vfma(dlm__vadd(DLM__K(dlm__ld)(m + i, n - i), v_i), zero, bad);
+        least = dlm__vmin(v_i, least);
+    }
+    return dlm__hsum(dlm__vfma(dlm__vsqrt(least), zero, bad));
+}
+
 /* constants: 1-beta1, 1-beta2, 1/(1-beta1^t), 1/(1-beta2^t), eps, lr, lr*decay, clip
    scale of the gradient.  (Loshchilov and Hutter, ICLR 2019, algorithm 2.) */
 static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, float *v,
@@ -2146,7 +2163,7 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward), \
     DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot), \
     DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled), \
-    DLM__K(dlm__adamw)
+    DLM__K(dlm__unsound), DLM__K(dlm__adamw)
 
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW, { DLM__MR, 1, 0, dlm__int8_offset, NULL },
@@ -5855,15 +5872,17 @@ struct dlm_trainer {
 };
 
 enum { DLM__GRAD_RUN = 4096 };
+#define DLM__MOST_NORM 1e18f        /* of gradients whose squares f32 still holds  */
 
 static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
 {
     const struct { const char *name; float value, lo, hi; } fields[] = {
         { "lr", o->lr, 0.0f, 1e3f },            { "lr_min", o->lr_min, 0.0f, 1e3f },
         { "beta1", o->beta1, 0.0f, 0.999999f }, { "beta2", o->beta2, 0.0f, 0.999999f },
-        { "adam_eps", o->adam_eps, 0.0f, 1.0f },
+        { "adam_eps", o->adam_eps, 1e-15f, 1.0f },
         { "weight_decay", o->weight_decay, 0.0f, 100.0f },
-        { "clip", o->clip, 0.0f, 1e30f },       { "ema", o->ema, 0.0f, 0.9999999f },
+        { "clip", o->clip, 0.0f, DLM__MOST_NORM },
+        { "ema", o->ema, 0.0f, 0.9999999f },
         { "level_min", o->level_min, 1e-4f, 1.0f },
         { "level_max", o->level_max, o->level_min, 1.0f },
         { "lift.H", o->lift.H, 0.0f, 1e6f },
@@ -6514,20 +6533,40 @@ static double dlm__learning_rate(const dlm_train_options *o, int64_t n)
     return (double)o->lr + x * ((double)o->lr_min - (double)o->lr);
 }
 
+/* Where f32 cannot hold the squares, those of multiples by a power of two, which are the
+   same digits; NaN if one of x is not finite. */
+static double dlm__sum_of_squares(const dlm__kernels *k, const float *x, int n)
+{
+    const float plain = k->dot(x, x, n);
+    float most, scaled[DLM__GRAD_RUN];
+    double down;
+    int exponent;
+    if (plain > 1e-25f && plain <= FLT_MAX) return (double)plain;
+    most = k->magnitude(x, n);
+    if (most == 0.0f || most != most) return (double)most;
+    frexp((double)most, &exponent);
+    down = ldexp(1.0, -exponent);
+    for (int i = 0; i < n; i++) scaled[i] = (float)((double)x[i] * down);
+    return ldexp((double)k->dot(scaled, scaled, n), 2 * exponent);
+}
+
 static void dlm__square_job(void *arg, int i)
 {
     const dlm_trainer *t = (const dlm_trainer *)arg;
     const size_t at = (size_t)i * DLM__GRAD_RUN;
     const size_t left = t->m->n_params - at;
     const int n = left < DLM__GRAD_RUN ? (int)left : DLM__GRAD_RUN;
-    t->partial[i] = (double)t->w.ctx->k->dot(t->grads + at, t->grads + at, n);
+    const dlm__kernels *k = t->w.ctx->k;
+    t->partial[i] = dlm__sum_of_squares(k, t->grads + at, n)
+                  + (double)k->unsound(t->adam_m + at, t->adam_v + at, n);
 }
 
+/* Not finite, too, when there are moments that must not meet the weights. */
 static double dlm__gradient_norm(dlm_trainer *t)
 {
     const int runs = (int)((t->m->n_params + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN);
     double sum = 0.0;
-    dlm__parallel(t->w.ctx, runs, 2.0 * (double)t->m->n_params, dlm__square_job, t);
+    dlm__parallel(t->w.ctx, runs, 6.0 * (double)t->m->n_params, dlm__square_job, t);
     for (int i = 0; i < runs; i++) sum += t->partial[i];
     return sqrt(sum);
 }
@@ -6538,6 +6577,7 @@ typedef struct dlm__adam {
     size_t first, n;                /* the tensor: where, how many                 */
 } dlm__adam;
 
+/* One run of a tensor; its gradients are used up. */
 static void dlm__adam_job(void *arg, int i)
 {
     const dlm__adam *a = (const dlm__adam *)arg;
@@ -6547,6 +6587,7 @@ static void dlm__adam_job(void *arg, int i)
     const dlm__kernels *k = t->w.ctx->k;
     k->adamw(t->m->weights + at, t->grads + at, t->adam_m + at, t->adam_v + at, n,
              a->constants);
+    memset(t->grads + at, 0, (size_t)n * sizeof *t->grads);
     if (t->ema) k->lerp(t->ema + at, t->m->weights + at, 1.0f - t->opt.ema, n);
 }
 
@@ -6579,11 +6620,12 @@ static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
 {
     const double norm = dlm__gradient_norm(t), lr = dlm__learning_rate(&t->opt, t->step);
-    const double limit = (double)t->opt.clip;
-    const double clip = !t->opt.no_clip && norm > limit ? limit / norm : 1.0;
+    const double limit = t->opt.no_clip ? (double)DLM__MOST_NORM : (double)t->opt.clip;
+    const double clip = norm > limit ? limit / norm : 1.0;
     if (norm - norm == 0.0)                                 /* neither NaN nor inf */
         dlm__adam_run(t, lr, clip);
-    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
+    else
+        memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
     t->step++;
     if (report) {
         report->step = t->step;

@@ -1555,11 +1555,13 @@ TEST(trainer_options_are_checked_by_name)
         TRY(m, o.beta2 = 1, "beta2");
         TRY(m, o.beta2 = NAN, "beta2");
         TRY(m, o.adam_eps = -1, "adam_eps");
+        TRY(m, o.adam_eps = 1e-30f, "adam_eps");
         TRY(m, o.adam_eps = NAN, "adam_eps");
         TRY(m, o.weight_decay = -1, "weight_decay");
         TRY(m, o.weight_decay = NAN, "weight_decay");
         TRY(m, o.clip = NAN, "clip");
         TRY(m, o.clip = -1, "clip");
+        TRY(m, o.clip = 1e19f, "clip");
         TRY(m, o.level_min = -0.1f, "level_min");
         TRY(m, o.level_min = NAN, "level_min");
         TRY(m, o.level_max = 1.5f, "level_max");
@@ -5213,6 +5215,132 @@ TEST(adamw_update_equals_double_reference_on_every_isa)
             test_close(ctx);
         }
     }
+}
+
+/* A model, its trainer, and room for all that an update may change. */
+typedef struct update_rig {
+    dlm_ctx     *ctx;
+    dlm_model   *m;
+    dlm_trainer *t;
+    size_t       n;
+    float       *before;                   /* (4 n) as update_keep leaves them     */
+} update_rig;
+
+static void update_open(update_rig *r, int isa, int threads, dlm_train_options o)
+{
+    dlm_config c = case_config(&model_grid[6], 16);
+    r->ctx = test_open(isa, threads);
+    r->m = test_model(r->ctx, &c);
+    o.ema = 0.9f;
+    r->t = test_trainer(r->ctx, r->m, &o);
+    r->n = r->m->n_params;
+    r->before = test_floats(4 * r->n);
+}
+
+static void update_close(update_rig *r)
+{
+    free(r->before);
+    dlm_trainer_free(r->t);
+    dlm_model_free(r->m);
+    test_close(r->ctx);
+}
+
+static float *update_array(const update_rig *r, int which)
+{
+    return which == 0 ? r->m->weights : which == 1 ? r->t->adam_m
+         : which == 2 ? r->t->adam_v : r->t->ema;
+}
+
+static void update_keep(update_rig *r)
+{
+    for (int i = 0; i < 4; i++)
+        memcpy(r->before + (size_t)i * r->n, update_array(r, i), r->n * sizeof(float));
+}
+
+static int update_changed(const update_rig *r)
+{
+    for (int i = 0; i < 4; i++)
+        if (memcmp(r->before + (size_t)i * r->n, update_array(r, i),
+                   r->n * sizeof(float))) return 1;
+    return 0;
+}
+
+/* Also of gradients whose squares f32 cannot hold, alone or among ordinary ones, and an
+   update with them moves no weight by more than Adam may. */
+TEST(gradient_norm_is_right_for_all_finite_gradients_on_every_isa)
+{
+    static const float sizes[] = { 1, 1e20f, 3e38f, 1e-25f, 1e-20f, 1e-44f, 0 };
+    FOR_EACH_ISA(isa)
+        for (int k = 0; k < 7 * 2 * 2; k++) {
+            update_rig r;
+            dlm_train_options o = {0};
+            dlm_report report[2];
+            double squares = 0;
+            const uint64_t kept = test_state;
+            const float size = sizes[k % 7], other = k / 7 % 2 ? size : 1.0f;
+            o.no_clip = k >= 14;
+            LABEL("%g and %g, %s", (double)size, (double)other,
+                  dlm_isa_name((dlm_isa)isa));
+            for (int threads = 1; threads <= 2; threads++) {
+                test_state = kept;
+                update_open(&r, isa, threads, o);
+                update_keep(&r);
+                float *g = dlm_trainer_gradients(r.t), most = 0;
+                squares = 0;
+                for (size_t i = 0; i < r.n; i++) {
+                    g[i] = (i % 3 ? size : other) * test_float();
+                    squares += (double)g[i] * (double)g[i];
+                }
+                CHECK_OK(dlm_trainer_update(r.t, &report[threads - 1]));
+                for (size_t i = 0; i < r.n; i++) {
+                    float by = fabsf(r.m->weights[i] - r.before[i]);
+                    if (!(by <= most)) most = by;
+                }
+                CHECK(most <= 1.001e-3f);
+                update_close(&r);
+            }
+            CHECK(report[0].grad_norm == report[1].grad_norm);
+            CHECK_CLOSE(report[0].grad_norm, sqrt(squares), 1e-6 * sqrt(squares));
+        }
+}
+
+/* Of a damaged state, say: none of it may reach the weights. */
+TEST(update_reports_unsound_moments_and_changes_nothing)
+{
+    static const struct { int array; float value; } bad[] = {
+        { 1, (float)NAN }, { 1, INFINITY }, { 1, -INFINITY }, { 2, (float)NAN },
+        { 2, INFINITY }, { 2, -INFINITY }, { 2, -1.0f }, { 2, -1e-45f } };
+    FOR_EACH_ISA(isa)
+        for (int k = 0; k < 8; k++)
+            for (int place = 0; place < 3; place++) {
+                update_rig r;
+                dlm_report report;
+                dlm_train_options o = {0};
+                update_open(&r, isa, 1, o);
+                float *g = dlm_trainer_gradients(r.t);
+                for (int step = 0; step < 2; step++) {
+                    test_fill(g, r.n, 1.0f);
+                    CHECK_OK(dlm_trainer_update(r.t, &report));
+                    CHECK(report.grad_norm > 0 && report.grad_norm < 1e6);
+                }
+                float *one = update_array(&r, bad[k].array)
+                           + (place == 0 ? 0 : place == 1 ? r.n / 2 : r.n - 1);
+                const float was = *one;
+                *one = bad[k].value;
+                update_keep(&r);
+                test_fill(g, r.n, 1.0f);
+                LABEL("case %d, place %d, %s", k, place, dlm_isa_name((dlm_isa)isa));
+                CHECK_OK(dlm_trainer_update(r.t, &report));
+                CHECK(report.grad_norm - report.grad_norm != 0 && report.step == 3);
+                CHECK(!update_changed(&r));
+                for (size_t i = 0; i < r.n; i++) CHECK(g[i] == 0);
+                *one = was;
+                test_fill(g, r.n, 1.0f);
+                CHECK_OK(dlm_trainer_update(r.t, &report));
+                CHECK(report.grad_norm > 0 && report.grad_norm < 1e6);
+                CHECK(update_changed(&r));
+                update_close(&r);
+            }
 }
 
 /* lr of update `step` (1-based): the first reaches lr / warmup, the one after the
@@ -11143,6 +11271,8 @@ static const test_case test_cases[] = {
     RUN(gradients_of_passes_add_up_until_the_update),
     RUN(trainer_pass_refuses_bad_batches_by_name),
     RUN(adamw_update_equals_double_reference_on_every_isa),
+    RUN(gradient_norm_is_right_for_all_finite_gradients_on_every_isa),
+    RUN(update_reports_unsound_moments_and_changes_nothing),
     RUN(schedules_warm_up_and_fall_as_documented),
     RUN(untrained_models_lose_ln_v_nats_per_token),
     RUN(objective_expectation_is_the_exact_bound),
