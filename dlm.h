@@ -768,7 +768,9 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
                                        uint32_t draw, dlm_report *report);
 
 /* The same in pieces, for objectives of your own: any number of passes, each adding
-   to the gradients, then one update.  slots and lanes of the batch are not used. */
+   to the gradients, then one update.  slots and lanes of the batch are not used.
+   Denormals (below 2^-126) among weights, averages and moments become 0 at every 64th
+   update: what only decays would end there, and slow down all that follows. */
 DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                                    void *user);
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
@@ -1418,6 +1420,7 @@ typedef struct dlm__kernels {
     double (*sum_exp)(const float *x, int n, float shift, double *sum_exp_x);
     void (*exp_scaled)(float *y, const float *x, int n, float shift, float scale);
     float (*unsound)(const float *m, const float *v, int n);
+    void (*flush)(float *x, int n);
     void (*adamw)(float *w, const float *g, float *m, float *v, int n,
                   const float *constants);
 } dlm__kernels;
@@ -2129,6 +2132,16 @@ static DLM__TARGET float DLM__K(dlm__unsound)(const float *m, const float *v, in
     return dlm__hsum(dlm__vfma(dlm__vsqrt(least), zero, bad));
 }
 
+/* Denormals become 0. */
+static DLM__TARGET void DLM__K(dlm__flush)(float *x, int n)
+{
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
+        const dlm__vf size = dlm__floats(dlm__bits(x_i) & 0x7fffffffU);
+        DLM__K(dlm__st)(x + i, dlm__vnotbelow(x_i, size, dlm__vset1(FLT_MIN)), n - i);
+    }
+}
+
 /* constants: 1-beta1, 1-beta2, 1/(1-beta1^t), 1/(1-beta2^t), eps, lr, lr*decay, clip
    scale of the gradient.  (Loshchilov and Hutter, ICLR 2019, algorithm 2.) */
 static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, float *v,
@@ -2163,7 +2176,7 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward), \
     DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot), \
     DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled), \
-    DLM__K(dlm__unsound), DLM__K(dlm__adamw)
+    DLM__K(dlm__unsound), DLM__K(dlm__flush), DLM__K(dlm__adamw)
 
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW, { DLM__MR, 1, 0, dlm__int8_offset, NULL },
@@ -6577,6 +6590,11 @@ typedef struct dlm__adam {
     size_t first, n;                /* the tensor: where, how many                 */
 } dlm__adam;
 
+/* Moments without gradients, weights under decay and their averages shrink by a factor
+   per update and would end among the denormals, slow and, rounded to themselves, for
+   ever.  Every so many updates those become 0. */
+enum { DLM__FLUSH_EVERY = 64 };
+
 /* One run of a tensor; its gradients are used up. */
 static void dlm__adam_job(void *arg, int i)
 {
@@ -6585,6 +6603,12 @@ static void dlm__adam_job(void *arg, int i)
     const int n = a->n - run < DLM__GRAD_RUN ? (int)(a->n - run) : DLM__GRAD_RUN;
     const dlm_trainer *t = a->t;
     const dlm__kernels *k = t->w.ctx->k;
+    if (t->step % DLM__FLUSH_EVERY == 0) {
+        k->flush(t->m->weights + at, n);
+        k->flush(t->adam_m + at, n);
+        k->flush(t->adam_v + at, n);
+        if (t->ema) k->flush(t->ema + at, n);
+    }
     k->adamw(t->m->weights + at, t->grads + at, t->adam_m + at, t->adam_v + at, n,
              a->constants);
     memset(t->grads + at, 0, (size_t)n * sizeof *t->grads);

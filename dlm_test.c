@@ -5343,6 +5343,36 @@ TEST(update_reports_unsound_moments_and_changes_nothing)
             }
 }
 
+/* Left without gradients, moments, decayed weights and their average shrink to 0 and not
+   to the denormals that round to themselves; the same on every ISA. */
+TEST(updates_leave_no_denormals_behind)
+{
+    FOR_EACH_ISA(isa) {
+        update_rig r;
+        dlm_train_options o = {0};
+        int denormal = 0, zeros = 0;
+        o.lr = 0.01f; o.weight_decay = 20;
+        update_open(&r, isa, 1, o);
+        for (int i = 1; i < 3; i++)
+            for (size_t j = 0; j < r.n; j++)
+                update_array(&r, i)[j] = j % 2 ? 1e-41f : 1e-37f;
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        CHECK_OK(dlm_trainer_update(r.t, NULL));
+        for (size_t j = 1; j < r.n; j += 2)
+            CHECK(r.t->adam_m[j] == 0 && r.t->adam_v[j] == 0);
+        while (r.t->step < 1025) CHECK_OK(dlm_trainer_update(r.t, NULL));
+        for (int i = 0; i < 4; i++)
+            for (size_t j = 0; j < r.n; j++) {
+                const float x = fabsf(update_array(&r, i)[j]);
+                denormal += x > 0 && x < 1.17549435e-38f;
+                zeros += x == 0;
+            }
+        CHECK(denormal == 0);
+        CHECK(zeros > (int)(3 * r.n));
+        update_close(&r);
+    }
+}
+
 /* lr of update `step` (1-based): the first reaches lr / warmup, the one after the
    warm-up has all of lr, and lr_min would be that of update total + 1. */
 static double schedule_lr(const dlm_train_options *o, int step)
@@ -11273,6 +11303,7 @@ static const test_case test_cases[] = {
     RUN(adamw_update_equals_double_reference_on_every_isa),
     RUN(gradient_norm_is_right_for_all_finite_gradients_on_every_isa),
     RUN(update_reports_unsound_moments_and_changes_nothing),
+    RUN(updates_leave_no_denormals_behind),
     RUN(schedules_warm_up_and_fall_as_documented),
     RUN(untrained_models_lose_ln_v_nats_per_token),
     RUN(objective_expectation_is_the_exact_bound),
