@@ -4,7 +4,6 @@
 # Nothing here makes dlm.h faster: kernels are chosen at run time (DLM_ISA=avx2 etc.).
 
 CC      ?= cc
-CXX     ?= c++
 CROSS   ?= aarch64-linux-gnu-gcc
 QEMU    ?= qemu-aarch64
 WARN     = -Wall -Wextra -pedantic -Wshadow -Wconversion
@@ -12,12 +11,11 @@ CFLAGS  ?= -O2 -std=c99 $(WARN) -Wstrict-prototypes
 LDLIBS   = -lm -pthread
 BUILD    = $(CC) $(CFLAGS) -I.
 STRICT   = -std=c99 $(WARN) -Wstrict-prototypes -Werror -I.
-STRICTXX = $(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -I. -x c++
 EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = $(wildcard bench/*.h) bench/lines.awk bench/hygiene.sh Makefile README.md
+HELPERS  = $(wildcard bench/*.h) bench/lines.awk $(wildcard bench/*.sh) Makefile README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
@@ -41,7 +39,7 @@ bench: $(MEASURES)
 	@for b in $(MEASURES); do $$b --quick || exit 1; done
 
 check: lines hygiene cxx strict readme
-	@$(MAKE) --output-sync -j2 san cross     # the two long ones, side by side
+	@$(MAKE) --output-sync -j2 san cross tcc mingw         # the long ones, side by side
 	@echo "check: every stage passed"
 
 lines:
@@ -52,18 +50,17 @@ hygiene:
 	@echo "== hygiene: every promised way of including dlm.h"
 	@CC="$(CC)" sh bench/hygiene.sh build/hygiene
 cxx:
-	@echo "== cxx: header, tests and a small program as C++11"
-	@mkdir -p build
-	$(STRICTXX) -Wshadow -Wconversion -DDLM_IMPLEMENTATION -fsyntax-only dlm.h
-	$(STRICTXX) -Wno-missing-field-initializers dlm_test.c -o build/dlm_test_cxx $(LDLIBS)
-	@printf '%s\n' '#define DLM_IMPLEMENTATION' '#include "dlm.h"' 'int main() {' \
-	   'dlm_options o = {}; dlm_ctx *ctx = nullptr; o.threads = 2;' \
-	   'dlm_error e = dlm_init(&ctx, &o); dlm_shutdown(ctx); return e; }' > build/guest.cpp
-	$(STRICTXX) build/guest.cpp -o build/guest_cxx $(LDLIBS) && build/guest_cxx
+	@echo "== cxx: header, tests and a small program as C++, optimised and linked"
+	@sh bench/compilers.sh cxx
+tcc mingw:
+	@echo "== $@: tests and programs with $@"
+	@sh bench/compilers.sh $@
 strict:
 	@for cc in gcc clang; do echo "== strict: $$cc, warnings are errors"; \
 	   command -v $$cc > /dev/null || { echo "$$cc is not here, skipped"; continue; }; \
 	   for f in $(SOURCES); do $$cc $(STRICT) -O2 -fsyntax-only $$f || exit 1; done; \
+	   for no in STDIO THREADS SIMD; do \
+	   $$cc $(STRICT) -DDLM_NO_$$no -fsyntax-only dlm_test.c || exit 1; done; \
 	   $$cc $(STRICT) -O2 dlm_test.c -o build/dlm_test_$$cc $(LDLIBS) || exit 1; done
 readme:
 	@echo "== readme: its programs and the one on top of dlm.h compile"
@@ -87,4 +84,5 @@ cross:
 	 else echo "$(CROSS) or $(QEMU) is not here, skipped"; fi
 clean:
 	rm -rf build
-.PHONY: all test demo bench check lines hygiene cxx strict readme san cross clean
+.PHONY: all test demo bench check lines hygiene cxx tcc mingw strict readme san cross \
+        clean

@@ -70,6 +70,9 @@
        DLM_ALLOW_FAST_MATH         -ffast-math is refused without it (NaN, infinity)
    and at run time the environment variable DLM_ISA=scalar, sse2, avx2, avx512,
    avx512bf16 (with dot products of bf16 and int8), amx or neon.
+   Other macros of yours come through unchanged, and those called by one capital letter or
+   abs, add, constrain, dot, max, min, round do no harm (gcc, clang, tcc, MSVC; values of
+   the options above must not use them).
 
    SHAPES AND NAMES                row-major, last index fastest, contiguous
        N   rows (tokens) of a pass, all sequences one after the other    64 .. 4096
@@ -122,6 +125,59 @@
 #ifndef DLM_IMPLEMENTATION
 #define DLM_IMPLEMENTATION         /* static needs the bodies; IDEs want to see them */
 #endif
+#endif
+
+/* Macros of the includer that bear names used below, as in Arduino.h and windows.h (max,
+   F, ...) and in many programs (N, K, ...), are set aside until the end of this file;
+   both lists must name the same. */
+#if defined(__GNUC__) || defined(_MSC_VER) || defined(__TINYC__)
+#define DLM__SET_ASIDE             /* elsewhere such macros do not compile         */
+#pragma push_macro("B")
+#undef B
+#pragma push_macro("C")
+#undef C
+#pragma push_macro("D")
+#undef D
+#pragma push_macro("F")
+#undef F
+#pragma push_macro("G")
+#undef G
+#pragma push_macro("H")
+#undef H
+#pragma push_macro("K")
+#undef K
+#pragma push_macro("L")
+#undef L
+#pragma push_macro("M")
+#undef M
+#pragma push_macro("N")
+#undef N
+#pragma push_macro("P")
+#undef P
+#pragma push_macro("Q")
+#undef Q
+#pragma push_macro("R")
+#undef R
+#pragma push_macro("S")
+#undef S
+#pragma push_macro("T")
+#undef T
+#pragma push_macro("V")
+#undef V
+#pragma push_macro("abs")
+#undef abs
+#pragma push_macro("add")
+#undef add
+#pragma push_macro("constrain")
+#undef constrain
+#pragma push_macro("dot")
+#undef dot
+#pragma push_macro("max")
+#undef max
+#pragma push_macro("min")
+#undef min
+#pragma push_macro("round")
+#undef round
 #endif
 
 /* ==[ api ]===================================================================
@@ -1447,11 +1503,11 @@ DLM_API const char *dlm_isa_name(dlm_isa isa)
    not know it.  Asking twice does no harm. */
 static int dlm__ask_for_amx(void)
 {
-    enum { TILE = 1 << 24, BF16 = 1 << 22, INT8 = 1 << 25 };
+    const unsigned wanted = 1U << 24 | 1U << 22 | 1U << 25;     /* tile, bf16, int8 */
     unsigned a, b, c, d;
     long result;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if ((d & (TILE | BF16 | INT8)) != (TILE | BF16 | INT8)) return 0;
+    if ((d & wanted) != wanted) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L)
                      : "rcx", "r11", "memory");
     return result == 0;
@@ -4233,9 +4289,9 @@ static void dlm__attention_backward(dlm__attention *a)
    are passed a vector at a time. */
 static int dlm__argmax(const dlm__kernels *k, const float *x, int V, float max)
 {
-    enum { RUN = 512 };
+    const int run = 512;
     int at = 0;
-    while (V - at > RUN && !(k->max(x + at, RUN) == max)) at += RUN;
+    while (V - at > run && !(k->max(x + at, run) == max)) at += run;
     while (at < V - 1 && !(x[at] == max)) at++;
     return at;
 }
@@ -10237,6 +10293,33 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
 }
 
 #endif /* implementation, part 2 */
+
+#ifdef DLM__SET_ASIDE               /* the includer's macros again                 */
+#pragma pop_macro("B")
+#pragma pop_macro("C")
+#pragma pop_macro("D")
+#pragma pop_macro("F")
+#pragma pop_macro("G")
+#pragma pop_macro("H")
+#pragma pop_macro("K")
+#pragma pop_macro("L")
+#pragma pop_macro("M")
+#pragma pop_macro("N")
+#pragma pop_macro("P")
+#pragma pop_macro("Q")
+#pragma pop_macro("R")
+#pragma pop_macro("S")
+#pragma pop_macro("T")
+#pragma pop_macro("V")
+#pragma pop_macro("abs")
+#pragma pop_macro("add")
+#pragma pop_macro("constrain")
+#pragma pop_macro("dot")
+#pragma pop_macro("max")
+#pragma pop_macro("min")
+#pragma pop_macro("round")
+#undef DLM__SET_ASIDE
+#endif
 #endif /* DLM__KERNEL_PASS */
 
 /* ==[ history ]===============================================================

@@ -71,30 +71,45 @@ unit half_hooks '#define DLM_MALLOC(size) 0
 #define DLM_IMPLEMENTATION
 #include "dlm.h"'
 
-# The macros of the includer.  Letters that name parameters in the prototypes (SHAPES)
-# stand for something harmless, any use of the others would not compile; all of them must
-# come through the header unchanged.
-letters='V T B K N M C D H L P R S'
-words='MIN MAX MR NR FOR I ABS SWAP UNUSED INLINE ALIGN EPS LANES'
-{
-    for name in $letters; do echo "#define $name user_$name"; done
-    for name in $words; do
-        echo "#define $name %% this is the macro of the includer %%"
-    done
-    cat "$dir/whole.c" | sed '/^int main/,$d'
-    echo '#define STRING(x) STRING_(x)'
-    echo '#define STRING_(x) #x'
+# The macros of the includer, as programs, Arduino.h and windows.h define them: none may
+# break the header, all must come through it unchanged, #if and all.
+numbers='A B C D E F G H I J K L M N O P Q R S T U V W X Y Z PI ERROR IN OUT CONST VOID
+         HIGH LOW INPUT OUTPUT DEFAULT near far small interface pascal cdecl TILE RUN'
+words='MIN MAX MR NR FOR ABS SWAP UNUSED INLINE ALIGN EPS LANES BLOCK CHUNK BF16 INT8'
+functions='max(a,b)|((a)>(b)?(a):(b))
+min(a,b)|((a)<(b)?(a):(b))
+abs(x)|((x)>0?(x):-(x))
+round(x)|((long)(x))
+constrain(x,low,high)|((x)<(low)?(low):(x)>(high)?(high):(x))
+sq(x)|((x)*(x))
+bit(b)|(1UL<<(b))
+add(a,b)|((a)+(b))
+dot(...)|dot_of(__VA_ARGS__)
+word(...)|make_word(__VA_ARGS__)'
+define_all() {
+    for name in $numbers; do echo "#define $name 7"; done
+    for name in $words; do echo "#define $name %% this is the includer %%"; done
+    echo "$functions" | sed 's/^\(.*\)|/#define \1 /'
+}
+# The same text before and after: what a macro with arguments becomes shows all of it.
+unchanged() {
+    echo '#include <string.h>'
+    echo '#define STRING(...) STRING_(__VA_ARGS__)'
+    echo '#define STRING_(...) #__VA_ARGS__'
     echo 'int main(void)'
     echo '{'
-    for name in $letters; do
-        echo "    if (STRING($name)[0] != 'u') return 1;"
-    done
-    for name in $words; do
-        echo "    if (STRING($name)[0] != '%') return 1;"
-    done
+    for name in $numbers; do echo "    if (strcmp(STRING($name), \"7\")) return 1;"; done
+    for name in $words; do echo "    if (STRING($name)[0] != '%') return 1;"; done
+    echo "$functions" | sed \
+        's/^\([a-z]*\)\(.*\)|\(.*\)/    if (strcmp(STRING(\1\2), "\3")) return 1;/' |
+        sed 's/(\.\.\.)/(a,b)/; s/__VA_ARGS__/a,b/'
     echo '    return 0;'
     echo '}'
-} > "$dir/macros.c"
+}
+macro_units='macros macros_twice macros_user'
+{ define_all; cat "$dir/body.c"; unchanged; } > "$dir/macros.c"
+{ define_all; sed '/^int main/,$d' "$dir/twice.c"; unchanged; } > "$dir/macros_twice.c"
+{ define_all; echo '#include "dlm.h"'; unchanged; } > "$dir/macros_user.c"
 
 # build CC LABEL UNIT FLAGS...: strict, linked, and run.
 build() {
@@ -108,7 +123,7 @@ one_compiler() {
     for std in c99 gnu11 c17; do build $cc "$std" whole -std=$std -O1; done
     build $cc "-O0" whole -std=c99 -O0
     build $cc "-O3" whole -std=c99 -O3
-    build $cc "macros of the includer" macros -std=c99 -O0
+    for unit in $macro_units; do build $cc "$unit" $unit -std=c99 -O0; done
     build $cc "included twice" twice -std=c99 -O0
     build $cc "DLM_STATIC" local -std=c99 -O1
     build $cc "from another folder" sub -std=c99 -O0
@@ -130,6 +145,14 @@ one_compiler() {
          -c "$dir/body.c" -o "$dir/fast.o"
     refuses "$cc: DLM_MALLOC without DLM_FREE" 'DLM_FREE' $cc -I. -c "$dir/half_hooks.c" \
             -o "$dir/half.o"
+}
+
+# The macros with other compilers; the library of C++ undefines some while it is included.
+other_compiler() {
+    for unit in $macro_units; do
+        says "$1: $unit" "$@" -Wall -Werror -I. "$dir/$unit.c" -o "$dir/a.out" -lm \
+             -pthread && says "$1: $unit, run" "$dir/a.out"
+    done
 }
 
 # What the header leaves behind: macros, symbols, state, calls it must not make.
@@ -162,6 +185,10 @@ leaks() {
 for cc in gcc clang; do
     if command -v $cc > "$dir/log" 2>&1; then one_compiler $cc
     else echo "hygiene: $cc is not here, skipped"; fi
+done
+for cc in 'g++ -x c++ -std=c++17' 'clang++ -x c++ -std=c++11' 'tcc -std=c99'; do
+    if command -v ${cc%% *} > "$dir/log" 2>&1; then other_compiler $cc
+    else echo "hygiene: ${cc%% *} is not here, skipped"; fi
 done
 leaks "${CC:-cc}"
 echo "hygiene: $passed passed, $failed failed"
