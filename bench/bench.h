@@ -1,5 +1,6 @@
-/* bench.h - what the benches share: a clock, interleaved sampling, order statistics
-   and the context lines.  Include after dlm.h and after defining _POSIX_C_SOURCE. */
+/* bench.h - what the benches share: arguments, a clock, interleaved sampling, order
+   statistics and the context lines.  Include after dlm.h and after defining
+   _POSIX_C_SOURCE. */
 #ifndef BENCH_H
 #define BENCH_H
 
@@ -24,6 +25,60 @@ typedef struct bench_case {                /* one competitor                    
     long   calls;                          /* per sample; found by bench_run       */
     double seconds[BENCH_SAMPLES];         /* per call, ascending                  */
 } bench_case;
+
+/* Ends the program: with 0 where argument is --help, else with 2, and says which argument
+   was not understood (NULL: one is missing). */
+static inline void bench_usage(const char *usage, const char *argument)
+{
+    const int asked = argument != NULL && strcmp(argument, "--help") == 0;
+    FILE *const to = asked ? stdout : stderr;
+    if (argument != NULL && !asked) fprintf(to, "%s: not understood\n", argument);
+    fprintf(to, "usage: %s\n", usage);
+    exit(asked ? 0 : 2);
+}
+
+/* For programs whose only argument is --quick: is it there? */
+static inline int bench_quick(int argc, char **argv, const char *usage)
+{
+    const int quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    if (argc > 1 + quick) bench_usage(usage, argv[1 + quick]);
+    return quick;
+}
+
+/* The whole number that text is, least .. most; what: its name in the usage. */
+static inline long bench_number(const char *what, const char *text, long least, long most)
+{
+    char *end;
+    const long value = strtol(text, &end, 10);
+    if (end != text && *end == 0 && value >= least && value <= most) return value;
+    fprintf(stderr, "%s is a whole number from %ld to %ld, not %s\n", what, least, most,
+            text);
+    exit(1);
+}
+
+static inline void bench_readable(const char *path)
+{
+    FILE *const f = fopen(path, "rb");
+    if (f != NULL && (fgetc(f) != EOF || !ferror(f))) {
+        fclose(f);
+        return;
+    }
+    fprintf(stderr, "%s: cannot be read\n", path);
+    exit(1);
+}
+
+/* Before hours of work, not after them: can the file be written?  What is there stays. */
+static inline void bench_writable(const char *path)
+{
+    FILE *const there = fopen(path, "rb"), *const f = fopen(path, "ab");
+    if (f == NULL) {
+        fprintf(stderr, "%s: cannot be written\n", path);
+        exit(1);
+    }
+    fclose(f);
+    if (there != NULL) fclose(there);
+    else remove(path);
+}
 
 static inline double bench_now(void)
 {
@@ -150,18 +205,29 @@ static inline void bench_context(const char *program, const char *isa,
 static inline void bench_require(dlm_ctx *ctx, dlm_error e)
 {
     if (e == DLM_OK) return;
-    fprintf(stderr, "%s: %s\n", dlm_error_string(e), ctx ? dlm_last_error(ctx) : "");
+    fprintf(stderr, "%s: %s\n", dlm_error_string(e), dlm_last_error(ctx));
+    exit(1);
+}
+
+static inline dlm_ctx *bench_ctx_with(dlm_options opt)
+{
+    char why[256] = "";
+    dlm_ctx *ctx;
+    dlm_error e;
+    opt.message = why;
+    opt.message_size = sizeof why;
+    e = dlm_init(&ctx, &opt);
+    if (e == DLM_OK) return ctx;
+    fprintf(stderr, "%s: %s\n", dlm_error_string(e), why);
     exit(1);
 }
 
 static inline dlm_ctx *bench_ctx(dlm_isa isa, int threads)
 {
     dlm_options opt = {0};
-    dlm_ctx *ctx;
     opt.isa = isa;
     opt.threads = threads;
-    bench_require(NULL, dlm_init(&ctx, &opt));
-    return ctx;
+    return bench_ctx_with(opt);
 }
 
 /* Zeroed and never freed before the program ends. */

@@ -1127,12 +1127,13 @@ static corpus file_text(const char *path, int most)
     unsigned char first[256], *bytes = (unsigned char *)bench_alloc(1 << 22, 1);
     int id[256];
     FILE *f = fopen(path, "rb");
-    if (f == NULL) {
-        fprintf(stderr, "%s: cannot be read\n", path);
+    c.name = "file";
+    if (f) c.n = fread(bytes, 1, 1 << 22, f);
+    if (c.n < 10000) {
+        fprintf(stderr, "%s: %d bytes of text, at least 10000 are needed\n", path,
+                (int)c.n);
         exit(1);
     }
-    c.name = "file";
-    c.n = fread(bytes, 1, 1 << 22, f);
     fclose(f);
     c.ids = (int *)bench_alloc(c.n, sizeof(int));
     for (int b = 0; b < 256; b++) id[b] = -1;
@@ -1711,6 +1712,11 @@ static void report(const char *tier)
 
 static request read_request(int argc, char **argv)
 {
+    static const char usage[] =
+        "bench_lift [smoke|short|full] [--out FILE] [--seeds A-B] [--text FILE]\n"
+        "                  [--only el1|el2|el3|speed]\n"
+        "       bench_lift report FILE...";
+    static const char *const parts[4] = { "el1", "el2", "el3", "speed" };
     request q = {0};
     q.p = &plans[0];
     for (int i = 1; i < argc; i++) {
@@ -1721,21 +1727,22 @@ static request read_request(int argc, char **argv)
         if (!strcmp(argv[i], "--quick")) known = 1;
         if (!strcmp(argv[i], "--out")) q.out = value, known = 2;
         if (!strcmp(argv[i], "--text")) q.text = value, known = 2;
-        if (!strcmp(argv[i], "--only")) q.only = value, known = 2;
+        if (!strcmp(argv[i], "--only")) {
+            q.only = value;
+            for (int k = 0; k < 4; k++) if (!strcmp(value, parts[k])) known = 2;
+        }
         if (!strcmp(argv[i], "--seeds"))
             known = sscanf(value, "%d-%d", &q.first, &q.last) == 2 ? 2 : 0;
-        if (!known || (known == 2 && i + 1 == argc)) {
-            fprintf(stderr, "%s: see the top of bench_lift.c\n", argv[i]);
-            exit(1);
-        }
+        if (!known || (known == 2 && i + 1 == argc)) bench_usage(usage, argv[i]);
         i += known - 1;
     }
     if (q.last == 0) q.first = 1, q.last = q.p->seeds;
     if (q.first < 1 || q.last < q.first || q.last - q.first >= MOST_SEEDS) {
         fprintf(stderr, "--seeds %d-%d: wants 1 or more, at most %d of them\n", q.first,
                 q.last, MOST_SEEDS);
-        exit(1);
+        exit(2);
     }
+    if (q.text) bench_readable(q.text);
     return q;
 }
 
@@ -1750,11 +1757,11 @@ int main(int argc, char **argv)
     dlm_ctx *ctx;
     const double start = bench_now();
     if (argc > 1 && strcmp(argv[1], "report") == 0) {
-        for (int i = 2; i < argc; i++)
-            if (!results_load(argv[i])) {
-                fprintf(stderr, "%s: cannot be read\n", argv[i]);
-                return 1;
-            }
+        if (argc == 2) bench_usage("bench_lift report FILE...", NULL);
+        for (int i = 2; i < argc; i++) {
+            bench_readable(argv[i]);
+            results_load(argv[i]);
+        }
         for (int k = 0; k < 3; k++) report(plans[k].name);
         return 0;
     }

@@ -668,7 +668,7 @@ static void bench_open(bench *b, blocks *own)
         dlm_options opt = {0};
         opt.isa = b->isa;
         opt.precision = precisions[w];
-        bench_require(NULL, dlm_init(&b->ctx[w], &opt));
+        b->ctx[w] = bench_ctx_with(opt);
         b->packed[w] = (float *)block(own, b->most * sizeof(float));
         if (w == F32 || !b->best || b->n_peers == 0) continue;
         b->peer_a[w] = block(own, b->most * sizeof(uint16_t));
@@ -746,10 +746,21 @@ static int chosen(dlm_isa isa, dlm_isa best, int quick, const char *only)
         || (best != DLM_ISA_AVX512BF16 && best != DLM_ISA_AMX);
 }
 
+/* The ISA that is asked for, or NULL. */
+static const char *read_only(int argc, char **argv, int first)
+{
+    const char *const usage = "bench_matmul [--quick] [one isa of this CPU]";
+    if (argc > first + 1) bench_usage(usage, argv[first + 1]);
+    for (int i = DLM_ISA_SCALAR; i < DLM_ISA_COUNT && argc > first; i++)
+        if (chosen((dlm_isa)i, DLM_ISA_AUTO, 0, argv[first])) return argv[first];
+    if (argc > first) bench_usage(usage, argv[first]);
+    return NULL;
+}
+
 int main(int argc, char **argv)
 {
     const int quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
-    const char *only = argc > 1 + quick ? argv[1 + quick] : NULL;
+    const char *only = read_only(argc, argv, 1 + quick);
     peer peers[MOST_PEERS];
     bench b[DLM_ISA_COUNT];
     dlm_ctx *ctx = bench_ctx(DLM_ISA_AUTO, 1);

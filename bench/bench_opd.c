@@ -973,15 +973,21 @@ typedef struct request {
     double      rate;                      /* 0: the plan's                        */
 } request;
 
-static int usage(void)
+static const char usage[] =
+    "bench_opd [smoke|short|full] [--out FILE] [--seeds A-B] [--model FILE]\n"
+    "                 [--only sudoku|stories] [--arm NAME] [--rate LR]\n"
+    "       bench_opd report FILE...";
+
+/* 0: a value that is none of its option's. */
+static int sensible(const request *q)
 {
-    fprintf(stderr, "usage: bench_opd [smoke|short|full] [--out FILE] [--seeds A-B] "
-            "[--model FILE] [--only sudoku|stories] [--arm NAME] [--rate LR]\n"
-            "       bench_opd report FILE...\n");
-    return 2;
+    int task = q->only == NULL;
+    for (int i = 0; i < TASKS && !task; i++) task = !strcmp(q->only, task_names[i]);
+    return task && (q->arm == NULL || arm_index(q->arm) < ARMS) && q->first >= 1
+        && q->last <= MOST_SEEDS && q->first <= q->last;
 }
 
-static int read_request(request *q, int argc, char **argv)
+static void read_request(request *q, int argc, char **argv)
 {
     memset(q, 0, sizeof *q);
     q->p = &plans[1];
@@ -991,18 +997,20 @@ static int read_request(request *q, int argc, char **argv)
         for (int k = 0; k < 3; k++) if (strcmp(argv[i], plans[k].name) == 0) tier = k;
         if (strcmp(argv[i], "--quick") == 0) tier = 0;
         if (tier >= 0) q->p = &plans[tier];
-        else if (strcmp(argv[i], "report") == 0) { q->only_report = i + 1; return more; }
+        else if (more && strcmp(argv[i], "report") == 0) q->only_report = i + 1, i = argc;
         else if (more && strcmp(argv[i], "--out") == 0) q->out = argv[++i];
         else if (more && strcmp(argv[i], "--model") == 0) q->model = argv[++i];
         else if (more && strcmp(argv[i], "--only") == 0) q->only = argv[++i];
         else if (more && strcmp(argv[i], "--arm") == 0) q->arm = argv[++i];
-        else if (more && strcmp(argv[i], "--rate") == 0) q->rate = atof(argv[++i]);
+        else if (more && strcmp(argv[i], "--rate") == 0
+                 && (q->rate = atof(argv[i + 1])) > 0.0) i++;
         else if (more && strcmp(argv[i], "--seeds") == 0
                  && sscanf(argv[i + 1], "%d-%d", &q->first, &q->last) == 2) i++;
-        else return 0;
+        else bench_usage(usage, argv[i]);
     }
     if (q->first == 0) q->first = 1, q->last = q->p->seeds;
-    return q->first >= 1 && q->last <= MOST_SEEDS && q->first <= q->last;
+    if (!sensible(q)) bench_usage(usage, NULL);
+    if (q->model) bench_readable(q->model);
 }
 
 static void run_seed(const request *q, dlm_ctx *ctx, int task, int seed)
@@ -1037,11 +1045,13 @@ int main(int argc, char **argv)
 {
     request q;
     dlm_ctx *ctx;
-    if (!read_request(&q, argc, argv)) return usage();
+    read_request(&q, argc, argv);
     if (q.only_report) {
         for (int k = 2; k >= 0 && results.n == 0; k--)   /* the largest tier there is */
-            for (int i = q.only_report; i < argc; i++)
+            for (int i = q.only_report; i < argc; i++) {
+                bench_readable(argv[i]);
                 results_load(argv[i], plans[k].name);
+            }
         report();
         return 0;
     }

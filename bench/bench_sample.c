@@ -64,7 +64,7 @@ static void generation_open(generation *g, const setup *as)
     opt.steps = as->steps;
     machine.threads = as->threads;
     machine.precision = as->precision;
-    bench_require(NULL, dlm_init(&g->ctx, &machine));
+    g->ctx = bench_ctx_with(machine);
     g->canvas = (int *)bench_alloc((size_t)g->T, sizeof(int));
     bench_require(g->ctx, dlm_model_create(&g->model, g->ctx, &cfg, 1, NULL));
     bench_require(g->ctx, dlm_session_create(&g->session, g->ctx, g->model, &limits,
@@ -178,7 +178,7 @@ static void compare_weights(const shape *model, dlm_pattern pattern, int generat
 
 int main(int argc, char **argv)
 {
-    const int quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    const int quick = bench_quick(argc, argv, "bench_sample [--quick]");
     dlm_ctx *ctx = bench_ctx(DLM_ISA_AUTO, 1);
     bench_context("bench_sample", dlm_isa_name(dlm_active_isa(ctx)), "as the row says");
     dlm_shutdown(ctx);

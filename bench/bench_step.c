@@ -383,7 +383,7 @@ static void bench_shape(const shape *s, int B)
 
 int main(int argc, char **argv)
 {
-    const int quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    const int quick = bench_quick(argc, argv, "bench_step [--quick]");
     dlm_ctx *ctx = bench_ctx(DLM_ISA_AUTO, 1);
     bench_context("bench_step", dlm_isa_name(dlm_active_isa(ctx)),
                   quick ? "1 and 2, in turns"

@@ -133,6 +133,7 @@ static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
     dlm_train_options how = {0};
     dlm_model *m;
     const double started = bench_now();
+    bench_writable(path);
     cfg.vocab = task.vocab, cfg.mask_id = TASK_MASK;
     cfg.dim = DIM, cfg.layers = LAYERS, cfg.heads = HEADS, cfg.ffn = FFN;
     cfg.max_seq = LENGTH, cfg.pattern = DLM_PATTERN_FULL;
@@ -157,35 +158,40 @@ static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
 
 /* --[ files ]--------------------------------------------------------------- */
 
-/* Three whole numbers with anything but digits between and around them. */
-static int read_numbers(int numbers[3], const char *text)
+/* Three whole numbers with a comma or a space between them, and nothing else up to the
+   end, which is a zero or a quote; returns the end, or NULL. */
+static const char *read_numbers(int numbers[3], const char *text)
 {
-    int n = 0;
-    for (const char *c = text; *c != 0 && *c != '"';) {
+    for (int i = 0; i < 3; i++) {
+        const char *const from = text;
         char *end;
         long value;
-        if (!isdigit((unsigned char)*c)) {
-            c++;
-            continue;
-        }
-        value = strtol(c, &end, 10);
-        if (n == 3 || value > 1000000) return 0;
-        numbers[n++] = (int)value;
-        c = end;
+        text += strspn(text, " ");
+        if (i > 0 && *text == ',') text++;
+        text += strspn(text, " ");
+        if ((i > 0 && text == from) || !isdigit((unsigned char)*text)) return NULL;
+        value = strtol(text, &end, 10);
+        if (value > 1000000) return NULL;
+        numbers[i] = (int)value;
+        text = end;
     }
-    return n == 3;
+    text += strspn(text, " ");
+    return *text == 0 || *text == '"' ? text : NULL;
 }
 
-static int read_target(int *target, const char *text)
+/* A whole number, and nothing else up to the end, a zero or one of the characters of
+   `ends`; returns the end, or NULL. */
+static const char *read_target(int *target, const char *text, const char *ends)
 {
     char *end;
     const long value = strtol(text, &end, 10);
+    if (end == text || value <= -1000000 || value >= 1000000) return NULL;
     *target = (int)value;
-    return end != text && value > -1000000 && value < 1000000
-        && (*end == 0 || strchr("\"},. \r\n", *end) != NULL);
+    while (*end == ' ') end++;
+    return *end == 0 || strchr(ends, *end) != NULL ? end : NULL;
 }
 
-/* What stands after "key": with the opening quote of a string skipped, or NULL. */
+/* What stands after "key":, or NULL. */
 static const char *find_value(const char *text, const char *key)
 {
     char quoted[32];
@@ -193,27 +199,29 @@ static const char *find_value(const char *text, const char *key)
     text = strstr(text, quoted);
     if (text == NULL) return NULL;
     text += strlen(quoted);
-    while (*text == ' ') text++;
-    if (*text++ != ':') return NULL;
-    while (*text == ' ' || *text == '"') text++;
-    return text;
+    text += strspn(text, " ");
+    return *text == ':' ? text + 1 + strspn(text + 1, " ") : NULL;
+}
+
+/* Of a line; 0 if it is none.  Numbers are a string, a target may be a plain number. */
+static int parse_problem(task_problem *p, const char *text)
+{
+    const char *input = find_value(text, "input"), *output = find_value(text, "output");
+    if (input == NULL || output == NULL || *input != '"') return 0;
+    input = read_numbers(p->numbers, input + 1);
+    if (input == NULL || *input != '"') return 0;
+    if (*output != '"') return read_target(&p->target, output, ",}") != NULL;
+    output = read_target(&p->target, output + 1, "\"");
+    return output != NULL && *output == '"';
 }
 
 /* 1 and a problem, or 0 at the end of the file. */
 static int read_problem(FILE *f, task_problem *p, int *line)
 {
-    char text[1024], where[32];
-    const char *input, *output;
-    do {
-        if (fgets(text, sizeof text, f) == NULL) return 0;
-        ++*line;
-    } while (text[strspn(text, " \r\n")] == 0);
-    input = find_value(text, "input");
-    output = find_value(text, "output");
-    snprintf(where, sizeof where, "%d", *line);
-    if (input == NULL || output == NULL || !read_numbers(p->numbers, input)
-        || !read_target(&p->target, output))
-        fail("not {\"input\":\"30,100,93\",\"output\":\"23\"}, line ", where);
+    char text[1024];
+    if (!solver_line(&task, f, text, sizeof text, line)) return 0;
+    if (!parse_problem(p, text))
+        solver_refuse(&task, *line, "{\"input\":\"30,100,93\",\"output\":\"23\"}", text);
     return 1;
 }
 
@@ -304,10 +312,12 @@ static void show(dlm_ctx *ctx, const char *model_path, const char *numbers,
     task_problem p = {{0}, 0};
     solver s;
     const dlm_event *events;
+    const char *end;
     char text[96], expression[96];
     int n;
-    if (!read_numbers(p.numbers, numbers)) fail("not three numbers: ", numbers);
-    if (!read_target(&p.target, target)) fail("not a target: ", target);
+    end = read_numbers(p.numbers, numbers);
+    if (end == NULL || *end != 0) fail("not three whole numbers: ", numbers);
+    if (!read_target(&p.target, target, "")) fail("not a whole number: ", target);
     if (!in_range(&p)) fail("numbers and targets go from 1 to 100", "");
     colours = isatty(fileno(stdout)) && getenv("NO_COLOR") == NULL;
     solver_open(&s, &task, ctx, m);
@@ -328,7 +338,6 @@ static void gen(const char *path, int count, uint64_t seed)
 {
     FILE *const f = fopen(path, "wb");
     if (f == NULL) fail("cannot write ", path);
-    if (count < 1) fail("COUNT is at least 1", "");
     for (int k = 0; k < count; k++) {
         task_problem p;
         task_countdown_problem(&p, task_countdown_large, TASK_TEST, seed, (uint32_t)k);
@@ -340,18 +349,26 @@ static void gen(const char *path, int count, uint64_t seed)
 
 int main(int argc, char **argv)
 {
-    const char *const command = argc > 2 ? argv[1] : "";
-    dlm_ctx *const ctx = bench_ctx(DLM_ISA_AUTO, THREADS);
+    static const char usage[] =
+        "countdown train MODEL [SEED]\n"
+        "       countdown eval  MODEL FILE.jsonl\n"
+        "       countdown show  MODEL 30,100,93 23\n"
+        "       countdown gen   FILE.jsonl [COUNT [SEED]]";
+    const int training = solver_command(argc, argv, "train", 1, 2);
+    const int evaluating = solver_command(argc, argv, "eval", 2, 2);
+    const int showing = solver_command(argc, argv, "show", 3, 3);
+    const int generating = solver_command(argc, argv, "gen", 1, 3);
+    dlm_ctx *ctx;
+    if (!training && !evaluating && !showing && !generating)
+        bench_usage(usage, argc == 2 ? argv[1] : NULL);
+    ctx = bench_ctx(DLM_ISA_AUTO, THREADS);
     task.vocab = task_countdown_vocab(task_countdown_large);
-    if (!strcmp(command, "train"))
-        train(ctx, argv[2], argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
-    else if (!strcmp(command, "eval") && argc > 3) eval(ctx, argv[2], argv[3]);
-    else if (!strcmp(command, "show") && argc > 4) show(ctx, argv[2], argv[3], argv[4]);
-    else if (!strcmp(command, "gen"))
-        gen(argv[2], argc > 3 ? atoi(argv[3]) : 1000,
-            argc > 4 ? strtoull(argv[4], NULL, 10) : 1);
-    else fail("train MODEL [SEED] | eval MODEL FILE.jsonl | show MODEL 30,100,93 23 | "
-              "gen FILE.jsonl [COUNT [SEED]]", "");
+    if (training) train(ctx, argv[2], solver_seed(argc, argv, 3));
+    if (evaluating) eval(ctx, argv[2], argv[3]);
+    if (showing) show(ctx, argv[2], argv[3], argv[4]);
+    if (generating)
+        gen(argv[2], argc > 3 ? (int)bench_number("COUNT", argv[3], 1, 1000000) : 1000,
+            solver_seed(argc, argv, 4));
     dlm_shutdown(ctx);
     return 0;
 }

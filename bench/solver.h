@@ -29,6 +29,46 @@ static void solver_fail(const solver_task *task, const char *what, const char *d
     exit(1);
 }
 
+/* Is this the command, with as many arguments as it takes? */
+static int solver_command(int argc, char **argv, const char *name, int least, int most)
+{
+    return argc - 2 >= least && argc - 2 <= most && strcmp(argv[1], name) == 0;
+}
+
+/* Argument i, if it is there. */
+static uint64_t solver_seed(int argc, char **argv, int i)
+{
+    return argc > i ? (uint64_t)bench_number("SEED", argv[i], 0, LONG_MAX) : 1;
+}
+
+/* The next line that is not blank, without its end and a byte order mark; 0 at the end
+   of the file.  *line counts all of them. */
+static int solver_line(const solver_task *task, FILE *f, char *text, size_t size,
+                       int *line)
+{
+    do {
+        if (fgets(text, (int)size, f) == NULL) {
+            if (ferror(f)) solver_fail(task, "the file cannot be read", "");
+            return 0;
+        }
+        if (strlen(text) + 1 == size && text[size - 2] != '\n')
+            solver_fail(task, "too long a line: ", text);
+        text[strcspn(text, "\r\n")] = 0;
+        if (++*line == 1 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
+            memmove(text, text + 3, strlen(text + 3) + 1);
+    } while (text[strspn(text, " ")] == 0);
+    return 1;
+}
+
+/* A line is not what it should be. */
+static void solver_refuse(const solver_task *task, int line, const char *wanted,
+                          const char *text)
+{
+    char found[128];
+    snprintf(found, sizeof found, "%d: not %s but: %.60s", line, wanted, text);
+    solver_fail(task, "line ", found);
+}
+
 static void solver_open(solver *s, const solver_task *task, dlm_ctx *ctx,
                         const dlm_model *m)
 {

@@ -114,6 +114,7 @@ static void train(dlm_ctx *ctx, const char *path, uint64_t seed)
     dlm_train_options how = {0};
     dlm_model *m;
     const double started = bench_now();
+    bench_writable(path);
     cfg.vocab = TASK_SUDOKU_VOCAB, cfg.mask_id = TASK_MASK, cfg.max_seq = LENGTH;
     cfg.dim = DIM, cfg.layers = LAYERS, cfg.heads = HEADS, cfg.ffn = FFN;
     cfg.pattern = DLM_PATTERN_FULL;
@@ -152,27 +153,22 @@ static const char *read_grid(unsigned char grid[16], const char *text, int blank
 /* 1 and a puzzle, or 0 at the end of the file. */
 static int read_puzzle(FILE *f, task_puzzle *p, int *line)
 {
-    char text[256], where[32];
+    char text[256];
     const char *c;
-    do {
-        if (fgets(text, sizeof text, f) == NULL) return 0;
-        text[strcspn(text, "\r\n")] = 0;
-        ++*line;
-    } while (text[0] == 0);
+    if (!solver_line(&task, f, text, sizeof text, line)) return 0;
     c = read_grid(p->given, text, 1);
     if (c != NULL) c = *c == ',' ? read_grid(p->solution, c + 1, 0) : NULL;
-    snprintf(where, sizeof where, "%d", *line);
-    if (c == NULL || *c != 0) fail("not 16 digits, a comma and 16 digits, line ", where);
+    if (c == NULL || *c != 0)
+        solver_refuse(&task, *line, "16 digits 0..4, a comma and 16 digits 1..4", text);
     return 1;
 }
 
-static void read_header(FILE *f)
+static void read_header(FILE *f, int *line)
 {
-    char text[256];
-    if (fgets(text, sizeof text, f) == NULL) text[0] = 0;
-    text[strcspn(text, "\r\n")] = 0;
+    char text[256] = "";
+    (void)solver_line(&task, f, text, sizeof text, line);
     if (strcmp(text, "Puzzle,Solution") != 0)
-        fail("the first line is not Puzzle,Solution but ", text);
+        solver_refuse(&task, *line, "the header Puzzle,Solution", text);
 }
 
 /* --[ eval ]---------------------------------------------------------------- */
@@ -184,9 +180,9 @@ static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
     task_puzzle puzzles[BATCH];
     task_score score = {0};
     solver s;
-    int n = 0, line = 1, more = 1;
+    int n = 0, line = 0, more = 1;
     if (f == NULL) fail("cannot open ", path);
-    read_header(f);
+    read_header(f, &line);
     solver_open(&s, &task, ctx, m);
     while (more) {
         more = read_puzzle(f, &puzzles[n], &line);
@@ -198,6 +194,7 @@ static void eval(dlm_ctx *ctx, const char *model_path, const char *path)
     fclose(f);
     solver_close(&s);
     dlm_model_free(m);
+    if (score.puzzles == 0) fail("no puzzles in ", path);
     printf("cell_accuracy=%.4f exact=%.4f n=%ld\n",
            ratio(score.blanks_right, score.blanks), ratio(score.exact, score.puzzles),
            score.puzzles);
@@ -267,7 +264,7 @@ static void show_trace(const task_puzzle *p, const dlm_event *events, int n_even
     }
 }
 
-static void show_verdict(const task_puzzle *p, const int *digits, int unique)
+static void show_verdict(const task_puzzle *p, const int *digits, int solutions)
 {
     static const char *const parts[3] = {"was trained on", "is a validation grid",
                                          "is a test grid, never trained on"};
@@ -277,8 +274,10 @@ static void show_verdict(const task_puzzle *p, const int *digits, int unique)
     if (task_sudoku_score(&score, p, text))
         printf("solved: a valid grid that keeps all givens");
     else printf("not solved: the grid breaks a rule");
-    if (unique) printf("; its grid %s\n", parts[task_grid_part(&grids, p->solution)]);
-    else printf("; the puzzle does not have exactly one solution\n");
+    if (solutions == 1)
+        printf("; its grid %s\n", parts[task_grid_part(&grids, p->solution)]);
+    else printf("; the puzzle has %s\n", solutions ? "more than one solution"
+                                                   : "no solution at all");
 }
 
 static void show(dlm_ctx *ctx, const char *model_path, const char *text)
@@ -288,9 +287,9 @@ static void show(dlm_ctx *ctx, const char *model_path, const char *text)
     solver s;
     const dlm_event *events;
     const char *const end = read_grid(p.given, text, 1);
-    int unique, n;
+    int solutions, n;
     if (end == NULL || *end != 0) fail("not 16 digits from 0 to 4: ", text);
-    unique = task_solve(&p);
+    solutions = task_solve(&p);
     colours = isatty(fileno(stdout)) && getenv("NO_COLOR") == NULL;
     solver_open(&s, &task, ctx, m);
     solver_begin(&s, &p, 1);
@@ -298,7 +297,7 @@ static void show(dlm_ctx *ctx, const char *model_path, const char *text)
         bench_require(ctx, dlm_sampler_step(s.sampler));
     events = dlm_sampler_trace(s.sampler, &n);
     show_trace(&p, events, n);
-    show_verdict(&p, s.canvas + 1, unique);
+    show_verdict(&p, s.canvas + 1, solutions);
     solver_close(&s);
     dlm_model_free(m);
 }
@@ -309,7 +308,6 @@ static void gen(const char *path, int blanks, int count, uint64_t seed)
 {
     FILE *const f = fopen(path, "wb");
     if (f == NULL) fail("cannot write ", path);
-    if (blanks < 1 || blanks > 12 || count < 1) fail("BLANKS is 1..12, COUNT >= 1", "");
     fprintf(f, "Puzzle,Solution\n");
     for (int k = 0; k < count; k++) {
         task_puzzle p;
@@ -324,18 +322,27 @@ static void gen(const char *path, int blanks, int count, uint64_t seed)
 
 int main(int argc, char **argv)
 {
-    const char *const command = argc > 2 ? argv[1] : "";
-    dlm_ctx *const ctx = bench_ctx(DLM_ISA_AUTO, THREADS);
+    static const char usage[] =
+        "sudoku train MODEL [SEED]\n"
+        "       sudoku eval  MODEL FILE.csv\n"
+        "       sudoku show  MODEL PUZZLE\n"
+        "       sudoku gen   FILE.csv [BLANKS [COUNT [SEED]]]";
+    const int training = solver_command(argc, argv, "train", 1, 2);
+    const int evaluating = solver_command(argc, argv, "eval", 2, 2);
+    const int showing = solver_command(argc, argv, "show", 2, 2);
+    const int generating = solver_command(argc, argv, "gen", 1, 4);
+    dlm_ctx *ctx;
+    if (!training && !evaluating && !showing && !generating)
+        bench_usage(usage, argc == 2 ? argv[1] : NULL);
+    ctx = bench_ctx(DLM_ISA_AUTO, THREADS);
     task_grids_init(&grids);
-    if (!strcmp(command, "train"))
-        train(ctx, argv[2], argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
-    else if (!strcmp(command, "eval") && argc > 3) eval(ctx, argv[2], argv[3]);
-    else if (!strcmp(command, "show") && argc > 3) show(ctx, argv[2], argv[3]);
-    else if (!strcmp(command, "gen"))
-        gen(argv[2], argc > 3 ? atoi(argv[3]) : 8, argc > 4 ? atoi(argv[4]) : 1000,
-            argc > 5 ? strtoull(argv[5], NULL, 10) : 1);
-    else fail("train MODEL [SEED] | eval MODEL FILE.csv | show MODEL PUZZLE | "
-              "gen FILE.csv [BLANKS [COUNT [SEED]]]", "");
+    if (training) train(ctx, argv[2], solver_seed(argc, argv, 3));
+    if (evaluating) eval(ctx, argv[2], argv[3]);
+    if (showing) show(ctx, argv[2], argv[3]);
+    if (generating)
+        gen(argv[2], argc > 3 ? (int)bench_number("BLANKS", argv[3], 1, 12) : 8,
+            argc > 4 ? (int)bench_number("COUNT", argv[4], 1, 1000000) : 1000,
+            solver_seed(argc, argv, 5));
     dlm_shutdown(ctx);
     return 0;
 }

@@ -127,7 +127,7 @@ static inline int task_complete(unsigned char grid[16], unsigned char (*found)[1
     return n;
 }
 
-/* Fills in the solution; 1 if it is the only one. */
+/* Fills in a solution, if there is one; returns how many there are, 2 for any more. */
 static inline int task_solve(task_puzzle *p)
 {
     unsigned char grid[16], found[2][16];
@@ -137,7 +137,7 @@ static inline int task_solve(task_puzzle *p)
         if (grid[i] != 0 && !(task_candidates(grid, i) >> grid[i] & 1)) return 0;
     n = task_complete(grid, found, 0, 2);
     if (n > 0) memcpy(p->solution, found[0], 16);
-    return n == 1;
+    return n;
 }
 
 /* --[ sudoku: split and generator ]-------------------------------------------
@@ -194,7 +194,7 @@ static inline void task_sudoku_puzzle(task_puzzle *p, const task_grids *g, task_
         task_shuffle(cells, 16, &at, 1);
         for (int i = 0; i < blanks; i++) p->given[cells[i]] = 0;
         at.step++;
-    } while (!task_solve(p));
+    } while (task_solve(p) != 1);
 }
 
 static inline int task_blanks(const task_puzzle *p)
