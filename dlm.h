@@ -273,11 +273,6 @@ typedef struct dlm_options {               /* all zero is right for most program
                                               panels, of which one must fit: 4 KiB for
                                               scalar, 8 sse2 and neon, 16 avx2, 32 avx512
                                               and above.  Changes no result        */
-    int           precision;               /* DLM_F32 (0), DLM_BF16 or DLM_I8: how packed
-                                              weights are kept and multiplied, those of
-                                              sessions (a distiller's teacher, too)
-                                              without no_pack; see dlm_pack.  Training:
-                                              dlm_train_options                    */
     char         *message;                 /* (message_size) gets the sentence when
                                               dlm_init or dlm_ctx_bytes fails, when there
                                               is no context to ask; else not touched, not
@@ -342,26 +337,48 @@ DLM_API void dlm_matmul_nt(dlm_ctx *ctx, float *out, const float *a, const float
 DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K);
 
-/* Weights (N,K) that do not change, rearranged once for the kernels of this ctx, in its
-   precision.  packed has room for dlm_pack_floats() floats (about N * K, in BF16 half, in
-   I8 a quarter), caller-owned, 64-byte aligned; N, K and ctx as when it was packed.
-     BF16  both factors are rounded to nearest even, products are summed in f32: about
-           2^-9 of error per factor.  ISAs agree to the order of two sums, and to what
-           avx512bf16 and amx flush to zero (below 2^-126)
-     I8    rows of both factors are scaled to -127..127 and rounded, sums are exact: the
-           same bits on every ISA.  A row that is not finite gives NaN or infinity, one
-           below 4e-37 counts as zeros.  K is at most DLM_I8_MOST, or sums overflow */
+typedef enum dlm_dtype {                   /* types of numbers, here and in files  */
+    DLM_F32 = 0, DLM_F16, DLM_BF16, DLM_F64, DLM_I64, DLM_I32, DLM_I16, DLM_I8, DLM_U8,
+    DLM_BOOL,
+    DLM_DTYPE_OTHER,                       /* none of these: U16, F8_E4M3, ...     */
+    DLM_DTYPE_COUNT
+} dlm_dtype;
+
+/* What a linear layer multiplies by: weights (rows, cols) = (out, in), as floats where
+   they lie, or packed, rearranged once for the kernels of one ctx.  The memory of either
+   is borrowed.  type says what both factors are rounded to before they are multiplied:
+     F32   nothing is rounded
+     BF16  both to nearest even, products are summed in f32: about 2^-9 of error per
+           factor.  ISAs agree to the order of two sums, and to what avx512bf16 and amx
+           flush to zero (below 2^-126)
+     I8    packed only.  Rows of both are scaled to -127..127 and rounded, sums are exact:
+           the same bits on every ISA.  A row that is not finite gives NaN or infinity,
+           one below 4e-37 counts as zeros.  At most DLM_I8_MOST columns, or sums
+           overflow                                                                */
 #define DLM_I8_MOST 131072
-DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K);
-DLM_API void   dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K);
-DLM_API void   dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
-                                 const float *packed, int M, int N, int K);
+typedef struct dlm_matrix {
+    int         rows, cols;
+    dlm_dtype   type;
+    int         packed;                    /* 0: data is float (rows, cols)        */
+    const void *data;
+} dlm_matrix;
+
+/* Bytes of rows * cols packed weights: about 4, 2 or 1 each. */
+DLM_API size_t     dlm_pack_bytes(const dlm_ctx *ctx, dlm_dtype type, int rows, int cols);
+/* Packs w (rows, cols) into memory of that many bytes, aligned to 64. */
+DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
+                            const float *w, int rows, int cols);
+/* out (M, w->rows) = a (M, w->cols) @ w^T. */
+DLM_API void       dlm_matmul(dlm_ctx *ctx, float *out, const float *a,
+                              const dlm_matrix *w, int M);
 
 /* --[ model ]-----------------------------------------------------------------
    A pre-norm transformer: RMSNorm, rotary positions (half-split), grouped-query
    attention, SwiGLU.  Covers LLaMA, Qwen2/2.5 (qkv_bias), Qwen3 (QK-norm), SDAR,
    LLaDA and Dream (shifted).  Weights are read-only while in use and may be shared
-   by any number of sessions.  Denormal ones (below 2^-126) are numbers like any others
+   by any number of sessions.  A model is plain, one flat block of floats that can be
+   trained and saved, or packed: made from a plain one to run quickly in f32, bf16 or
+   int8, needing it no longer.  Denormal ones (below 2^-126) are numbers like any others
    in f32 and in files; what narrower words make of them, dlm_pack says. */
 
 typedef enum dlm_pattern {   /* which keys may a row see (0: the default)          */
@@ -394,11 +411,12 @@ typedef struct dlm_config {                /* 0 in a field marked * = the defaul
 
 typedef struct dlm_model {                 /* open for reading                     */
     dlm_config config;                     /* with every default filled in         */
+    dlm_dtype  type;                       /* packed: what it is multiplied in     */
     size_t     n_params;                   /* floats in weights                    */
-    float     *weights;                    /* (n_params) one flat block            */
-    uint32_t   version;                    /* changes whenever the weights do      */
+    float     *weights;                    /* (n_params) one flat block; packed: NULL */
     dlm_ctx   *ctx;                        /* where it was allocated               */
     void      *block;                      /* private: what was allocated          */
+    struct dlm__packed *packed;            /* private; NULL: plain                 */
 } dlm_model;
 
 typedef struct dlm_tensor {                /* one named piece of weights           */
@@ -420,10 +438,17 @@ DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_conf
 DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
                                  const float *weights, size_t n_params);
 DLM_API void      dlm_model_free(dlm_model *m);                        /* NULL is ok */
-DLM_API int       dlm_model_tensors(const dlm_model *m);               /* how many   */
+DLM_API int       dlm_model_tensors(const dlm_model *m);     /* how many; packed: 0  */
 DLM_API void      dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out);
-/* Call after writing weights by hand: sessions then renew their packed copies. */
-DLM_API void      dlm_model_changed(dlm_model *m);
+/* The packed form of a plain model for ctx's kernels, type DLM_F32, DLM_BF16 or DLM_I8:
+   matrices packed, vectors in f32, embeddings read from what is packed.  Sessions on any
+   number of contexts of the same ISA may share it. */
+DLM_API size_t    dlm_model_packed_bytes(const dlm_ctx *ctx, const dlm_config *cfg,
+                                         dlm_dtype type);      /* 0: config invalid */
+DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
+                                 dlm_dtype type, const dlm_memory *mem);
+/* Once more from a plain model of the same config, after it was trained on, say. */
+DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain);
 
 /* --[ batch ]-----------------------------------------------------------------
    What a forward pass is given: rows (tokens), grouped into sequences of any length
@@ -471,8 +496,9 @@ DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block
 DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block);
 
 /* --[ inference ]-------------------------------------------------------------
-   A session owns everything one user of a model needs: activations, the K/V cache,
-   packed weights.  The model is only read. */
+   A session owns what one user of a model needs: activations and the K/V cache.  The
+   model is only read, as it is at each forward.  Forwards of few rows are several times
+   faster on a packed model: a plain one is packed anew, piece by piece, each time. */
 
 typedef struct dlm_limits {                /* 0 in a field marked * = the default  */
     int seqs;                              /* * = 1: sequences in one forward      */
@@ -481,8 +507,6 @@ typedef struct dlm_limits {                /* 0 in a field marked * = the defaul
     int out;                               /* * = rows: rows looked at             */
     int cached;                            /* 1: keep keys and values between calls
                                               (needs layers times the memory)      */
-    int no_pack;                           /* 1: no packed copy of the weights: less
-                                              memory, slower, always in 32 bits    */
 } dlm_limits;
 
 typedef struct dlm_session dlm_session;
@@ -627,7 +651,8 @@ DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events)
 /* Forward passes and their operations since begin: the cost of parallel decoding. */
 DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
 
-/* One canvas (T), filled in, with a session made and freed on the way. */
+/* One canvas (T), filled in, with a session, and of a plain model its packed form, made
+   and freed on the way. */
 DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int T,
                              const dlm_sample_options *opt);
 
@@ -757,7 +782,7 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
                                               this range (BD3-LM's clipped schedule);
                                               * = 0.001, 1: all of them, the ELBO   */
     int      independent_levels;           /* 0: noise levels stratified over the batch */
-    int      precision;                    /* DLM_F32 (0) or DLM_BF16: the factors of
+    dlm_dtype precision;                   /* DLM_F32 (0) or DLM_BF16: the factors of
                                               products with weights, forward and back, are
                                               rounded to it as by dlm_pack; weights, sums,
                                               norms, attention, loss, moments stay f32 */
@@ -892,8 +917,8 @@ typedef struct dlm_distill_options {
 
 typedef struct dlm_distiller dlm_distiller;
 
-/* Joins a trainer, whose model is the student (BLOCK), with a frozen teacher (CAUSAL)
-   of at least the same tokens.  Both outlive it. */
+/* Joins a trainer, whose model is the student (BLOCK), with a frozen teacher (CAUSAL),
+   plain or packed, of at least the same tokens.  Both outlive it. */
 DLM_API size_t    dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teacher,
                                       const dlm_distill_options *o);
 DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
@@ -967,13 +992,6 @@ DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, c
    it points to is replaced; the mode of an old file is kept; what is there and is not a
    regular file (a folder, a device) is refused.  So are pipes for reading.  The numbers
    in a file do not depend on the locale. */
-
-typedef enum dlm_dtype {
-    DLM_F32 = 0, DLM_F16, DLM_BF16, DLM_F64, DLM_I64, DLM_I32, DLM_I16, DLM_I8, DLM_U8,
-    DLM_BOOL,
-    DLM_DTYPE_OTHER,                       /* none of these: U16, F8_E4M3, ...     */
-    DLM_DTYPE_COUNT
-} dlm_dtype;
 
 /* One entry of a safetensors file.  What points somewhere lives as long as the file is
    open.  Any type and any number of dimensions is listed; only a use can refuse it. */
@@ -1196,8 +1214,6 @@ struct dlm_ctx {
     dlm_options   opt;
     const struct dlm__kernels *k;   /* the kernels of the chosen ISA               */
     struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
-    dlm__word     as_stored;        /* how unpacked factors are multiplied: f32, but
-                                       the `word` of a work space that is in use   */
     float        *scratch;          /* packed B of the matmul that is running      */
     size_t        scratch_floats;
     void         *block;            /* what was allocated, NULL if the user's      */
@@ -3039,21 +3055,21 @@ static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
 /* ==[ context ]===============================================================
    Choosing the kernels, reading options, making and releasing the context. */
 
-static dlm__word dlm__word_of(int precision)
+static dlm__word dlm__word_of(dlm_dtype type)
 {
-    return precision == DLM_F32 ? DLM__WORD_F32 : precision == DLM_BF16 ? DLM__WORD_BF16
-        : precision == DLM_I8 ? DLM__WORD_I8 : DLM__WORDS;
+    return type == DLM_F32 ? DLM__WORD_F32 : type == DLM_BF16 ? DLM__WORD_BF16
+        : type == DLM_I8 ? DLM__WORD_I8 : DLM__WORDS;
 }
 
-static dlm_error dlm__check_precision(dlm_ctx *ctx, int precision, int int8)
+static dlm_error dlm__check_type(dlm_ctx *ctx, const char *name, dlm_dtype type, int int8)
 {
-    const dlm__word kind = dlm__word_of(precision);
+    const dlm__word kind = dlm__word_of(type);
     if (kind == DLM__WORDS || (kind == DLM__WORD_I8 && !int8))
-        return dlm__fail(ctx, DLM_E_CONFIG, "precision: %d is none of DLM_F32, "
-                         "DLM_BF16%s", precision, int8 ? ", DLM_I8" : "");
+        return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d is none of DLM_F32, DLM_BF16%s", name,
+                         (int)type, int8 ? ", DLM_I8" : "");
 #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 2
     if (kind != DLM__WORD_F32)      /* x87 registers do not keep every pattern of bits */
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "precision: compile with -mfpmath=sse");
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: compile with -mfpmath=sse", name);
 #endif
     return DLM_OK;
 }
@@ -3142,8 +3158,6 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     if (opt) c->opt = *opt;
     if (c->opt.threads < 0 || c->opt.threads > 1024)
         return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
-    e = dlm__check_precision(c, c->opt.precision, 1);
-    if (e != DLM_OK) return e;
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     c->opt.threads = dlm__min(dlm__max(c->opt.threads, 1), dlm__cores());
@@ -3531,10 +3545,9 @@ enum { DLM__TINY = 128 };           /* multiply-adds below which packing costs m
 /* Any orientation; c has rows of N.  Tiny products are done here and now. */
 static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, size_t a_k,
                           const float *b, size_t b_k, size_t b_j, const float *packed,
-                          const int mnk[3], int add)
+                          dlm__word kind, const int mnk[3], int add)
 {
     dlm__gemm g;
-    const dlm__word kind = packed ? dlm__word_of(ctx->opt.precision) : ctx->as_stored;
     if (!packed && kind == DLM__WORD_F32
         && (double)mnk[0] * mnk[1] * mnk[2] <= (int)DLM__TINY) {
         ctx->k->tiny(c, (size_t)mnk[1], a, a_i, a_k, b, b_k, b_j, mnk, add);
@@ -3548,54 +3561,65 @@ static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, si
     dlm__gemm_run(&g);
 }
 
-/* c (M,N) = a (M,K) b^T, b (N,K): linear layers, forward.  packed may be NULL. */
-static void dlm__gemm_nt(dlm_ctx *ctx, float *c, const float *a, const float *b,
-                         const float *packed, int M, int N, int K)
+/* c (M,N) = a (M,K) w^T: linear layers, forward. */
+DLM_API void dlm_matmul(dlm_ctx *ctx, float *out, const float *a, const dlm_matrix *w,
+                        int M)
 {
-    const int mnk[3] = { M, N, K };
-    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, 1, (size_t)K, packed, mnk, 0);
+    const int mnk[3] = { M, w->rows, w->cols };
+    const float *b = (const float *)w->data;
+    dlm__gemm_any(ctx, out, a, (size_t)w->cols, 1, w->packed ? NULL : b, 1,
+                  (size_t)w->cols, w->packed ? b : NULL, dlm__word_of(w->type), mnk, 0);
 }
 
 /* c (M,N) (+)= a (M,K) b (K,N): gradients of inputs. */
 static void dlm__gemm_nn(dlm_ctx *ctx, float *c, const float *a, const float *b,
-                         int M, int N, int K, int add)
+                         dlm__word kind, int M, int N, int K, int add)
 {
     const int mnk[3] = { M, N, K };
-    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, (size_t)N, 1, NULL, mnk, add);
+    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, (size_t)N, 1, NULL, kind, mnk, add);
 }
 
 /* c (M,N) (+)= a^T b with a (K,M), b (K,N): gradients of weights. */
 static void dlm__gemm_tn(dlm_ctx *ctx, float *c, const float *a, const float *b,
-                         int M, int N, int K, int add)
+                         dlm__word kind, int M, int N, int K, int add)
 {
     const int mnk[3] = { M, N, K };
-    dlm__gemm_any(ctx, c, a, 1, (size_t)M, b, (size_t)N, 1, NULL, mnk, add);
+    dlm__gemm_any(ctx, c, a, 1, (size_t)M, b, (size_t)N, 1, NULL, kind, mnk, add);
+}
+
+/* Floats where they lie. */
+static dlm_matrix dlm__plain(const float *data, int rows, int cols, dlm_dtype type)
+{
+    dlm_matrix w;
+    w.rows = rows; w.cols = cols; w.type = type; w.packed = 0; w.data = data;
+    return w;
 }
 
 DLM_API void dlm_matmul_nn(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K)
 {
-    dlm__gemm_nn(ctx, out, a, b, M, N, K, 0);
+    dlm__gemm_nn(ctx, out, a, b, DLM__WORD_F32, M, N, K, 0);
 }
 
 DLM_API void dlm_matmul_nt(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K)
 {
-    dlm__gemm_nt(ctx, out, a, b, NULL, M, N, K);
+    const dlm_matrix w = dlm__plain(b, N, K, DLM_F32);
+    dlm_matmul(ctx, out, a, &w, M);
 }
 
 DLM_API void dlm_matmul_tn(dlm_ctx *ctx, float *out, const float *a, const float *b,
                            int M, int N, int K)
 {
-    dlm__gemm_tn(ctx, out, a, b, M, N, K, 0);
+    dlm__gemm_tn(ctx, out, a, b, DLM__WORD_F32, M, N, K, 0);
 }
 
-DLM_API size_t dlm_pack_floats(const dlm_ctx *ctx, int N, int K)
+DLM_API size_t dlm_pack_bytes(const dlm_ctx *ctx, dlm_dtype type, int rows, int cols)
 {
-    const dlm__word kind = dlm__word_of(ctx->opt.precision);
-    const size_t columns = (size_t)dlm__round_up(N, ctx->k->nr);
-    return columns * (size_t)(dlm__words_of(ctx->k, kind, K)
-                              + (kind == DLM__WORD_I8 ? 2 : 0));
+    const dlm__word kind = dlm__word_of(type);
+    const size_t columns = (size_t)dlm__round_up(rows, ctx->k->nr);
+    return columns * sizeof(float) * (size_t)(dlm__words_of(ctx->k, kind, cols)
+                                              + (kind == DLM__WORD_I8 ? 2 : 0));
 }
 
 /* What the offset of a adds to column i of a panel of int8, with its sign turned. */
@@ -3611,15 +3635,19 @@ static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int
     return dlm__floats_scalar(0U - (uint32_t)k->narrow.offset * (uint32_t)sum);
 }
 
-/* Panels (words, nr), of int8 followed by a scale and a correction per row of b. */
-DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, int K)
+/* Panels (words, nr), of int8 followed by a scale and a correction per row of w. */
+DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
+                            const float *w, int rows, int cols)
 {
     const dlm__kernels *k = ctx->k;
-    const dlm__word kind = dlm__word_of(ctx->opt.precision);
-    const int nr = k->nr, per = dlm__values_per_word(kind);
+    const dlm__word kind = dlm__word_of(type);
+    const int N = rows, K = cols, nr = k->nr, per = dlm__values_per_word(kind);
     const int words = dlm__words_of(k, kind, K), columns = dlm__round_up(N, nr);
-    float inverse[DLM__MAX_NR], *scale = packed + (size_t)columns * (size_t)words;
+    float *packed = (float *)memory, *scale = packed + (size_t)columns * (size_t)words;
+    float inverse[DLM__MAX_NR];
+    dlm_matrix out = dlm__plain(packed, rows, cols, type);
     dlm__slice s;
+    out.packed = 1;
     DLM_ASSERT(kind != DLM__WORD_I8 || K <= DLM_I8_MOST);
     if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
     s.s_i = (size_t)K; s.s_k = 1; s.inverse = inverse; s.offset = 0;
@@ -3627,23 +3655,43 @@ DLM_API void dlm_pack(const dlm_ctx *ctx, float *packed, const float *b, int N, 
         float *panel = packed + (size_t)j * (size_t)words;
         s.n = dlm__min(nr, N - j);
         for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
-            dlm__int8_scale(k, b + (size_t)(j + i) * (size_t)K, K, &scale[j + i],
+            dlm__int8_scale(k, w + (size_t)(j + i) * (size_t)K, K, &scale[j + i],
                             &inverse[i]);
         for (int at = 0; at < words; at += DLM__KC) {
             const int kc = dlm__min(DLM__KC, words - at);
-            s.src = b + (size_t)j * (size_t)K + (size_t)(at * per);
+            s.src = w + (size_t)j * (size_t)K + (size_t)(at * per);
             s.K = dlm__max(0, dlm__min(kc * per, K - at * per));
             dlm__pack_slice(k, kind, panel + at * nr, nr, 0, kc, &s);
         }
         for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
             scale[columns + j + i] = dlm__int8_correction(k, panel, words, i);
     }
+    return out;
 }
 
-DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
-                               const float *packed, int M, int N, int K)
+/* Row i of w, as floats. */
+static void dlm__matrix_row(const dlm_ctx *ctx, float *out, const dlm_matrix *w, int i)
 {
-    dlm__gemm_nt(ctx, out, a, NULL, packed, M, N, K);
+    const dlm__word kind = dlm__word_of(w->type);
+    const int nr = ctx->k->nr, K = w->cols, per = dlm__values_per_word(kind);
+    const size_t words = (size_t)dlm__words_of(ctx->k, kind, K);
+    const float *data = (const float *)w->data;
+    const float *at = data + (size_t)(i / nr * nr) * words + i % nr;
+    const size_t columns = (size_t)dlm__round_up(w->rows, nr);
+    if (!w->packed) {
+        memcpy(out, data + (size_t)i * (size_t)K, (size_t)K * sizeof *out);
+        return;
+    }
+    for (int k = 0; k < K; k++) {
+        union { float f; uint16_t half[2]; int8_t byte[4]; } word;
+        word.f = at[k / per * nr];
+        if (kind == DLM__WORD_BF16)
+            out[k] = dlm__floats_scalar((uint32_t)word.half[k % 2] << 16);
+        else if (kind == DLM__WORD_I8)
+            out[k] = (float)word.byte[k % 4] * data[columns * words + (size_t)i];
+        else
+            out[k] = word.f;
+    }
 }
 
 /* ==[ layers ]================================================================
@@ -3652,20 +3700,16 @@ DLM_API void dlm_matmul_packed(dlm_ctx *ctx, float *out, const float *a,
    that make a weight's gradient.  Backward functions add into weight gradients. */
 
 /* --[ linear ]----------------------------------------------------------------
-     y (M,N) = x (M,K) w^T            w (N,K), or the same weights packed
-     dx (M,K) (+)= dy w               dw (N,K) += dy^T x                           */
-static void dlm__linear_forward(dlm_ctx *ctx, float *y, const float *x, const float *w,
-                                const float *packed, int M, int N, int K)
-{
-    dlm__gemm_nt(ctx, y, x, w, packed, M, N, K);
-}
-
+     y (M,N) = x (M,K) w^T            dlm_matmul
+     dx (M,K) (+)= dy w               dw (N,K) += dy^T x          w (N,K) is plain */
 static void dlm__linear_backward(dlm_ctx *ctx, float *dx, int add, float *dw,
-                                 const float *dy, const float *x, const float *w,
-                                 int M, int N, int K)
+                                 const float *dy, const float *x, const dlm_matrix *w,
+                                 int M)
 {
-    dlm__gemm_nn(ctx, dx, dy, w, M, K, N, add);
-    dlm__gemm_tn(ctx, dw, dy, x, N, K, M, 1);
+    const dlm__word kind = dlm__word_of(w->type);
+    const float *data = (const float *)w->data;
+    dlm__gemm_nn(ctx, dx, dy, data, kind, M, w->cols, w->rows, add);
+    dlm__gemm_tn(ctx, dw, dy, x, kind, w->rows, w->cols, M, 1);
 }
 
 /* --[ sums over rows ]--------------------------------------------------------
@@ -3719,12 +3763,11 @@ static void dlm__bias_backward(dlm_ctx *ctx, float *db, const float *dy, size_t 
 
 /* --[ embedding ]-------------------------------------------------------------
      x_i = e[token_i]                 de[token_i] += dx_i                          */
-static void dlm__embedding_forward(float *x, const float *e, const int *tokens, int rows,
-                                   int C)
+static void dlm__embedding_forward(const dlm_ctx *ctx, float *x, const dlm_matrix *e,
+                                   const int *tokens, int rows)
 {
     for (int i = 0; i < rows; i++)
-        memcpy(x + (size_t)i * (size_t)C, e + (size_t)tokens[i] * (size_t)C,
-               (size_t)C * sizeof *x);
+        dlm__matrix_row(ctx, x + (size_t)i * (size_t)e->cols, e, tokens[i]);
 }
 
 static void dlm__embedding_backward(dlm_ctx *ctx, float *de, const float *dx,
@@ -4552,6 +4595,7 @@ static int dlm__list_length(const dlm_config *c, const dlm__param *list, int n)
 DLM_API int dlm_model_tensors(const dlm_model *m)
 {
     const dlm_config *c = &m->config;
+    if (m->packed) return 0;
     return dlm__list_length(c, dlm__global_params, DLM__N_GLOBAL)
         + c->layers * dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
 }
@@ -4664,7 +4708,6 @@ static dlm_error dlm__model_new(dlm_model **out, dlm_ctx *ctx, const dlm_config 
     m->config = c;
     m->n_params = dlm__count_params(&c);
     m->weights = weights;
-    m->version = 1;
     m->ctx = ctx;
     m->block = block;
     *out = m;
@@ -4700,7 +4743,214 @@ DLM_API void dlm_model_free(dlm_model *m)
     if (m) dlm__release(m->ctx, m->block);
 }
 
-DLM_API void dlm_model_changed(dlm_model *m) { m->version++; }
+/* --[ matrices of a model ]---------------------------------------------------
+   How a pass sees weights: vectors as they are, everything else as a dlm_matrix, which is
+   made on the spot for a plain model and kept by a packed one. */
+
+typedef struct dlm__layer_weights {
+    dlm__layer p;                           /* packed: only the vectors            */
+    dlm_matrix q, kv, o, gu, down;          /* kv and gu: two neighbours as one    */
+} dlm__layer_weights;
+
+typedef struct dlm__outer_weights {
+    dlm_matrix   embed, head;               /* (V, C); the same when tied          */
+    const float *norm_out;                  /* (C)                                 */
+} dlm__outer_weights;
+
+struct dlm__packed {
+    const dlm__kernels *k;                  /* whose panels these are              */
+    dlm__outer_weights  outer;
+    dlm__layer_weights *layers;             /* (L)                                 */
+};
+
+static const struct dlm__product {
+    size_t   at, from;                      /* in dlm__layer_weights; dlm__layer   */
+    dlm__dim rows, cols;
+    int      times;                         /* so many weights of `rows` rows      */
+} dlm__products[] = {
+    { offsetof(dlm__layer_weights, q), offsetof(dlm__layer, wq), DLM__HD, DLM__C, 1 },
+    { offsetof(dlm__layer_weights, kv), offsetof(dlm__layer, wk), DLM__KVD, DLM__C, 2 },
+    { offsetof(dlm__layer_weights, o), offsetof(dlm__layer, wo), DLM__C, DLM__HD, 1 },
+    { offsetof(dlm__layer_weights, gu), offsetof(dlm__layer, wgate), DLM__F, DLM__C, 2 },
+    { offsetof(dlm__layer_weights, down), offsetof(dlm__layer, wdown), DLM__C, DLM__F,
+      1 },
+};
+enum { DLM__N_PRODUCTS = sizeof dlm__products / sizeof *dlm__products };
+
+static dlm_matrix *dlm__product_of(dlm__layer_weights *w, int i)
+{
+    return (dlm_matrix *)(void *)((char *)w + dlm__products[i].at);
+}
+
+/* type: in which a plain model is multiplied; a packed one has its own. */
+static dlm__layer_weights dlm__layer_of(const dlm_model *m, int layer, dlm_dtype type)
+{
+    const dlm_config *c = &m->config;
+    dlm__layer_weights w;
+    if (m->packed) return m->packed->layers[layer];
+    w.p = dlm__layer_at(c, m->weights, layer);
+    for (int i = 0; i < DLM__N_PRODUCTS; i++) {
+        const struct dlm__product *x = &dlm__products[i];
+        *dlm__product_of(&w, i) = dlm__plain(*(float **)((char *)&w.p + x->from),
+                                             x->times * dlm__dim_of(c, x->rows),
+                                             dlm__dim_of(c, x->cols), type);
+    }
+    return w;
+}
+
+static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
+{
+    dlm__outer_weights w;
+    dlm__globals g;
+    if (m->packed) return m->packed->outer;
+    g = dlm__globals_at(&m->config, m->weights);
+    w.embed = dlm__plain(g.tok_emb, m->config.vocab, m->config.dim, type);
+    w.head = dlm__plain(g.head, m->config.vocab, m->config.dim, type);
+    w.norm_out = g.norm_out;
+    return w;
+}
+
+static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_ctx *ctx, dlm_dtype type,
+                                    int rows, int cols)
+{
+    dlm_matrix w = dlm__plain(NULL, rows, cols, type);
+    w.packed = 1;
+    w.data = dlm__push(a, dlm_pack_bytes(ctx, type, rows, cols), 1);
+    return w;
+}
+
+static dlm_model *dlm__packed_carve(dlm__arena *a, const dlm_ctx *ctx,
+                                    const dlm_config *c, dlm_dtype type)
+{
+    dlm_model *m = (dlm_model *)dlm__push(a, 1, sizeof *m);
+    struct dlm__packed here, *p = (struct dlm__packed *)dlm__push(a, 1, sizeof *p);
+    const size_t L = (size_t)c->layers;
+    if (p == NULL) p = &here;               /* only counting                       */
+    p->k = ctx->k;
+    p->layers = (dlm__layer_weights *)dlm__push(a, L, sizeof *p->layers);
+    for (int l = 0; l < c->layers; l++) {
+        dlm__layer_weights one, *w = a->base ? &p->layers[l] : &one;
+        memset(w, 0, sizeof *w);
+        for (int i = 0; i < DLM__N_LAYER; i++) {
+            const dlm__param *x = &dlm__layer_params[i];
+            if (x->cols == DLM__ONE && dlm__param_size(c, x) > 0)
+                *(float **)((char *)&w->p + x->offset)
+                    = dlm__push_floats(a, dlm__param_size(c, x), 1);
+        }
+        for (int i = 0; i < DLM__N_PRODUCTS; i++) {
+            const struct dlm__product *x = &dlm__products[i];
+            *dlm__product_of(w, i) = dlm__matrix_carve(
+                a, ctx, type, x->times * dlm__dim_of(c, x->rows),
+                dlm__dim_of(c, x->cols));
+        }
+    }
+    p->outer.norm_out = dlm__push_floats(a, (size_t)c->dim, 1);
+    p->outer.head = dlm__matrix_carve(a, ctx, type, c->vocab, c->dim);
+    p->outer.embed = c->untied_head ? dlm__matrix_carve(a, ctx, type, c->vocab, c->dim)
+                                    : p->outer.head;
+    if (m) m->packed = p;
+    return m;
+}
+
+static size_t dlm__packed_size(const dlm_ctx *ctx, const dlm_config *c, dlm_dtype type)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm__packed_carve(&a, ctx, c, type);
+    return dlm__arena_bytes(&a);
+}
+
+/* The form that ctx can have of a resolved config. */
+static dlm_error dlm__check_packing(dlm_ctx *ctx, const dlm_config *c, dlm_dtype type)
+{
+    const int widest = dlm__max(dlm__max(c->dim, c->ffn), c->heads * c->head_dim);
+    dlm_error e = dlm__check_type(ctx, "packed type", type, 1);
+    if (e == DLM_OK && type == DLM_I8 && widest > DLM_I8_MOST)
+        e = dlm__fail(ctx, DLM_E_CONFIG, "a model in DLM_I8: %d columns are more than %d",
+                      widest, DLM_I8_MOST);
+    return e;
+}
+
+DLM_API size_t dlm_model_packed_bytes(const dlm_ctx *ctx, const dlm_config *cfg,
+                                      dlm_dtype type)
+{
+    dlm_ctx copy = *ctx;                    /* errors are not reported from here   */
+    dlm_config c = *cfg;
+    if (dlm_config_resolve(&copy, &c) != DLM_OK
+        || dlm__check_packing(&copy, &c, type) != DLM_OK) return 0;
+    return dlm__packed_size(ctx, &c, type);
+}
+
+static void dlm__repack_matrix(const dlm_ctx *ctx, dlm_matrix *out, const dlm_matrix *w)
+{
+    *out = dlm_pack(ctx, (void *)(uintptr_t)out->data, out->type,
+                    (const float *)w->data, w->rows, w->cols);
+}
+
+static void dlm__repack(const dlm_model *m, const dlm_model *plain)
+{
+    const dlm_config *c = &m->config;
+    const dlm__outer_weights outer = dlm__outer_of(plain, DLM_F32);
+    struct dlm__packed *p = m->packed;
+    for (int l = 0; l < c->layers; l++) {
+        dlm__layer_weights from = dlm__layer_of(plain, l, DLM_F32), *to = &p->layers[l];
+        for (int i = 0; i < DLM__N_LAYER; i++) {
+            const dlm__param *x = &dlm__layer_params[i];
+            if (x->cols == DLM__ONE && dlm__param_size(c, x) > 0)
+                memcpy(*(float **)((char *)&to->p + x->offset),
+                       *(float **)((char *)&from.p + x->offset),
+                       dlm__param_size(c, x) * sizeof(float));
+        }
+        for (int i = 0; i < DLM__N_PRODUCTS; i++)
+            dlm__repack_matrix(m->ctx, dlm__product_of(to, i), dlm__product_of(&from, i));
+    }
+    memcpy((float *)(uintptr_t)p->outer.norm_out, outer.norm_out,
+           (size_t)c->dim * sizeof(float));
+    dlm__repack_matrix(m->ctx, &p->outer.head, &outer.head);
+    if (c->untied_head) dlm__repack_matrix(m->ctx, &p->outer.embed, &outer.embed);
+}
+
+/* For what only a plain model can do. */
+static dlm_error dlm__want_plain(dlm_ctx *ctx, const char *what, const dlm_model *m)
+{
+    if (!m->packed) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_CONFIG, "%s: the model is packed, wants the plain one",
+                     what);
+}
+
+DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
+                                 dlm_dtype type, const dlm_memory *mem)
+{
+    const dlm_config *c = &plain->config;
+    dlm__arena arena;
+    void *block;
+    dlm_error e = dlm__want_plain(ctx, "pack", plain);
+    *out = NULL;
+    if (e == DLM_OK) e = dlm__check_packing(ctx, c, type);
+    if (e == DLM_OK)
+        e = dlm__place(ctx, "packed model", dlm__packed_size(ctx, c, type), mem, &arena,
+                       &block);
+    if (e != DLM_OK) return e;
+    *out = dlm__packed_carve(&arena, ctx, c, type);
+    (*out)->config = *c;
+    (*out)->type = type;
+    (*out)->n_params = plain->n_params;
+    (*out)->ctx = ctx;
+    (*out)->block = block;
+    dlm__repack(*out, plain);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain)
+{
+    dlm_error e = dlm__want_plain(packed->ctx, "repack", plain);
+    if (e != DLM_OK) return e;
+    if (!packed->packed
+        || memcmp(&packed->config, &plain->config, sizeof plain->config) != 0)
+        return dlm__fail(packed->ctx, DLM_E_MISMATCH, "repack: these are not the packed "
+                         "and the plain form of one config");
+    dlm__repack(packed, plain);
+    return DLM_OK;
+}
 
 /* ==[ patterns ]==============================================================
    Key ranges for every row of the usual patterns. */
@@ -4764,10 +5014,6 @@ typedef struct dlm__acts {          /* Q: query rows, all rows but in the last l
     float *k_panels, *v;            /* (KV, pad, D), (pad, KV*D) the cache         */
 } dlm__acts;
 
-typedef struct dlm__packs {         /* packed weights of one layer, or all NULL    */
-    float *q, *kv, *o, *gu, *down;
-} dlm__packs;
-
 typedef struct dlm__rows {          /* rows of a pass, grouped by sequence         */
     int       n;
     int      *start;                /* (S+1)                                       */
@@ -4778,13 +5024,11 @@ typedef struct dlm__rows {          /* rows of a pass, grouped by sequence      
 typedef struct dlm__work {
     dlm_ctx    *ctx;
     dlm_config  c;
-    int         keep, seqs, slots, rows, out, layer_caches, packed;   /* limits    */
-    dlm__word   word;               /* in which products of unpacked weights are done */
+    int         keep, seqs, slots, rows, out, layer_caches;           /* limits    */
+    dlm_dtype   type;               /* in which a plain model is multiplied        */
     int         chunk;              /* rows of the head at a time                  */
     int         pad_total;          /* slots of all sequences, each rounded to 96  */
     dlm__acts  *acts;               /* (L)                                         */
-    dlm__packs *packs;              /* (L)                                         */
-    float      *head_pack;
     int         turns;              /* positions there can be: max_seq, but no more
                                        than the slots                              */
     float      *cos_sin;            /* (turns, D)                                  */
@@ -4797,7 +5041,7 @@ typedef struct dlm__work {
     int        *k_base, *v_base, *n_slots;     /* (S) see dlm__attention           */
     int         n_seqs;
     /* training only */
-    float *dx, *dxq, *dh, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
+    float *dx, *dxq, *dh, *dhq, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
     float *v_panels, *dkv_columns;
     dlm__acts *scout;               /* (L) all the first layer's: nothing is kept  */
 } dlm__work;
@@ -4856,22 +5100,6 @@ static void dlm__layers_carve(dlm__arena *a, dlm__work *w)
     }
 }
 
-static void dlm__packs_carve(dlm__arena *a, dlm__work *w)
-{
-    const int C = w->c.dim, F = w->c.ffn, HD = w->c.heads * w->c.head_dim;
-    const int KVD = w->c.kv_heads * w->c.head_dim, counting = a->base == NULL;
-    for (int l = 0; w->packed && l < w->c.layers; l++) {
-        dlm__packs one, *p = counting ? &one : &w->packs[l];
-        p->q = dlm__push_floats(a, dlm_pack_floats(w->ctx, HD, C), 1);
-        p->kv = dlm__push_floats(a, dlm_pack_floats(w->ctx, 2 * KVD, C), 1);
-        p->o = dlm__push_floats(a, dlm_pack_floats(w->ctx, C, HD), 1);
-        p->gu = dlm__push_floats(a, dlm_pack_floats(w->ctx, 2 * F, C), 1);
-        p->down = dlm__push_floats(a, dlm_pack_floats(w->ctx, C, F), 1);
-    }
-    w->head_pack = w->packed
-        ? dlm__push_floats(a, dlm_pack_floats(w->ctx, w->c.vocab, C), 1) : NULL;
-}
-
 static void dlm__training_carve(dlm__arena *a, dlm__work *w)
 {
     const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
@@ -4880,6 +5108,7 @@ static void dlm__training_carve(dlm__arena *a, dlm__work *w)
     w->dx = dlm__push_floats(a, N, C);
     w->dxq = dlm__push_floats(a, N, C);
     w->dh = dlm__push_floats(a, N, C);
+    w->dhq = dlm__push_floats(a, (size_t)w->out, C);
     w->dq = dlm__push_floats(a, N, HD);
     w->dkv = dlm__push_floats(a, N, 2 * KVD);
     w->d_o = dlm__push_floats(a, N, HD);
@@ -4905,7 +5134,6 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
     w->pad_total = w->keep ? dlm__round_up(w->rows, DLM__CHUNK) + w->seqs * DLM__CHUNK
                            : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
     w->acts = (dlm__acts *)dlm__push(a, L, sizeof(dlm__acts));
-    w->packs = (dlm__packs *)dlm__push(a, L, sizeof(dlm__packs));
     w->turns = dlm__min(w->c.max_seq, w->slots);
     w->cos_sin = dlm__push_floats(a, (size_t)w->turns, (size_t)w->c.head_dim);
     w->x_out = dlm__push_floats(a, out, C);
@@ -4921,7 +5149,6 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
     w->v_base = dlm__push_ints(a, seqs);
     w->n_slots = dlm__push_ints(a, seqs);
     dlm__layers_carve(a, w);
-    dlm__packs_carve(a, w);
     if (w->keep) dlm__training_carve(a, w);
 }
 
@@ -4937,22 +5164,6 @@ static void dlm__fill_cos_sin(const dlm__work *w)
             row[i] = (float)cos(angle);
             row[half + i] = (float)sin(angle);
         }
-}
-
-static void dlm__pack_weights(dlm__work *w, const dlm_model *m)
-{
-    const int C = w->c.dim, F = w->c.ffn, HD = w->c.heads * w->c.head_dim;
-    const int KVD = w->c.kv_heads * w->c.head_dim;
-    for (int l = 0; l < w->c.layers; l++) {
-        const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
-        dlm_pack(w->ctx, w->packs[l].q, p.wq, HD, C);
-        dlm_pack(w->ctx, w->packs[l].kv, p.wk, 2 * KVD, C);
-        dlm_pack(w->ctx, w->packs[l].o, p.wo, C, HD);
-        dlm_pack(w->ctx, w->packs[l].gu, p.wgate, 2 * F, C);
-        dlm_pack(w->ctx, w->packs[l].down, p.wdown, C, F);
-    }
-    dlm_pack(w->ctx, w->head_pack, dlm__globals_at(&w->c, m->weights).head, w->c.vocab,
-             C);
 }
 
 /* --[ checking a batch ]------------------------------------------------------  */
@@ -5183,19 +5394,19 @@ static dlm__norm dlm__norm_of(const dlm__work *w, float *y, float *x, float *r,
 }
 
 /* x (N, C) enters, x_next (Q, C) leaves; may be the same when Q = N. */
-static void dlm__block_forward(dlm__work *w, const dlm__layer *p, const dlm__packs *pk,
+static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *W,
                                const dlm__acts *t, int last, float *x_next)
 {
-    const int C = w->c.dim, F = w->c.ffn, D = w->c.head_dim;
-    const int HD = w->c.heads * D, KVD = w->c.kv_heads * D, N = w->all.n;
+    const dlm__layer *p = &W->p;
+    const int D = w->c.head_dim, HD = w->c.heads * D, KVD = w->c.kv_heads * D;
     const dlm__rows *rows = last ? &w->sub : &w->all;
-    const int Q = rows->n;
+    const int N = w->all.n, Q = rows->n;
     dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1), norm2, sum;
     dlm__heads q, k;
     dlm__attention attention;
 
     dlm__norm_forward(&norm1, N);
-    dlm__linear_forward(w->ctx, t->kv, t->h1, p->wk, pk->kv, N, 2 * KVD, C);
+    dlm_matmul(w->ctx, t->kv, t->h1, &W->kv, N);
     if (p->bv)
         for (int i = 0; i < N; i++)
             w->ctx->k->add(t->kv + (size_t)i * 2 * (size_t)KVD + KVD, p->bv, KVD);
@@ -5205,23 +5416,23 @@ static void dlm__block_forward(dlm__work *w, const dlm__layer *p, const dlm__pac
     dlm__store_keys_values(w, t);
     if (Q == 0) return;
 
-    if (last) dlm__gather(t->hq, t->h1, w->out_rows, Q, C);
-    dlm__linear_forward(w->ctx, t->q, t->hq, p->wq, pk->q, Q, HD, C);
+    if (last) dlm__gather(t->hq, t->h1, w->out_rows, Q, w->c.dim);
+    dlm_matmul(w->ctx, t->q, t->hq, &W->q, Q);
     q = dlm__heads_of(w, t->q, (size_t)HD, t->q_pre, t->rq, p->bq, p->qnorm, w->c.heads,
                       rows->positions);
     dlm__heads_forward(&q, Q);
     attention = dlm__attention_of(w, t, rows);
     dlm__attention_forward(&attention);
 
-    dlm__linear_forward(w->ctx, t->x2, t->o, p->wo, pk->o, Q, C, HD);
+    dlm_matmul(w->ctx, t->x2, t->o, &W->o, Q);
     norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
     norm2.residual = t->x;
     norm2.residual_rows = last ? w->out_rows : NULL;
     dlm__norm_forward(&norm2, Q);
 
-    dlm__linear_forward(w->ctx, t->gu, t->h2, p->wgate, pk->gu, Q, 2 * F, C);
-    dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, F);
-    dlm__linear_forward(w->ctx, x_next, t->act, p->wdown, pk->down, Q, C, F);
+    dlm_matmul(w->ctx, t->gu, t->h2, &W->gu, Q);
+    dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, w->c.ffn);
+    dlm_matmul(w->ctx, x_next, t->act, &W->down, Q);
     sum = dlm__norm_of(w, NULL, x_next, NULL, NULL);
     sum.residual = t->x2;
     dlm__norm_forward(&sum, Q);
@@ -5229,18 +5440,16 @@ static void dlm__block_forward(dlm__work *w, const dlm__layer *p, const dlm__pac
 
 static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__acts *acts)
 {
-    const dlm__globals g = dlm__globals_at(&w->c, m->weights);
+    const dlm__outer_weights outer = dlm__outer_of(m, w->type);
     const int last = w->c.layers - 1;
-    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, g.norm_out);
-    w->ctx->as_stored = w->word;
-    dlm__embedding_forward(acts[0].x, g.tok_emb, w->tokens, w->all.n, w->c.dim);
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.norm_out);
+    dlm__embedding_forward(w->ctx, acts[0].x, &outer.embed, w->tokens, w->all.n);
     for (int l = 0; l <= last; l++) {
-        const dlm__layer p = dlm__layer_at(&w->c, m->weights, l);
-        dlm__block_forward(w, &p, &w->packs[l], &acts[l], l == last,
+        const dlm__layer_weights W = dlm__layer_of(m, l, w->type);
+        dlm__block_forward(w, &W, &acts[l], l == last,
                            l == last ? w->x_out : acts[l + 1].x);
     }
     dlm__norm_forward(&norm, w->sub.n);
-    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 typedef struct dlm__scoring {
@@ -5262,22 +5471,20 @@ static void dlm__score_rows(void *arg, int first, int end)
 static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_fn score,
                       void *user)
 {
-    const float *head = dlm__globals_at(&w->c, m->weights).head;
+    const dlm_matrix head = dlm__outer_of(m, w->type).head;
     const int C = w->c.dim, V = w->c.vocab;
     dlm__scoring s;
     s.score = score; s.user = user; s.logits = w->logits; s.V = V;
-    w->ctx->as_stored = w->word;
     for (s.first = 0; s.first < w->sub.n; s.first += w->chunk) {
         const int n = dlm__min(w->chunk, w->sub.n - s.first);
         float *hf = w->hf + (size_t)s.first * (size_t)C;
-        dlm__linear_forward(w->ctx, w->logits, hf, head, w->head_pack, n, V, C);
+        dlm_matmul(w->ctx, w->logits, hf, &head, n);
         dlm__for_rows(w->ctx, n, 20.0 * V, dlm__score_rows, &s);
         if (grads)
             dlm__linear_backward(w->ctx, w->dhf + (size_t)s.first * (size_t)C, 0,
-                                 dlm__globals_at(&w->c, grads).head, w->logits, hf, head,
-                                 n, V, C);
+                                 dlm__globals_at(&w->c, grads).head, w->logits, hf,
+                                 &head, n);
     }
-    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 /* ==[ backward ]==============================================================
@@ -5296,24 +5503,23 @@ static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__row
     dlm__attention_backward(&a);
 }
 
-static void dlm__mlp_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
-                              const dlm__acts *t, int Q)
+static void dlm__mlp_backward(dlm__work *w, const dlm__layer_weights *W,
+                              const dlm__layer *g, const dlm__acts *t, int Q)
 {
-    const int C = w->c.dim, F = w->c.ffn;
-    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
-    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, p->wdown, Q, C, F);
-    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, F);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, p->wgate, Q, 2 * F,
-                         C);
+    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, W->p.norm2);
+    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, &W->down, Q);
+    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, w->c.ffn);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &W->gu, Q);
     norm2.dy = w->dh;
     norm2.dx = w->dxq;              /* x2 reaches the output directly, too         */
     dlm__norm_backward(&norm2, g->norm2, Q);
 }
 
 /* dh1 (N, C) from dq (Q, H*D) and dkv (N, 2*KV*D). */
-static void dlm__qkv_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
-                              const dlm__acts *t, int last)
+static void dlm__qkv_backward(dlm__work *w, const dlm__layer_weights *W,
+                              const dlm__layer *g, const dlm__acts *t, int last)
 {
+    const dlm__layer *p = &W->p;
     const int C = w->c.dim, D = w->c.head_dim, N = w->all.n;
     const int HD = w->c.heads * D, KVD = w->c.kv_heads * D;
     const dlm__rows *rows = last ? &w->sub : &w->all;
@@ -5325,28 +5531,28 @@ static void dlm__qkv_backward(dlm__work *w, const dlm__layer *p, const dlm__laye
     dlm__heads_backward(&k, g->knorm, g->bk, N);
     if (g->bv)
         dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, p->wk, N, 2 * KVD, C);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &W->kv, N);
     if (!last) {
-        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, p->wq, N, HD, C);
+        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, &W->q, N);
         return;
     }
-    dlm__linear_backward(w->ctx, w->d_o, 0, g->wq, w->dq, t->hq, p->wq, rows->n, HD, C);
+    dlm__linear_backward(w->ctx, w->dhq, 0, g->wq, w->dq, t->hq, &W->q, rows->n);
     for (int i = 0; i < rows->n; i++)           /* fwd: hq gathered rows of h1     */
         w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
-                       w->d_o + (size_t)i * (size_t)C, C);
+                       w->dhq + (size_t)i * (size_t)C, C);
 }
 
-static void dlm__block_backward(dlm__work *w, const dlm__layer *p, const dlm__layer *g,
-                                const dlm__acts *t, int last)
+static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *W,
+                                const dlm__layer *g, const dlm__acts *t, int last)
 {
-    const int C = w->c.dim, HD = w->c.heads * w->c.head_dim, N = w->all.n;
+    const int C = w->c.dim, N = w->all.n;
     const dlm__rows *rows = last ? &w->sub : &w->all;
-    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1);
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, W->p.norm1);
 
-    dlm__mlp_backward(w, p, g, t, rows->n);
-    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, p->wo, rows->n, C, HD);
+    dlm__mlp_backward(w, W, g, t, rows->n);
+    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, &W->o, rows->n);
     dlm__attention_back(w, t, rows);
-    dlm__qkv_backward(w, p, g, t, last);
+    dlm__qkv_backward(w, W, g, t, last);
 
     if (last) {                                 /* fwd: x2 took rows of x          */
         memset(w->dx, 0, (size_t)N * (size_t)C * sizeof *w->dx);
@@ -5363,24 +5569,22 @@ static void dlm__block_backward(dlm__work *w, const dlm__layer *p, const dlm__la
 
 static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
 {
-    const dlm__globals p = dlm__globals_at(&w->c, m->weights);
     const dlm__globals g = dlm__globals_at(&w->c, grads);
     const int last = w->c.layers - 1;
-    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, p.norm_out);
-    w->ctx->as_stored = w->word;
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf,
+                                  dlm__outer_of(m, w->type).norm_out);
     memset(w->dxq, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dxq);
     norm.dy = w->dhf;
     norm.dx = w->dxq;
     dlm__norm_backward(&norm, g.norm_out, w->sub.n);
     for (int l = last; l >= 0; l--) {
-        const dlm__layer pl = dlm__layer_at(&w->c, m->weights, l);
+        const dlm__layer_weights W = dlm__layer_of(m, l, w->type);
         const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
         float *swap;
-        dlm__block_backward(w, &pl, &gl, &w->acts[l], l == last);
+        dlm__block_backward(w, &W, &gl, &w->acts[l], l == last);
         swap = w->dx; w->dx = w->dxq; w->dxq = swap;
     }
     dlm__embedding_backward(w->ctx, g.tok_emb, w->dxq, w->tokens, w->all.n, w->c.dim);
-    w->ctx->as_stored = DLM__WORD_F32;
 }
 
 DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
@@ -5399,12 +5603,11 @@ DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
 }
 
 /* ==[ sessions ]==============================================================
-   Inference: a work space that keeps nothing for backward, and packed weights. */
+   Inference: a work space that keeps nothing for backward. */
 
 struct dlm_session {
     dlm__work        w;
     const dlm_model *m;
-    uint32_t         version;       /* of the weights that were packed             */
     void            *block;
 };
 
@@ -5430,12 +5633,11 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     if (d.out == 0) d.out = d.rows;
     e = dlm__in_range(ctx, "limits.rows", d.rows, 1, INT_MAX / 2);
     if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
-    if (e == DLM_OK && !d.no_pack && ctx->opt.precision == DLM_I8)
-        e = dlm__in_range(ctx, "ffn or dim of a model in DLM_I8",
-                          dlm__max(m->config.ffn, m->config.dim), 1, DLM_I8_MOST);
+    if (e == DLM_OK && m->packed && m->packed->k != ctx->k)
+        e = dlm__fail(ctx, DLM_E_MISMATCH, "model: packed for another ISA than %s",
+                      dlm_isa_name(ctx->opt.isa));
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
     w->layer_caches = d.cached != 0;
-    w->packed = !d.no_pack;
     return e;
 }
 
@@ -5488,8 +5690,6 @@ DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn s
 {
     dlm_error e = dlm__take_batch(&s->w, b);
     if (e != DLM_OK) return e;
-    if (s->w.packed && s->version != s->m->version) dlm__pack_weights(&s->w, s->m);
-    s->version = s->m->version;
     dlm__layers_forward(&s->w, s->m, s->w.acts);
     if (score) dlm__head(&s->w, s->m, NULL, score, user);
     return DLM_OK;
@@ -5988,7 +6188,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     if (e == DLM_OK) e = dlm__in_range(ctx, "lift.complementary", o->lift.complementary,
                                        0,
                                        1);
-    if (e == DLM_OK) e = dlm__check_precision(ctx, o->precision, 0);
+    if (e == DLM_OK) e = dlm__check_type(ctx, "precision", o->precision, 0);
+    if (e == DLM_OK) e = dlm__want_plain(ctx, "trainer", m);
     if (e != DLM_OK) return e;
     if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
     if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
@@ -6046,7 +6247,7 @@ static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_mo
     t->w.ctx = ctx;
     t->w.c = m->config;
     t->w.keep = 1;
-    t->w.word = dlm__word_of(t->opt.precision);
+    t->w.type = t->opt.precision;
     t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
     t->w.seqs = dlm__max(16, t->opt.max_rows / 32);
     return DLM_OK;
@@ -6694,7 +6895,6 @@ static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
         dlm__parallel(t->w.ctx, (int)((a.n + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN),
                       12.0 * (double)a.n, dlm__adam_job, &a);
     }
-    dlm_model_changed(t->m);
 }
 
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
@@ -7532,20 +7732,23 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
                              const dlm_sample_options *opt)
 {
     dlm_limits lim;
+    dlm_model *packed = NULL;
     dlm_session *s = NULL;
     dlm_sampler *sm = NULL;
-    dlm_error e;
+    dlm_error e = DLM_OK;
     memset(&lim, 0, sizeof lim);
     lim.seqs = opt && opt->guidance != 0.0f ? 2 : 1;
     lim.slots = T;
     lim.cached = m->config.pattern != DLM_PATTERN_FULL;
     if (T < 1) return dlm__fail(ctx, DLM_E_INPUT, "canvas: length %d", T);
-    e = dlm_session_create(&s, ctx, m, &lim, NULL);
+    if (!m->packed) e = dlm_model_pack(&packed, ctx, m, DLM_F32, NULL);
+    if (e == DLM_OK) e = dlm_session_create(&s, ctx, packed ? packed : m, &lim, NULL);
     if (e == DLM_OK) e = dlm_sampler_create(&sm, s, opt, NULL);
     if (e == DLM_OK) e = dlm_sampler_begin(sm, tokens, &T, 1);
     while (e == DLM_OK && !dlm_sampler_done(sm)) e = dlm_sampler_step(sm);
     dlm_sampler_free(sm);
     dlm_session_free(s);
+    dlm_model_free(packed);
     return e;
 }
 
@@ -7655,8 +7858,9 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
 {
     const int V = ar->config.vocab;
     dlm_config c = ar->config;
-    dlm_error e;
+    dlm_error e = dlm__want_plain(ctx, "convert", ar);
     *out = NULL;
+    if (e != DLM_OK) return e;
     if (c.pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "convert: the model is not causal");
     c.pattern = DLM_PATTERN_BLOCK;
@@ -9491,7 +9695,6 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     for (int i = 0; i < n; i++) memcpy(to[i].data, from[i]->data, from[i]->bytes);
     t->step = steps;
     memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
-    dlm_model_changed(t->m);
     return DLM_OK;
 }
 
@@ -10000,7 +10203,8 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok)
 {
     dlm__content c;
-    dlm_error e = dlm__check_vocab(ctx, m, tok);
+    dlm_error e = dlm__want_plain(ctx, "save", m);
+    if (e == DLM_OK) e = dlm__check_vocab(ctx, m, tok);
     if (e != DLM_OK) return e;
     memset(&c, 0, sizeof c);
     c.m = m;
@@ -10272,7 +10476,7 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
     dlm__check c;
     float *before;
     dlm_error e;
-    if (t->w.word != DLM__WORD_F32)
+    if (t->w.type != DLM_F32)
         return dlm__fail(t->w.ctx, DLM_E_CONFIG, "gradcheck: a trainer in DLM_F32 only");
     if (!(step >= 0.0 && step < INFINITY))
         return dlm__fail(t->w.ctx, DLM_E_CONFIG, "gradcheck: step %g is neither positive "

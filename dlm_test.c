@@ -94,21 +94,15 @@ static void test_error(const char *file, int line, const char *label, dlm_error 
         if (!dlm_isa_supported((dlm_isa)isa)) { } else
 
 /* A context for one test; CHECK_OK prints its last error until test_close. */
-static dlm_ctx *test_open_in(int isa, int threads, int precision)
+static dlm_ctx *test_open(int isa, int threads)
 {
     dlm_ctx *ctx = NULL;
     dlm_options o = {0};
     o.isa = (dlm_isa)isa;
     o.threads = threads;
-    o.precision = precision;
     CHECK_OK(dlm_init(&ctx, &o));
     test_ctx = ctx;
     return ctx;
-}
-
-static dlm_ctx *test_open(int isa, int threads)
-{
-    return test_open_in(isa, threads, DLM_F32);
 }
 
 static void test_close(dlm_ctx *ctx)
@@ -311,20 +305,19 @@ TEST(context_refuses_options_that_make_no_sense)
     static const char *const texts[] = {
         "threads: -1 is not", "scratch: 1000 bytes", "scratch: ", "allocator: alloc and",
         "allocator: alloc and", "isa 77 (unknown): this CPU and build have scalar",
-        "precision: 77 is none of", "context: cannot allocate", "context: needs "
+        "context: cannot allocate", "context: needs "
     };
     char small[16];
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 8; i++) {
         dlm_options o = {0};
         if (i == 0) o.threads = -1;
         if (i == 1) o.scratch = 1000;
         if (i == 2) o.scratch = (size_t)-1;
-        if (i == 3 || i == 7) o.allocator.alloc = test_no_memory;
-        if (i == 4 || i == 7) o.allocator.release = test_heap_release;
+        if (i == 3 || i == 6) o.allocator.alloc = test_no_memory;
+        if (i == 4 || i == 6) o.allocator.release = test_heap_release;
         if (i == 5) o.isa = (dlm_isa)77;
-        if (i == 6) o.precision = 77;
-        if (i == 8) o.memory.base = small, o.memory.size = sizeof small;
-        test_init_fails(o, i == 5 ? DLM_E_UNSUPPORTED : i < 7 ? DLM_E_CONFIG
+        if (i == 7) o.memory.base = small, o.memory.size = sizeof small;
+        test_init_fails(o, i == 5 ? DLM_E_UNSUPPORTED : i < 6 ? DLM_E_CONFIG
                                                               : DLM_E_NOMEM, texts[i]);
     }
 }
@@ -613,23 +606,35 @@ static float *test_align64(float *p)
 /* All four products; out starts as NaN with a guard behind it. */
 static void matmul_run(dlm_ctx *ctx, matmul_data *d)
 {
+    dlm_matrix packed;
     size_t n = (size_t)d->M * (size_t)d->N;
     for (int kind = 0; kind < MATMUL_KINDS; kind++) {
         for (size_t i = 0; i < n; i++) d->out[kind][i] = (float)NAN;
         for (size_t i = n; i < n + 8; i++) d->out[kind][i] = 12345.0f;
     }
     free(d->packed_block);
-    size_t floats = dlm_pack_floats(ctx, d->N, d->K);
+    size_t floats = dlm_pack_bytes(ctx, DLM_F32, d->N, d->K) / sizeof(float);
     d->packed_block = test_floats(floats + 16);
     d->packed = test_align64(d->packed_block);
-    dlm_pack(ctx, d->packed, d->b, d->N, d->K);
+    packed = dlm_pack(ctx, d->packed, DLM_F32, d->b, d->N, d->K);
     dlm_matmul_nn(ctx, d->out[MATMUL_NN], d->a, d->bt, d->M, d->N, d->K);
     dlm_matmul_nt(ctx, d->out[MATMUL_NT], d->a, d->b, d->M, d->N, d->K);
     dlm_matmul_tn(ctx, d->out[MATMUL_TN], d->at, d->bt, d->M, d->N, d->K);
-    dlm_matmul_packed(ctx, d->out[MATMUL_PACKED], d->a, d->packed, d->M, d->N, d->K);
+    dlm_matmul(ctx, d->out[MATMUL_PACKED], d->a, &packed, d->M);
     for (int kind = 0; kind < MATMUL_KINDS; kind++)
         for (size_t i = n; i < n + 8; i++)
             CHECK(d->out[kind][i] == 12345.0f);
+}
+
+/* The same as a trainer in bf16 multiplies. */
+static void matmul_run_in_bf16(dlm_ctx *ctx, matmul_data *d)
+{
+    const int M = d->M, N = d->N, K = d->K;
+    const dlm_matrix w = dlm__plain(d->b, N, K, DLM_BF16);
+    matmul_run(ctx, d);
+    dlm__gemm_nn(ctx, d->out[MATMUL_NN], d->a, d->bt, DLM__WORD_BF16, M, N, K, 0);
+    dlm_matmul(ctx, d->out[MATMUL_NT], d->a, &w, M);
+    dlm__gemm_tn(ctx, d->out[MATMUL_TN], d->at, d->bt, DLM__WORD_BF16, M, N, K, 0);
 }
 
 /* Against double; the tolerance is the rounding bound of a chain of K additions. */
@@ -811,8 +816,8 @@ TEST(matmul_does_not_depend_on_scratch)
             CHECK_OK(dlm_init(&ctx, &o));
             test_state = test_seed;
             matmul_make(&d[i], 150, 333, 700);
-            if (ctx && i >= 3) ctx->as_stored = DLM__WORD_BF16;     /* as in training */
-            if (ctx) matmul_run(ctx, &d[i]);
+            if (ctx && i < 3) matmul_run(ctx, &d[i]);
+            else if (ctx) matmul_run_in_bf16(ctx, &d[i]);
             dlm_shutdown(ctx);
             free(o.memory.base);
         }
@@ -875,7 +880,6 @@ static dlm_model *toy_model_of(dlm_ctx *ctx, const dlm_config *c, uint64_t seed)
         if (t.cols == 1 && t.layer < 0) gain = 1.0f;         /* the last norm */
         for (int k = 0; k < t.rows * t.cols; k++) t.data[k] *= gain;
     }
-    if (m) dlm_model_changed(m);
     return m;
 }
 
@@ -893,7 +897,6 @@ static dlm_model *toy_blank(dlm_ctx *ctx, int vocab)
     c.vocab = vocab;
     CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
     if (m) memset(m->weights, 0, m->n_params * sizeof(float));
-    if (m) dlm_model_changed(m);
     return m;
 }
 
@@ -1274,7 +1277,6 @@ static void test_randomise(dlm_model *m)
         for (size_t j = 0; j < n; j++)
             t.data[j] = (norm ? 1.0f : 0.0f) + scale * test_float();
     }
-    dlm_model_changed(m);
 }
 
 static dlm_config test_config(int vocab, int dim, int layers, int heads, int max_seq)
@@ -1538,7 +1540,7 @@ TEST(trainer_options_are_checked_by_name)
         TRY(causal, o.objective = DLM_OBJECTIVE_BLOCK, "objective");
         TRY(m, o.objective = DLM_OBJECTIVE_AR, "objective");
         TRY(m, o.precision = DLM_I8, "precision");
-        TRY(m, o.precision = -1, "precision");
+        TRY(m, o.precision = (dlm_dtype)77, "precision");
         TRY(m, o.lr = -1, "lr");
         TRY(m, o.lr = NAN, "lr");
         TRY(m, o.lr = INFINITY, "lr");
@@ -1936,9 +1938,16 @@ static double max_abs(const double *x, size_t n)
     return largest;
 }
 
-/* Logits of a fresh session; free them. */
-static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
-                          int no_pack)
+static dlm_model *test_packed(dlm_ctx *ctx, const dlm_model *m, dlm_dtype type)
+{
+    dlm_model *packed = NULL;
+    CHECK_OK(dlm_model_pack(&packed, ctx, m, type, NULL));
+    if (!packed) { printf("not packed: %s\n", dlm_last_error(ctx)); exit(1); }
+    return packed;
+}
+
+/* Logits of a fresh session on the model as it is; free them. */
+static float *test_logits_as_is(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b)
 {
     size_t n = (size_t)b->n_out * (size_t)m->config.vocab;
     float *logits = test_floats(n);
@@ -1948,12 +1957,28 @@ static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
     lim.slots = m->config.max_seq;
     lim.rows = b->start[b->n_seqs];
     lim.out = b->n_out;
-    lim.no_pack = no_pack;
     dlm_session *s = NULL;
     CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
     if (s) CHECK_OK(dlm_logits(s, b, logits));
     dlm_session_free(s);
     return logits;
+}
+
+/* The same of its packed form, unless no_pack. */
+static float *test_logits_in(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
+                             dlm_dtype type)
+{
+    dlm_model *packed = test_packed(ctx, m, type);
+    float *logits = test_logits_as_is(ctx, packed, b);
+    dlm_model_free(packed);
+    return logits;
+}
+
+static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
+                          int no_pack)
+{
+    return no_pack || m->packed ? test_logits_as_is(ctx, m, b)
+                                : test_logits_in(ctx, m, b, DLM_F32);
 }
 
 /* A file of a few KB can say that it reads 2^20 tokens; whoever asks for few pays for
@@ -2218,17 +2243,21 @@ static int test_dots(int isa)
 }
 
 typedef struct narrow_case {               /* c (M,N) = a (M,K) b^T, b (N,K)       */
-    int    M, N, K;
-    float *a, *b, *got, *packed;
+    int        M, N, K;
+    dlm_dtype  type;
+    dlm_matrix w;                          /* b, packed                            */
+    float     *a, *b, *got, *packed;
 } narrow_case;
 
-static narrow_case narrow_open(const dlm_ctx *ctx, int M, int N, int K, int spread)
+static narrow_case narrow_open(const dlm_ctx *ctx, dlm_dtype type, int M, int N, int K,
+                               int spread)
 {
     narrow_case c;
     c.M = M, c.N = N, c.K = K;
     c.a = test_floats((size_t)(M * K + 1)), c.b = test_floats((size_t)(N * K + 1));
     c.got = test_floats((size_t)(M * N));
-    c.packed = test_floats(dlm_pack_floats(ctx, N, K));
+    c.type = type;
+    c.packed = test_floats(dlm_pack_bytes(ctx, type, N, K) / sizeof(float));
     for (int i = 0; i < M * K; i++) c.a[i] = test_float();
     for (int i = 0; i < N * K; i++)
         c.b[i] = ldexpf(test_float(), test_below(spread + 1) - spread / 2);
@@ -2247,8 +2276,8 @@ static void narrow_close(narrow_case *c)
 
 static void narrow_packed(dlm_ctx *ctx, narrow_case *c)
 {
-    dlm_pack(ctx, c->packed, c->b, c->N, c->K);
-    dlm_matmul_packed(ctx, c->got, c->a, c->packed, c->M, c->N, c->K);
+    c->w = dlm_pack(ctx, c->packed, c->type, c->b, c->N, c->K);
+    dlm_matmul(ctx, c->got, c->a, &c->w, c->M);
 }
 
 static float *test_transposed(const float *x, int rows, int cols)
@@ -2266,15 +2295,15 @@ enum { NARROW_SIZES = sizeof narrow_sizes / sizeof *narrow_sizes };
 TEST(bf16_products_round_both_factors)
 {
     FOR_EACH_ISA(isa) {
-        dlm_ctx *ctx = test_open(isa, 1), *half = test_open_in(isa, 1, DLM_BF16);
+        dlm_ctx *ctx = test_open(isa, 1);
         for (int s = 0; s < NARROW_SIZES; s++) {
             const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
             const int K = narrow_sizes[s][2];
-            narrow_case c = narrow_open(half, M, N, K, 40);
+            narrow_case c = narrow_open(ctx, DLM_BF16, M, N, K, 40);
             float *same = test_floats((size_t)(M * N));
             LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
-            narrow_packed(half, &c);
-            dlm_matmul_packed(half, same, c.a, c.packed, 1, N, K);
+            narrow_packed(ctx, &c);
+            dlm_matmul(ctx, same, c.a, &c.w, 1);
             CHECK(memcmp(c.got, same, (size_t)N * sizeof(float)) == 0);
             for (int i = 0; i < M * K; i++) c.a[i] = test_round_bf16(c.a[i]);
             for (int i = 0; i < N * K; i++) c.b[i] = test_round_bf16(c.b[i]);
@@ -2292,7 +2321,6 @@ TEST(bf16_products_round_both_factors)
             free(same);
             narrow_close(&c);
         }
-        dlm_shutdown(half);
         test_close(ctx);
     }
 }
@@ -2302,31 +2330,31 @@ TEST(bf16_products_round_both_factors)
 TEST(bf16_products_of_factors_as_stored_equal_packed_ones)
 {
     FOR_EACH_ISA(isa) {
-        dlm_ctx *half = test_open_in(isa, 1, DLM_BF16);
+        dlm_ctx *ctx = test_open(isa, 1);
         for (int s = 0; s < NARROW_SIZES; s++) {
             const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
             const int K = narrow_sizes[s][2];
-            narrow_case c = narrow_open(half, M, N, K, 4);
+            narrow_case c = narrow_open(ctx, DLM_BF16, M, N, K, 4);
+            const dlm_matrix w = dlm__plain(c.b, N, K, DLM_BF16);
+            const dlm__word kind = DLM__WORD_BF16;
             const size_t size = (size_t)(M * N) * sizeof(float);
             float *got = test_floats((size_t)(M * N));
             float *at = test_transposed(c.a, M, K), *bt = test_transposed(c.b, N, K);
             LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
-            narrow_packed(half, &c);
-            half->as_stored = DLM__WORD_BF16;
-            dlm_matmul_nt(half, got, c.a, c.b, M, N, K);
+            narrow_packed(ctx, &c);
+            dlm_matmul(ctx, got, c.a, &w, M);
             CHECK(memcmp(c.got, got, size) == 0);
-            dlm_matmul_nn(half, got, c.a, bt, M, N, K);
+            dlm__gemm_nn(ctx, got, c.a, bt, kind, M, N, K, 0);
             CHECK(memcmp(c.got, got, size) == 0);
-            dlm_matmul_tn(half, got, at, bt, M, N, K);
+            dlm__gemm_tn(ctx, got, at, bt, kind, M, N, K, 0);
             CHECK(memcmp(c.got, got, size) == 0);
-            dlm__gemm_tn(half, got, at, bt, M, N, K, 1);
+            dlm__gemm_tn(ctx, got, at, bt, kind, M, N, K, 1);
             for (int i = 0; i < M * N; i++)
                 CHECK_CLOSE(got[i], 2.0 * c.got[i], 1e-5 * (K + 1));
-            half->as_stored = DLM__WORD_F32;
             free(got); free(at); free(bt);
             narrow_close(&c);
         }
-        test_close(half);
+        test_close(ctx);
     }
 }
 
@@ -2340,11 +2368,11 @@ static float narrow_most(const float *x, int n)
 TEST(int8_products_equal_integers_bit_for_bit)
 {
     FOR_EACH_ISA(isa) {
-        dlm_ctx *ctx = test_open_in(isa, 1, DLM_I8);
+        dlm_ctx *ctx = test_open(isa, 1);
         for (int s = 0; s < NARROW_SIZES; s++) {
             const int M = narrow_sizes[s][0], N = narrow_sizes[s][1];
             const int K = narrow_sizes[s][2];
-            narrow_case c = narrow_open(ctx, M, N, K, 4);
+            narrow_case c = narrow_open(ctx, DLM_I8, M, N, K, 4);
             LABEL("%d %d %d, %s", M, N, K, dlm_isa_name((dlm_isa)isa));
             for (int k = 0; M > 2 && k < K; k++) c.a[K + k] = 0;    /* a row of zeros */
             narrow_packed(ctx, &c);
@@ -2365,13 +2393,13 @@ TEST(int8_products_equal_integers_bit_for_bit)
 
 TEST(narrow_products_show_what_is_not_finite)
 {
-    static const int precisions[] = { DLM_BF16, DLM_I8 };
+    static const dlm_dtype types[] = { DLM_BF16, DLM_I8 };
     FOR_EACH_ISA(isa) {
         for (int p = 0; p < 2; p++) {
-            dlm_ctx *ctx = test_open_in(isa, 1, precisions[p]);
-            narrow_case c = narrow_open(ctx, 3, 40, 70, 4);
+            dlm_ctx *ctx = test_open(isa, 1);
+            narrow_case c = narrow_open(ctx, types[p], 3, 40, 70, 4);
             union { uint32_t u; float f; } nan = { 0x7fffffff }, signals = { 0x7f800001 };
-            LABEL("precision %d, %s", precisions[p], dlm_isa_name((dlm_isa)isa));
+            LABEL("type %d, %s", (int)types[p], dlm_isa_name((dlm_isa)isa));
             memcpy(c.a + 33, &nan, 4);
             memcpy(c.a + 70 + 69, &signals, 4);
             narrow_packed(ctx, &c);
@@ -2392,20 +2420,19 @@ TEST(narrow_products_show_what_is_not_finite)
 TEST(narrow_sessions_differ_from_f32_by_their_rounding)
 {
     static test_batch t;
-    static const struct { int precision; double most; } cases[] = {
+    static const struct { dlm_dtype type; double most; } cases[] = {
         { DLM_BF16, 0.02 }, { DLM_I8, 0.05 } };
     FOR_EACH_ISA(isa) {
         for (int p = 0; p < 2; p++) {
             dlm_config c = case_config(&model_grid[3], 64);
             dlm_ctx *ctx = test_open(isa, 1);
-            dlm_ctx *narrow = test_open_in(isa, 1, cases[p].precision);
             dlm_model *m = test_model(ctx, &c);
             double difference = 0, size = 0;
             batch_clear(&t);
             batch_add(&t, 20, c.vocab, c.pattern, c.block, 0);
             batch_close(&t, 1);
-            LABEL("precision %d, %s", cases[p].precision, dlm_isa_name((dlm_isa)isa));
-            float *got = test_logits(narrow, m, &t.b, 0);
+            LABEL("type %d, %s", (int)cases[p].type, dlm_isa_name((dlm_isa)isa));
+            float *got = test_logits_in(ctx, m, &t.b, cases[p].type);
             float *want = test_logits(ctx, m, &t.b, 0);
             for (int i = 0; i < t.b.n_out * c.vocab; i++) {
                 difference += pow((double)got[i] - want[i], 2);
@@ -2414,40 +2441,68 @@ TEST(narrow_sessions_differ_from_f32_by_their_rounding)
             CHECK(difference > 0 && sqrt(difference / size) < cases[p].most);
             free(got); free(want);
             dlm_model_free(m);
-            dlm_shutdown(narrow);
             test_close(ctx);
         }
     }
 }
 
-TEST(precision_is_checked)
+/* Types that cannot be packed, models too wide for them, and what a packed one refuses. */
+TEST(packing_is_checked)
 {
-    dlm_options o = {0};
-    dlm_ctx *ctx = NULL;
-    o.precision = DLM_F16;
-    CHECK(dlm_init(&ctx, &o) == DLM_E_CONFIG);
-    CHECK(dlm_ctx_bytes(&o) == 0);
-    ctx = test_open_in(DLM_ISA_AUTO, 1, DLM_I8);
+    const char *path = "dlm_test_packed.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     dlm_config c = {0};
     c.vocab = 8, c.dim = 8, c.layers = 1, c.heads = 1, c.max_seq = 8;
     c.ffn = DLM_I8_MOST + 1;
-    dlm_model *m = test_model(ctx, &c);
-    dlm_session *s = NULL;
-    dlm_limits packed = {0}, as_stored = {0};
-    as_stored.no_pack = 1;
-    CHECK_ERROR(dlm_session_create(&s, ctx, m, &packed, NULL), DLM_E_CONFIG, ctx, "I8");
-    CHECK_OK(dlm_session_create(&s, ctx, m, &as_stored, NULL));
-    dlm_session_free(s);
+    c.pattern = DLM_PATTERN_CAUSAL;
+    dlm_model *m = test_model(ctx, &c), *packed = m, *other = m;
+    dlm_trainer *t = NULL;
+    CHECK_ERROR(dlm_model_pack(&packed, ctx, m, DLM_F16, NULL), DLM_E_CONFIG, ctx,
+                "none of");
+    CHECK(packed == NULL && dlm_model_packed_bytes(ctx, &c, DLM_F16) == 0);
+    CHECK_ERROR(dlm_model_pack(&packed, ctx, m, DLM_I8, NULL), DLM_E_CONFIG, ctx, "I8");
+    CHECK(packed == NULL && dlm_model_packed_bytes(ctx, &c, DLM_I8) == 0);
+    packed = test_packed(ctx, m, DLM_BF16);
+    CHECK(dlm_model_tensors(packed) == 0 && packed->type == DLM_BF16);
+    CHECK_ERROR(dlm_trainer_create(&t, ctx, packed, NULL, NULL), DLM_E_CONFIG, ctx,
+                "is packed");
+    CHECK_ERROR(dlm_model_pack(&other, ctx, packed, DLM_F32, NULL), DLM_E_CONFIG, ctx,
+                "is packed");
+    CHECK_ERROR(dlm_convert(&other, ctx, packed, 4, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG,
+                ctx, "is packed");
+    CHECK_ERROR(dlm_model_repack(packed, packed), DLM_E_CONFIG, ctx, "is packed");
+    CHECK_ERROR(dlm_model_repack(m, m), DLM_E_MISMATCH, ctx, "repack");
+#ifndef DLM_NO_STDIO
+    CHECK_ERROR(dlm_save(ctx, path, packed, NULL), DLM_E_CONFIG, ctx, "is packed");
+#endif
+    (void)path;
+    dlm_model_free(packed);
     dlm_model_free(m);
     test_close(ctx);
+}
+
+/* Panels of one ISA are no use to another. */
+TEST(packed_models_belong_to_an_isa)
+{
+    dlm_ctx *scalar = test_open(DLM_ISA_SCALAR, 1), *best = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = case_config(&model_grid[0], 16);
+    dlm_model *m = test_model(scalar, &c), *packed = test_packed(scalar, m, DLM_F32);
+    dlm_session *s = NULL;
+    if (dlm_active_isa(best) != DLM_ISA_SCALAR)
+        CHECK_ERROR(dlm_session_create(&s, best, packed, NULL, NULL), DLM_E_MISMATCH,
+                    best, "another ISA");
+    dlm_model_free(packed);
+    dlm_model_free(m);
+    dlm_shutdown(scalar);
+    test_close(best);
 }
 
 /* The largest sum that there can be, and rows at both ends of what floats are. */
 TEST(int8_products_at_their_limits)
 {
     FOR_EACH_ISA(isa) {
-        dlm_ctx *ctx = test_open_in(isa, 1, DLM_I8);
-        narrow_case c = narrow_open(ctx, 1, 1, DLM_I8_MOST, 0);
+        dlm_ctx *ctx = test_open(isa, 1);
+        narrow_case c = narrow_open(ctx, DLM_I8, 1, 1, DLM_I8_MOST, 0);
         LABEL("%s", dlm_isa_name((dlm_isa)isa));
         for (int k = 0; k < DLM_I8_MOST; k++) c.a[k] = c.b[k] = -1;
         narrow_packed(ctx, &c);
@@ -2470,7 +2525,7 @@ TEST(int8_products_at_their_limits)
 TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
 {
     static test_batch whole;
-    static const int precisions[] = { DLM_F32, DLM_BF16, DLM_I8 };
+    static const dlm_dtype types[] = { DLM_F32, DLM_BF16, DLM_I8 };
     FOR_EACH_ISA(isa) {
         for (int kv = 1, p = 0; kv <= 4; kv *= 2, p++) {
             dlm_config c = {0};
@@ -2478,46 +2533,81 @@ TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
             c.head_dim = kv == 2 ? 34 : 24;
             c.ffn = 70, c.max_seq = 140, c.pattern = DLM_PATTERN_CAUSAL;
             for (int pass = p == 0; pass < 2; pass++) {      /* f32, and another    */
-                const int precision = precisions[pass ? p : 0];
-                dlm_ctx *ctx = test_open_in(isa, 1 + kv % 2, precision);
-                dlm_model *m = test_model(ctx, &c);
+                const dlm_dtype type = types[pass ? p : 0];
+                dlm_ctx *ctx = test_open(isa, 1 + kv % 2);
+                dlm_model *plain = test_model(ctx, &c);
+                dlm_model *m = test_packed(ctx, plain, type);
                 batch_clear(&whole);
                 batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
                 batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
-                LABEL("%d key/value heads, precision %d, %s", kv, precision,
+                LABEL("%d key/value heads, type %d, %s", kv, (int)type,
                       dlm_isa_name((dlm_isa)isa));
                 cached_compare(ctx, m, &whole, 131, 1);
                 dlm_model_free(m);
+                dlm_model_free(plain);
                 test_close(ctx);
             }
         }
     }
 }
 
-TEST(session_in_used_memory_packs_its_own_weights)
+TEST(packed_model_lives_in_used_memory_and_needs_no_original)
 {
     static test_batch t;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    dlm_config c = case_config(&model_grid[6], 32);
-    dlm_model *models[2] = { test_model(ctx, &c), test_model(ctx, &c) };
-    const dlm_batch *b = case_batch(&t, &models[0]->config, 0);
-    size_t n = (size_t)(b->n_out * c.vocab), bytes;
-    bytes = dlm_session_bytes(ctx, models[0], NULL);
-    float *block = test_floats(bytes / sizeof(float) + 1), *got = test_floats(n);
-    dlm_memory mem = { block, bytes };
-    for (int i = 0; i < 2; i++) {
-        dlm_session *s = NULL;
-        CHECK_OK(dlm_session_create(&s, ctx, models[i], NULL, &mem));
-        CHECK_OK(dlm_logits(s, b, got));
-        dlm_session_free(s);
-        float *want = test_logits(ctx, models[i], b, 0);
+    for (int g = 0; g < MODEL_CASES; g++) {
+        dlm_config c = case_config(&model_grid[g], 32);
+        dlm_model *m = test_model(ctx, &c), *packed = NULL;
+        const dlm_batch *b = case_batch(&t, &m->config, 0);
+        size_t n = (size_t)(b->n_out * c.vocab);
+        size_t bytes = dlm_model_packed_bytes(ctx, &c, DLM_F32);
+        float *block = test_floats(bytes / sizeof(float) + 1);
+        float *want = test_logits_as_is(ctx, m, b);
+        dlm_memory mem = { block, bytes };
+        memset(block, 0xFF, bytes);
+        LABEL("case %d", g);
+        CHECK_OK(dlm_model_pack(&packed, ctx, m, DLM_F32, &mem));
+        dlm_model_free(m);
+        float *got = test_logits_as_is(ctx, packed, b);
         CHECK(memcmp(got, want, n * sizeof(float)) == 0);
-        free(want);
+        free(got); free(want);
+        dlm_model_free(packed);
+        free(block);
     }
-    free(block); free(got);
-    dlm_model_free(models[0]);
-    dlm_model_free(models[1]);
     test_close(ctx);
+}
+
+/* Two users of one model hold it once: sessions are the same size for any weights. */
+TEST(sessions_share_the_weights_of_a_model)
+{
+    static const dlm_dtype types[] = { DLM_F32, DLM_BF16, DLM_I8 };
+    test_heap heap = {0};
+    dlm_options options = {0};
+    dlm_ctx *ctx = NULL;
+    dlm_config c = test_config(500, 64, 3, 4, 32);
+    size_t plain;
+    options.allocator.alloc = test_heap_alloc;
+    options.allocator.release = test_heap_release;
+    options.allocator.user = &heap;
+    CHECK_OK(dlm_init(&ctx, &options));
+    dlm_model *m = test_model(ctx, &c);
+    plain = m->n_params * sizeof(float);
+    for (int i = 0; i < 3; i++) {
+        dlm_session *a = NULL, *b = NULL;
+        heap.sum = 0;
+        dlm_model *packed = test_packed(ctx, m, types[i]);
+        LABEL("type %d", (int)types[i]);
+        CHECK(heap.sum == dlm_model_packed_bytes(ctx, &c, types[i]));
+        CHECK_CLOSE(heap.sum, plain >> i, 0.2 * (double)(plain >> i));
+        heap.sum = 0;
+        CHECK_OK(dlm_session_create(&a, ctx, packed, NULL, NULL));
+        CHECK_OK(dlm_session_create(&b, ctx, packed, NULL, NULL));
+        CHECK(heap.sum == 2 * dlm_session_bytes(ctx, m, NULL) && heap.sum < plain);
+        dlm_session_free(a); dlm_session_free(b); dlm_model_free(packed);
+    }
+    dlm_model_free(m);
+    dlm_shutdown(ctx);
+    CHECK(heap.live == 0);
 }
 
 /* Slots between the two ranges were never written, or hold something else: no matter
@@ -2600,27 +2690,27 @@ TEST(doubled_row_equals_cached_block_at_the_same_state)
     }
 }
 
-TEST(session_renews_packed_weights_after_a_change)
+TEST(repacking_follows_a_change_of_the_weights)
 {
     static test_batch t;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     dlm_config c = case_config(&model_grid[6], 64);
-    dlm_model *m = test_model(ctx, &c);
+    dlm_model *m = test_model(ctx, &c), *packed = test_packed(ctx, m, DLM_F32);
     const dlm_batch *b = case_batch(&t, &m->config, 0);
     size_t n = (size_t)b->n_out * (size_t)c.vocab;
     float *before = test_floats(n), *after = test_floats(n);
-    dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+    dlm_session *s = test_session(ctx, packed, 1, 0, 0, 0);
     CHECK_OK(dlm_logits(s, b, before));
-    uint32_t version = m->version;
     test_randomise(m);
-    CHECK(m->version != version);
+    CHECK_OK(dlm_model_repack(packed, m));
     CHECK_OK(dlm_logits(s, b, after));
-    float *fresh = test_logits(ctx, m, b, 0);
+    float *fresh = test_logits(ctx, m, b, 1);
     CHECK(memcmp(after, before, n * sizeof(float)) != 0);
     CHECK(memcmp(after, fresh, n * sizeof(float)) == 0);
     dlm_session_free(s);
     dlm_session_free(NULL);
     free(before); free(after); free(fresh);
+    dlm_model_free(packed);
     dlm_model_free(m);
     test_close(ctx);
 }
@@ -4337,7 +4427,6 @@ TEST(sampler_refuses_bad_weights_biases_and_guidance)
             if (strcmp(t.name, "lm_head.weight") != 0 || k / TOY_KINDS == 1) continue;
             for (int j = 0; j < t.cols; j++)         /* NaN; 0 and inf; c - u = NaN */
                 t.data[5 * t.cols + j] = k / TOY_KINDS ? INFINITY : (float)NAN;
-            dlm_model_changed(m);
         }
         if (k / TOY_KINDS == 1) bias[5] = INFINITY;
         toy_canvas(&r, 1);
@@ -4826,7 +4915,6 @@ TEST(log_likelihood_of_bad_weights_is_not_a_number)
                 if (strcmp(t.name, "lm_head.weight") == 0)
                     t.data[5 * t.cols + 2] = (float)NAN;
             }
-            if (m) dlm_model_changed(m);
             LABEL("%s, %s", toy_kind_names[kind], dlm_isa_name((dlm_isa)isa));
             if (s) CHECK_OK(dlm_log_likelihood(s, tokens, 9, 2, 4, 1, &got));
             CHECK(got != got);
@@ -4910,7 +4998,7 @@ typedef struct grad_probe {
 } grad_probe;
 
 static float *grad_of_pass_in(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce_score *c,
-                              int precision)
+                              dlm_dtype precision)
 {
     dlm_train_options o = {0};
     o.max_rows = b->start[b->n_seqs];
@@ -5058,7 +5146,6 @@ TEST(gradients_in_bf16_are_those_of_f32_but_for_rounding)
                 sizes[1] += (double)want[i] * want[i];
             }
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
-            CHECK(ctx->as_stored == DLM__WORD_F32);
             CHECK(memcmp(got, want, m->n_params * sizeof(float)) != 0);
             CHECK_CLOSE(sqrt(sizes[0] / sizes[1]), 1, 0.02);
             CHECK_CLOSE(along / sqrt(sizes[0] * sizes[1]), 1, 0.001);
@@ -5709,16 +5796,17 @@ static void exceptions_models(int isa)
     static test_batch t;
     for (int g = 0; g < MODEL_CASES; g++) {
         dlm_config c = case_config(&model_grid[g], 300);
-        for (int precision = DLM_F32; precision <= DLM_I8; precision++) {
-            if (precision != DLM_F32 && precision != DLM_BF16 && precision != DLM_I8)
-                continue;
-            dlm_ctx *ctx = test_open_in(isa, 1, precision);
-            dlm_model *m = test_model(ctx, &c);
-            for (int shape = 0; shape < BATCH_SHAPES; shape++)
-                free(test_logits(ctx, m, case_batch(&t, &c, shape), shape % 2));
-            dlm_model_free(m);
-            test_close(ctx);
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_model *m = test_model(ctx, &c);
+        for (int shape = 0; shape < BATCH_SHAPES; shape++) {
+            const dlm_batch *b = case_batch(&t, &c, shape);
+            free(test_logits_as_is(ctx, m, b));
+            free(test_logits_in(ctx, m, b, DLM_F32));
+            free(test_logits_in(ctx, m, b, DLM_BF16));
+            free(test_logits_in(ctx, m, b, DLM_I8));
         }
+        dlm_model_free(m);
+        test_close(ctx);
     }
 }
 
@@ -5821,7 +5909,7 @@ static void reverse_for(void *user, int n, void (*job)(void *arg, int i), void *
 }
 
 /* Five steps; the weights that come out (n_params), to be freed. */
-static float *train_five(int isa, int threads, const dlm_config *c, int precision,
+static float *train_five(int isa, int threads, const dlm_config *c, dlm_dtype precision,
                          int *hook_calls)
 {
     dlm_ctx *ctx = NULL;
@@ -5864,7 +5952,7 @@ TEST(training_is_bit_identical_for_any_threads_and_order)
     FOR_EACH_ISA(isa) {
         for (int g = 0; g < 9; g++) {
             dlm_config c = case_config(&model_grid[g % 7], 64);
-            const int precision = g < 7 ? DLM_F32 : DLM_BF16;
+            const dlm_dtype precision = g < 7 ? DLM_F32 : DLM_BF16;
             size_t n = dlm_model_bytes(&c) / sizeof(float);
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
             CHECK(n > 0);
@@ -7517,10 +7605,8 @@ static void train_try_resume(dlm_ctx *ctx, int kind, const dlm_train_options *o)
         train_run(&b, text, 4);                          /* saving changes nothing */
         CHECK(train_same(&a, &b));
         train_run(&c, text, 1);
-        uint32_t version = c.m->version;
         CHECK_OK(dlm_trainer_load(c.t, path));
         CHECK(dlm_trainer_steps(c.t) == 3);
-        CHECK(c.m->version != version);
         train_run(&c, text, 4);
         CHECK(train_same(&a, &c));
         for (int k = 0; k < 2; k++) {                    /* both files, byte for byte */
@@ -8946,7 +9032,6 @@ static void lift_check_case(dlm_ctx *ctx, int kind, const lift_case *c, int sett
     dlm_model_tensor(m, dlm_model_tensors(m) - 1, &norm);
     CHECK(strcmp(norm.name, "model.norm.weight") == 0);
     for (int i = 0; i < norm.rows; i++) norm.data[i] *= s->sharpness;
-    dlm_model_changed(m);
     ref_open(&ref, m);
     for (int step = 0; step < s->steps; step++) {
         lift_examples(e, s->length + kind % 2, s->prompt + kind % 2 * s->given);
@@ -9119,7 +9204,6 @@ TEST(lift_evaluate_is_the_plain_bound_for_every_method)
             dlm_trainer_free(other);
         }
         memset(m->weights, 0, m->n_params * sizeof(float));
-        dlm_model_changed(m);
         for (uint32_t draw = 0; draw < DRAWS; draw++) {
             CHECK_OK(dlm_trainer_evaluate(t, e, LIFT_SEQS, draw, &got));
             sum += got.loss / (int)DRAWS;
@@ -10056,7 +10140,6 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
     r->student->config.shifted = shifted;
     for (size_t i = 0; i < r->student->n_params; i++)
         r->student->weights[i] *= 1 + 0.5f * test_float();
-    dlm_model_changed(r->student);
     CHECK_OK(dlm_model_create(&r->copy, ctx, &r->student->config, 1, NULL));
     memcpy(r->copy->weights, r->student->weights, r->copy->n_params * sizeof(float));
     train.no_clip = 1; train.max_rows = max_rows; train.seed = 5;
@@ -11148,14 +11231,14 @@ TEST(llama2c_released_model_writes_the_published_text)
 TEST(llama2c_released_model_scores_its_text_in_every_precision)
 {
     enum { T = 201 };
-    static const struct { int precision; double most; } cases[] = {
+    static const struct { dlm_dtype type; double most; } cases[] = {
         { DLM_F32, 0 }, { DLM_BF16, 0.02 }, { DLM_I8, 0.05 } };
     static int ids[T];
     double nats[3] = { 0, 0, 0 };
     if (!golden_path("greedy.txt")) SKIP("no stories260K beside the repository");
     test_file text = file_read(golden_path("greedy.txt"));
     for (int i = 0; i < 3; i++) {
-        dlm_ctx *ctx = test_open_in(DLM_ISA_AUTO, 1, cases[i].precision);
+        dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
         dlm_model *m = NULL;
         dlm_tokenizer *tok = NULL;
         size_t n = 0;
@@ -11166,11 +11249,13 @@ TEST(llama2c_released_model_scores_its_text_in_every_precision)
             ids[0] = 1;                              /* beginning of text          */
             CHECK_OK(dlm_encode(tok, (const char *)text.data, text.size, ids + 1, T - 1,
                                 &n));
-            dlm_session *s = test_session(ctx, m, 1, T, T, 0);
+            dlm_model *packed = test_packed(ctx, m, cases[i].type);
+            dlm_session *s = test_session(ctx, packed, 1, T, T, 0);
             CHECK_OK(dlm_log_likelihood(s, ids, T, 1, 1, 1, &nats[i]));
             dlm_session_free(s);
+            dlm_model_free(packed);
         }
-        LABEL("precision %d: %.4f nats a token", cases[i].precision, -nats[i] / (T - 1));
+        LABEL("type %d: %.4f nats a token", (int)cases[i].type, -nats[i] / (T - 1));
         CHECK(nats[i] < 0);
         CHECK_CLOSE(nats[i] / (T - 1), nats[0] / (T - 1), cases[i].most);
         dlm_tokenizer_free(tok); dlm_model_free(m);
@@ -11239,12 +11324,14 @@ static const test_case test_cases[] = {
     RUN(int8_products_equal_integers_bit_for_bit),
     RUN(narrow_products_show_what_is_not_finite),
     RUN(narrow_sessions_differ_from_f32_by_their_rounding),
-    RUN(precision_is_checked),
+    RUN(packing_is_checked),
+    RUN(packed_models_belong_to_an_isa),
     RUN(int8_products_at_their_limits),
-    RUN(session_in_used_memory_packs_its_own_weights),
+    RUN(packed_model_lives_in_used_memory_and_needs_no_original),
+    RUN(sessions_share_the_weights_of_a_model),
     RUN(unseen_slots_do_not_matter),
     RUN(doubled_row_equals_cached_block_at_the_same_state),
-    RUN(session_renews_packed_weights_after_a_change),
+    RUN(repacking_follows_a_change_of_the_weights),
     RUN(model_wrap_borrows_weights_and_checks_their_number),
     RUN(forward_flops_count_what_is_computed),
     RUN(sampler_fills_masks_and_only_masks_in_every_order),

@@ -400,7 +400,6 @@ static dlm_trainer *lab_tune(lab *l, const arm *a, double lr, int steps, dlm_rep
     dlm_trainer *t = lab_trainer(l, a, lr, steps);
     int counted = 0;
     memcpy(l->model->weights, l->base, l->model->n_params * sizeof(float));
-    dlm_model_changed(l->model);
     memset(sum, 0, sizeof *sum);
     for (int step = 0; step < steps; step++) {
         dlm_report r;

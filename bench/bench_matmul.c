@@ -7,7 +7,7 @@
    a plain triple loop and beside a loop that multiplies and adds in registers only; that
    loop is the 100 % of pct_of_peak.  nt: weights as stored; packed: rearranged
    before; nn and tn of a weight shape: the gradients of its input and of itself.
-   bf16 and int8: packed weights of a context of that precision.  They take and give
+   bf16 and int8: packed weights of that type.  They take and give
    f32, so that narrowing the activations is part of the time; their pct_of_peak is of
    the same f32 loop and can exceed 100.
 
@@ -145,7 +145,7 @@ enum { NN, NT, TN, PACKED, PACKED_BF16, PACKED_I8, NAIVE_NN, NAIVE_NT, NAIVE_TN,
 enum { F32, BF16, I8, WIDTHS };            /* what the factors are kept in         */
 
 static const char *const op_names[] = { "nn", "nt", "tn", "packed", "bf16", "int8" };
-static const int precisions[WIDTHS] = { DLM_F32, DLM_BF16, DLM_I8 };
+static const dlm_dtype types[WIDTHS] = { DLM_F32, DLM_BF16, DLM_I8 };
 
 static int width_of(int op)
 {
@@ -384,7 +384,7 @@ typedef struct product {                   /* one matmul, ready to run          
     dlm_ctx *ctx;
     void   *out;                           /* see peer_run; else floats            */
     const void  *a, *b;
-    const float *packed;
+    const dlm_matrix *packed;
     peak   fma;
 } product;
 
@@ -403,7 +403,7 @@ static void product_run(void *arg)
     case NT:     dlm_matmul_nt(p->ctx, p->out, p->a, p->b, M, N, K); break;
     case TN:     dlm_matmul_tn(p->ctx, p->out, p->a, p->b, M, N, K); break;
     case PACKED: case PACKED_BF16: case PACKED_I8:
-        dlm_matmul_packed(p->ctx, p->out, p->a, p->packed, M, N, K);
+        dlm_matmul(p->ctx, p->out, p->a, p->packed, M);
         break;
     case PEAK:   sink = p->fma.loop(10000); break;
     default:     naive_run(p->op - NAIVE_NN, p->out, p->a, p->b, M, N, K); break;
@@ -442,10 +442,11 @@ typedef struct bench {                     /* of one instruction set            
     dlm_isa  isa;
     int      quick, best, n_peers;         /* best: the one that meets the peers   */
     const peer *peers;
-    dlm_ctx *ctx[WIDTHS];
+    dlm_ctx *ctx;
     size_t   most;
-    float   *out, *a, *b, *packed[WIDTHS]; /* (most) each, 64-byte aligned, as are */
+    float   *out, *a, *b, *words[WIDTHS];  /* (most) each, 64-byte aligned, as are */
     void    *peer_a[WIDTHS], *peer_b[WIDTHS];  /* a and b in bf16 and int8         */
+    dlm_matrix packed[WIDTHS];             /* b of this line-up                    */
     mean     squares[PACKED + 1];          /* pct_of_peak of the large ones, by op */
     mean     pct, vs_peer;
     lowest   vs_naive, worst;
@@ -468,7 +469,7 @@ typedef struct lineup {
 
 static void lineup_case(lineup *l, int op, const peer *rival, int M, int N, int K)
 {
-    const bench *b = l->b;
+    bench *b = l->b;
     const int width = width_of(op), narrowed = rival != NULL && width != F32;
     product *p = &l->p[l->n];
     bench_case *c = &l->c[l->n++];
@@ -476,8 +477,8 @@ static void lineup_case(lineup *l, int op, const peer *rival, int M, int N, int 
     memset(c, 0, sizeof *c);
     p->op = op, p->rival = rival;
     p->M = M, p->N = N, p->K = K;
-    p->ctx = b->ctx[width];
-    p->out = b->out, p->packed = b->packed[width];
+    p->ctx = b->ctx;
+    p->out = b->out, p->packed = &b->packed[width];
     p->a = narrowed ? b->peer_a[width] : b->a;
     p->b = narrowed ? b->peer_b[width] : b->b;
     p->fma = peak_of(b->isa);
@@ -502,13 +503,14 @@ static int loop_of(int op)
 /* One operation and all that compete with it; packed shares the loop of nt. */
 static void lineup_add(lineup *l, int op, int M, int N, int K)
 {
-    const bench *b = l->b;
+    bench *b = l->b;
     const int loop = loop_of(op), width = width_of(op);
     const int loops = loop >= 0 && (double)M * N * K <= NAIVE_MOST
                    && !(b->quick && b->n_peers > 0);
     if (op >= PACKED) {
-        if (dlm_pack_floats(b->ctx[width], N, K) > b->most) return;
-        dlm_pack(b->ctx[width], b->packed[width], b->b, N, K);
+        const dlm_dtype type = types[width];
+        if (dlm_pack_bytes(b->ctx, type, N, K) > b->most * sizeof(float)) return;
+        b->packed[width] = dlm_pack(b->ctx, b->words[width], type, b->b, N, K);
     }
     lineup_case(l, op, NULL, M, N, K);
     if (loops && !lineup_has(l, loop)) lineup_case(l, loop, NULL, M, N, K);
@@ -664,12 +666,9 @@ static void bench_open(bench *b, blocks *own)
     b->b = (float *)block(own, b->most * sizeof(float));
     fill(b->a, b->most);
     fill(b->b, b->most);
+    b->ctx = bench_ctx(b->isa, 1);
     for (int w = F32; w < WIDTHS; w++) {
-        dlm_options opt = {0};
-        opt.isa = b->isa;
-        opt.precision = precisions[w];
-        b->ctx[w] = bench_ctx_with(opt);
-        b->packed[w] = (float *)block(own, b->most * sizeof(float));
+        b->words[w] = (float *)block(own, b->most * sizeof(float));
         if (w == F32 || !b->best || b->n_peers == 0) continue;
         b->peer_a[w] = block(own, b->most * sizeof(uint16_t));
         b->peer_b[w] = block(own, b->most * sizeof(uint16_t));
@@ -684,7 +683,7 @@ static void bench_isa(bench *b)
     bench_open(b, &own);
     bench_squares(b);
     if (b->best || !b->quick) bench_weights(b);
-    for (int w = F32; w < WIDTHS; w++) dlm_shutdown(b->ctx[w]);
+    dlm_shutdown(b->ctx);
     while (own.n > 0) free(own.base[--own.n]);
 }
 

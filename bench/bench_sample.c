@@ -31,7 +31,8 @@ typedef struct setup {                     /* how one competitor generates      
     const shape *model;
     dlm_pattern  pattern;
     int generated, block, steps;           /* tokens; in a block; per block        */
-    int cached, threads, precision;
+    int cached, threads;
+    dlm_dtype type;                        /* of the packed weights                */
 } setup;
 
 typedef struct generation {
@@ -51,6 +52,7 @@ static void generation_open(generation *g, const setup *as)
     dlm_limits limits = {0};
     dlm_sample_options opt = {0};
     dlm_options machine = {0};
+    dlm_model *plain;
     const shape *s = as->model;
     memset(g, 0, sizeof *g);
     g->as = *as;
@@ -63,10 +65,11 @@ static void generation_open(generation *g, const setup *as)
     opt.block = as->block;
     opt.steps = as->steps;
     machine.threads = as->threads;
-    machine.precision = as->precision;
     g->ctx = bench_ctx_with(machine);
     g->canvas = (int *)bench_alloc((size_t)g->T, sizeof(int));
-    bench_require(g->ctx, dlm_model_create(&g->model, g->ctx, &cfg, 1, NULL));
+    bench_require(g->ctx, dlm_model_create(&plain, g->ctx, &cfg, 1, NULL));
+    bench_require(g->ctx, dlm_model_pack(&g->model, g->ctx, plain, as->type, NULL));
+    dlm_model_free(plain);
     bench_require(g->ctx, dlm_session_create(&g->session, g->ctx, g->model, &limits,
                                              NULL));
     bench_require(g->ctx, dlm_sampler_create(&g->sampler, g->session, &opt, NULL));
@@ -98,8 +101,8 @@ static void print_row(const generation *g, const bench_case *c, double speedup,
     static const char *const patterns[] = { "block", "full", "causal" };
     const setup *as = &g->as;
     const double forwards = g->forwards;
-    const char *weights = as->precision == DLM_F32 ? "f32"
-                        : as->precision == DLM_BF16 ? "bf16" : "i8";
+    const char *weights = as->type == DLM_F32 ? "f32"
+                        : as->type == DLM_BF16 ? "bf16" : "i8";
     printf("%s,%s,%d,%d,%d,%s,%d,%s,%.1f,%.1f,%.1f,%.3f,%.2f,%.1f,%.2f,%s,%d,%d\n",
            as->model->name, patterns[as->pattern], as->generated, as->block, as->steps,
            as->cached ? "yes" : "no", as->threads, weights, bench_median(c),
@@ -164,14 +167,14 @@ static void compare_cache(const shape *model, dlm_pattern pattern, int block, in
 /* Token by token, where reading the weights is all there is to do; and a whole canvas. */
 static void compare_weights(const shape *model, dlm_pattern pattern, int generated)
 {
-    static const int precisions[MOST_SETUPS] = { DLM_F32, DLM_BF16, DLM_I8 };
+    static const dlm_dtype types[MOST_SETUPS] = { DLM_F32, DLM_BF16, DLM_I8 };
     setup s[MOST_SETUPS] = { { NULL, DLM_PATTERN_CAUSAL, 0, 1, 1, 1, 1, DLM_F32 } };
     s[0].model = model;
     s[0].generated = generated;
     if (pattern == DLM_PATTERN_FULL) s[0] = whole_canvas(model, generated, 16);
     for (int i = 0; i < MOST_SETUPS; i++) {
         s[i] = s[0];
-        s[i].precision = precisions[i];
+        s[i].type = types[i];
     }
     compare(s, MOST_SETUPS, "f32");
 }

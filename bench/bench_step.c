@@ -60,7 +60,8 @@ typedef struct product {                   /* of a linear layer, all rows       
 
 typedef struct run {                       /* one model in training                */
     const shape *shape;
-    int B, threads, precision;
+    int B, threads;
+    dlm_dtype precision;
     dlm_ctx     *ctx;
     dlm_model   *model;
     dlm_trainer *trainer;
@@ -84,7 +85,7 @@ static const int *random_text(int vocab)   /* never the mask, the last id       
 }
 
 static void run_open(run *r, const shape *s, int B, dlm_pattern pattern, int threads,
-                     int precision, const int *text)
+                     dlm_dtype precision, const int *text)
 {
     dlm_config cfg = {0};
     dlm_train_options opt = {0};
@@ -262,7 +263,6 @@ static void run_open_phases(run *r)
     r->batch.n_out = N;
     limits.seqs = r->B;
     limits.slots = T;
-    limits.no_pack = 1;
     bench_require(r->ctx, dlm_session_create(&r->session, r->ctx, r->model, &limits,
                                              NULL));
     run_open_products(r);

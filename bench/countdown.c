@@ -100,7 +100,6 @@ static void init_numbers(dlm_model *m)
             row[2 * k + 1] = (float)(scale * sin(angle));
         }
     }
-    dlm_model_changed(m);
 }
 
 static void train_example(task_example *ex, uint64_t seed, uint32_t number)

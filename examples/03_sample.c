@@ -58,7 +58,7 @@ int main(int argc, char **argv)
     size_t n = 0;
     dlm_ctx *ctx = NULL;
     dlm_tokenizer *tok = NULL;
-    dlm_model *model = NULL;
+    dlm_model *loaded = NULL, *model = NULL;
     dlm_options options = {0};
 
     if (argc > 4 || (argc > 1 && argv[1][0] == '-')) {
@@ -67,7 +67,9 @@ int main(int argc, char **argv)
     }
     options.message = why, options.message_size = sizeof why;
     dlm_error e = dlm_init(&ctx, &options);
-    if (!e) e = dlm_load(&model, &tok, ctx, path);
+    if (!e) e = dlm_load(&loaded, &tok, ctx, path);
+    if (!e) e = dlm_model_pack(&model, ctx, loaded, DLM_F32, NULL);  /* to run fast */
+    dlm_model_free(loaded);
     if (!e && !tok) {
         snprintf(why, sizeof why, "%s holds no tokenizer", path);
         e = DLM_E_MISMATCH;

@@ -71,6 +71,7 @@ int main(int argc, char **argv)
     static const float temperatures[] = {0, 1}, thresholds[] = {0, 0.9f, 0.7f};
     const char *beginning = argc > 2 ? argv[2] : "Once upon a time";
     int tokens = argc > 3 ? atoi(argv[3]) : 128, begins = 0, prompt[MAX_TOKENS];
+    dlm_model *loaded = NULL;
     writer w = {0};
     size_t n = 0;
     char why[256] = "";                      /* where the library has no words yet   */
@@ -81,7 +82,9 @@ int main(int argc, char **argv)
     }
     options.message = why, options.message_size = sizeof why;
     dlm_error e = dlm_init(&w.ctx, &options);
-    if (!e) e = dlm_load(&w.model, &w.tok, w.ctx, argv[1]);
+    if (!e) e = dlm_load(&loaded, &w.tok, w.ctx, argv[1]);
+    if (!e) e = dlm_model_pack(&w.model, w.ctx, loaded, DLM_F32, NULL);  /* fast */
+    dlm_model_free(loaded);
     if (!e && w.tok == NULL) {
         snprintf(why, sizeof why, "%s holds no tokenizer", argv[1]);
         e = DLM_E_MISMATCH;
