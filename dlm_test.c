@@ -2446,7 +2446,7 @@ TEST(narrow_sessions_differ_from_f32_by_their_rounding)
     }
 }
 
-/* Types that cannot be packed, models too wide for them, and what a packed one refuses. */
+/* Types that cannot be packed, too wide models, and what a packed one refuses. */
 TEST(packing_is_checked)
 {
     const char *path = "dlm_test_packed.st";
