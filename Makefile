@@ -15,7 +15,7 @@ EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = $(wildcard bench/*.h) bench/lines.awk $(wildcard bench/*.sh) Makefile README.md
+HELPERS  = $(wildcard bench/*.h bench/*.sh) bench/lines.awk Makefile README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
@@ -38,7 +38,7 @@ demo: build/demo
 bench: $(MEASURES)
 	@for b in $(MEASURES); do $$b --quick || exit 1; done
 
-check: lines hygiene cxx strict readme
+check: lines hygiene cxx strict readme programs
 	@$(MAKE) --output-sync -j2 san cross tcc mingw         # the long ones, side by side
 	@echo "check: every stage passed"
 
@@ -70,7 +70,11 @@ readme:
 	   on { text = text $$0 "\n" } END { print n + 0 " programs"; exit n == 0 }' README.md
 	@awk '/A WHOLE PROGRAM/ { on = 1; next } on && /^       / { print substr($$0, 8) } \
 	   on && /^       }/ { exit }' dlm.h > build/readme/top.c
-	@for f in build/readme/*.c; do $(BUILD) -Werror $$f -o $${f%.c} $(LDLIBS) || exit 1; done
+	@for f in build/readme/*.c; do $(BUILD) -Werror $$f -o $${f%.c} $(LDLIBS) && \
+	   { DLM_ISA=none $${f%.c} > /dev/null; test $$? -eq 1; } || exit 1; done
+programs:
+	@echo "== programs: all of examples/ and bench/, given what is wrong"
+	@CC="$(CC)" sh bench/programs.sh build/programs
 san:
 	@echo "== san: the tests under address and undefined-behaviour sanitizers"
 	@mkdir -p build
@@ -84,5 +88,5 @@ cross:
 	 else echo "$(CROSS) or $(QEMU) is not here, skipped"; fi
 clean:
 	rm -rf build
-.PHONY: all test demo bench check lines hygiene cxx tcc mingw strict readme san cross \
-        clean
+.PHONY: all test demo bench check lines hygiene cxx tcc mingw strict readme programs san \
+        cross clean

@@ -1736,11 +1736,8 @@ static request read_request(int argc, char **argv)
         i += known - 1;
     }
     if (q.last == 0) q.first = 1, q.last = q.p->seeds;
-    if (q.first < 1 || q.last < q.first || q.last - q.first >= MOST_SEEDS) {
-        fprintf(stderr, "--seeds %d-%d: wants 1 or more, at most %d of them\n", q.first,
-                q.last, MOST_SEEDS);
-        exit(2);
-    }
+    if (q.first < 1 || q.last < q.first || q.last - q.first >= MOST_SEEDS)
+        bench_usage(usage, NULL);
     if (q.text) bench_readable(q.text);
     return q;
 }
