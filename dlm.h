@@ -863,13 +863,15 @@ DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates do
    OPDLM (arXiv 2606.06712): an autoregressive model becomes a block-diffusion model by
    learning, on its own rollouts, what the frozen original would have said. */
 
-/* A copy of an AR model as a block-diffusion student: causal becomes BLOCK, shifted
-   becomes same-position.  mask_id: an existing, unused id, or DLM_NEW_TOKEN: the
-   vocabulary grows by one token, whose embedding is the mean of the others.
-   block * = 4. */
+/* A copy of a plain AR model as a block-diffusion student: causal becomes BLOCK.
+   mask_id: an existing, unused id, or DLM_NEW_TOKEN: the vocabulary grows by one token,
+   whose embedding is the mean of the others.  shifted 0: row i learns to predict token i
+   (the paper's); 1: row i goes on predicting token i + 1, which small models learn in a
+   fraction of the time.  block * = 4. */
 enum { DLM_NEW_TOKEN = -1 };
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
-                              int block, int mask_id, const dlm_memory *mem);
+                              int block, int mask_id, int shifted,
+                              const dlm_memory *mem);
 
 typedef enum dlm_divergence_kind {         /* p teacher, s student (methods B.7)   */
     DLM_FORWARD_KL = 0,                    /* sum p (log p - log s)                */
@@ -7854,7 +7856,8 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
    right.  That state is taken from the step map of the rollout. */
 
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
-                              int block, int mask_id, const dlm_memory *mem)
+                              int block, int mask_id, int shifted,
+                              const dlm_memory *mem)
 {
     const int V = ar->config.vocab;
     dlm_config c = ar->config;
@@ -7864,7 +7867,7 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
     if (c.pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "convert: the model is not causal");
     c.pattern = DLM_PATTERN_BLOCK;
-    c.shifted = 0;
+    c.shifted = shifted;
     c.block = block ? block : 4;
     c.vocab = V + (mask_id == DLM_NEW_TOKEN);
     c.mask_id = mask_id == DLM_NEW_TOKEN ? V : mask_id;

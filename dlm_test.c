@@ -2468,7 +2468,7 @@ TEST(packing_is_checked)
                 "is packed");
     CHECK_ERROR(dlm_model_pack(&other, ctx, packed, DLM_F32, NULL), DLM_E_CONFIG, ctx,
                 "is packed");
-    CHECK_ERROR(dlm_convert(&other, ctx, packed, 4, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG,
+    CHECK_ERROR(dlm_convert(&other, ctx, packed, 4, DLM_NEW_TOKEN, 0, NULL), DLM_E_CONFIG,
                 ctx, "is packed");
     CHECK_ERROR(dlm_model_repack(packed, packed), DLM_E_CONFIG, ctx, "is packed");
     CHECK_ERROR(dlm_model_repack(m, m), DLM_E_MISMATCH, ctx, "repack");
@@ -9550,11 +9550,11 @@ static dlm_model *opd_teacher(dlm_ctx *ctx, uint64_t seed)
 }
 
 static dlm_model *opd_student(dlm_ctx *ctx, const dlm_model *teacher, int block,
-                              int mask_id)
+                              int mask_id, int shifted)
 {
     dlm_model *m = NULL;
     if (mask_id == 0) mask_id = DLM_NEW_TOKEN;
-    CHECK_OK(dlm_convert(&m, ctx, teacher, block, mask_id, NULL));
+    CHECK_OK(dlm_convert(&m, ctx, teacher, block, mask_id, shifted, NULL));
     if (!m) { printf("no student: %s\n", dlm_last_error(ctx)); exit(1); }
     return m;
 }
@@ -9590,7 +9590,7 @@ TEST(convert_copies_weights_and_adds_a_mean_embedding)
         c.rope_theta = 500; c.mask_id = i & 1 ? TOY_VOCAB : 0;
         int old_mask = i >> 2 ? 5 : 0;
         dlm_model *ar = test_model(ctx, &c);
-        dlm_model *m = opd_student(ctx, ar, i & 1 ? 3 : 0, old_mask);
+        dlm_model *m = opd_student(ctx, ar, i & 1 ? 3 : 0, old_mask, 0);
         dlm_config want = ar->config;
         LABEL("case %d", i);
         want.pattern = DLM_PATTERN_BLOCK;
@@ -9611,14 +9611,14 @@ TEST(convert_refuses_what_it_cannot_make_by_name)
     dlm_model *ar = toy_model(ctx, 4, 1), *block = toy_model(ctx, 2, 1), *m = ar;
     float place[4];
     dlm_memory mem = { place, sizeof place };
-    CHECK_ERROR(dlm_convert(&m, ctx, block, 4, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG, ctx,
+    CHECK_ERROR(dlm_convert(&m, ctx, block, 4, DLM_NEW_TOKEN, 0, NULL), DLM_E_CONFIG, ctx,
                 "causal");
     CHECK(m == NULL);
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, -1, DLM_NEW_TOKEN, NULL), DLM_E_CONFIG, ctx,
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, -1, DLM_NEW_TOKEN, 0, NULL), DLM_E_CONFIG, ctx,
                 "block");
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 13, NULL), DLM_E_CONFIG, ctx, "mask_id");
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, -2, NULL), DLM_E_CONFIG, ctx, "mask_id");
-    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, DLM_NEW_TOKEN, &mem), DLM_E_NOMEM, ctx,
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, 13, 0, NULL), DLM_E_CONFIG, ctx, "mask_id");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, -2, 0, NULL), DLM_E_CONFIG, ctx, "mask_id");
+    CHECK_ERROR(dlm_convert(&m, ctx, ar, 4, DLM_NEW_TOKEN, 0, &mem), DLM_E_NOMEM, ctx,
                 NULL);
     CHECK(m == NULL);
     dlm_model_free(block); dlm_model_free(ar);
@@ -9660,7 +9660,9 @@ TEST(mask_may_be_token_0)
     c.mask_is_0 = 1; c.mask_id = 3;
     CHECK_ERROR(dlm_config_resolve(ctx, &c), DLM_E_CONFIG, ctx, "mask_id");
     dlm_model *ar = opd_teacher(ctx, 3), *student = NULL;
-    CHECK_OK(dlm_convert(&student, ctx, ar, 4, 0, NULL));
+    CHECK_ERROR(dlm_convert(&student, ctx, ar, 4, 0, 2, NULL), DLM_E_CONFIG, ctx,
+                "shifted");
+    CHECK_OK(dlm_convert(&student, ctx, ar, 4, 0, 0, NULL));
     CHECK(student->config.mask_is_0 == 1 && student->config.mask_id == 0);
     CHECK(student->config.vocab == ar->config.vocab);
     dlm_model_free(student); dlm_model_free(ar);
@@ -9831,7 +9833,7 @@ TEST(step_maps_rebuild_every_state_and_the_doubled_row_agrees)
     dlm_model *teacher = opd_teacher(ctx, 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const int b = cases[i].b;
-        dlm_model *m = opd_student(ctx, teacher, b, 0);
+        dlm_model *m = opd_student(ctx, teacher, b, 0, 0);
         dlm_sample_options o = {0};
         int masks = 0, filled = 0;
         o.order = (dlm_order)cases[i].order; o.threshold = cases[i].threshold;
@@ -9954,9 +9956,8 @@ TEST(last_blocks_are_learned_as_the_sampler_shows_them)
         int P = prompts[k / 4 % 5], at = P + k / 20, cut = k & 1 ? at + 1 : 20;
         int left = k >> 1 & 1;
         for (int shifted = 0; shifted < 2; shifted++) {
-            dlm_model *m = opd_student(ctx, teacher, B, 0);
+            dlm_model *m = opd_student(ctx, teacher, B, 0, shifted);
             dlm_example e = {0};
-            m->config.shifted = shifted;
             dlm_trainer *t = test_trainer(ctx, m, NULL);
             LABEL("prompt %d, stop at %d, canvas %d, left first %d, shifted %d", P, at,
                   cut, left, shifted);
@@ -10061,7 +10062,7 @@ TEST(blocks_of_one_see_only_what_stands_before)
     enum { P = 3, R = 7, N = P + 2 * R };
     static test_batch t;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    dlm_model *ar = opd_teacher(ctx, 3), *m = opd_student(ctx, ar, 1, 0);
+    dlm_model *ar = opd_teacher(ctx, 3), *m = opd_student(ctx, ar, 1, 0, 0);
     batch_clear(&t);
     batch_add_doubled(&t, P, R, 1, OPD_V);
     for (int r = 0; r < R; r++) t.tokens[P + R + r] = TOY_MASK;
@@ -10136,8 +10137,7 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
     r->ctx = ctx;
     r->opt = o;
     r->teacher = opd_teacher(ctx, 3);
-    r->student = opd_student(ctx, r->teacher, block, mask_id);
-    r->student->config.shifted = shifted;
+    r->student = opd_student(ctx, r->teacher, block, mask_id, shifted);
     for (size_t i = 0; i < r->student->n_params; i++)
         r->student->weights[i] *= 1 + 0.5f * test_float();
     CHECK_OK(dlm_model_create(&r->copy, ctx, &r->student->config, 1, NULL));
@@ -10571,7 +10571,7 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
         dlm_model *m = r.copy;
         int live = heap.live;
         heap.fail_at = heap.calls + 1;
-        CHECK((which ? dlm_convert(&m, ctx, r.teacher, 4, DLM_NEW_TOKEN, NULL)
+        CHECK((which ? dlm_convert(&m, ctx, r.teacher, 4, DLM_NEW_TOKEN, 0, NULL)
                      : dlm_distiller_create(&d, r.t, r.teacher, &o, NULL))
               == DLM_E_NOMEM);
         CHECK((which ? (void *)m : (void *)d) == NULL && heap.live == live);

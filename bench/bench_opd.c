@@ -460,13 +460,12 @@ static void course_open(course *c)
     dlm_distill_options distil = {0};
     const int mask = l->task == SUDOKU ? TASK_MASK : DLM_NEW_TOKEN;
     bench_require(l->ctx, dlm_convert(&c->student, l->ctx, l->teacher, c->a->block, mask,
-                                      NULL));
+                                      !c->a->same, NULL));
     if (c->a->scratch) {
         const dlm_config cfg = c->student->config;
         dlm_model_free(c->student);
         bench_require(l->ctx, dlm_model_create(&c->student, l->ctx, &cfg, l->seed, NULL));
     }
-    c->student->config.shifted = !c->a->same;
     c->x = texts_new(l->p->texts);
     c->corpus = texts_new(l->p->texts);
     c->rounds = (int)(c->a->times * l->p->rounds[l->task]);

@@ -170,8 +170,8 @@ int main(int argc, char **argv)
     const clock_t start = clock();           /* counts all threads' time             */
     write_texts(teacher, 0, 0);              /* a round takes about 5 times as long  */
     const double pace = 5.0 * (double)(clock() - start) / CLOCKS_PER_SEC / THREADS;
-    require(dlm_convert(&student, ctx, teacher, BLOCK, DLM_NEW_TOKEN, NULL));
-    student->config.shifted = 1;             /* a small model keeps its habit        */
+    /* A small model keeps its habit: row i goes on predicting token i + 1. */
+    require(dlm_convert(&student, ctx, teacher, BLOCK, DLM_NEW_TOKEN, 1, NULL));
     convert((int)(60 * minutes / pace) + 4, minutes);
     require(dlm_save(ctx, argv[3], student, tok));
     judge("teacher", teacher, 0);

@@ -118,9 +118,9 @@ static dlm_error make(struct demo *d, const struct phase *p, int steps)
     forget(d, p->which);
     if (p->which == TEACHER) cfg.vocab = dlm_tokenizer_vocab(d->tok);
     if (p->which != STUDENT) e = dlm_model_create(m, d->ctx, &cfg, 1, NULL);
-    else e = dlm_convert(m, d->ctx, teacher, BLOCK, dlm_tokenizer_mask(d->tok), NULL);
+    else                                     /* shifted: it keeps its habit          */
+        e = dlm_convert(m, d->ctx, teacher, BLOCK, dlm_tokenizer_mask(d->tok), 1, NULL);
     if (e) return e;
-    if (p->which == STUDENT) (*m)->config.shifted = 1;    /* it keeps its habit       */
     if (p->which == LIFTED)
         memcpy((*m)->weights, d->model[PLAIN]->weights, (*m)->n_params * sizeof(float));
     how.total = steps * p->updates, how.warmup = how.total / 10;
