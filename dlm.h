@@ -67,7 +67,8 @@
        DLM_ASSERT(x)               default assert(x): a cheap check of a contract
        DLM_MALLOC(n) DLM_FREE(p)   both or none; dlm_allocator replaces them at run time
        DLM_SELF                    this file's name, if you renamed it: "my_dlm.h"
-       DLM_ALLOW_FAST_MATH         -ffast-math is refused without it (NaN, infinity)
+       DLM_ALLOW_FAST_MATH         -ffast-math, -ffinite-math-only and, where the compiler
+                                   says so, -fassociative-math are refused without it
    and at run time the environment variable DLM_ISA=scalar, sse2, avx2, avx512,
    avx512bf16 (with dot products of bf16 and int8), amx or neon.
    Other macros of yours come through unchanged, and those called by one capital letter or
@@ -93,7 +94,8 @@
        dlm_*_bytes() says how large, for contexts, models, sessions, samplers, trainers
        and distillers; tokenizers and files ask the allocator.  After creation a training
        step, a forward pass and a sampling step allocate nothing.  Threads need 300 KiB
-       of stack.  An object must be freed before those it was made from.
+       of stack.  An object must be freed before those it was made from (a packed
+       model needs its plain one no longer).
 
    ERRORS                          nothing prints, exits or aborts
        The world failed (memory, files, data, options): a dlm_error, and a sentence in
@@ -365,7 +367,8 @@ typedef struct dlm_matrix {
 
 /* Bytes of rows * cols packed weights: about 4, 2 or 1 each. */
 DLM_API size_t     dlm_pack_bytes(const dlm_ctx *ctx, dlm_dtype type, int rows, int cols);
-/* Packs w (rows, cols) into memory of that many bytes, aligned to 64. */
+/* Packs w (rows, cols) into memory of that many bytes, aligned to 64; type F32, BF16, I8
+   (F32 alone where floats are x87's, see dlm_model_pack for an error instead). */
 DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
                             const float *w, int rows, int cols);
 /* out (M, w->rows) = a (M, w->cols) @ w^T. */
@@ -447,7 +450,8 @@ DLM_API size_t    dlm_model_packed_bytes(const dlm_ctx *ctx, const dlm_config *c
                                          dlm_dtype type);      /* 0: config invalid */
 DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
                                  dlm_dtype type, const dlm_memory *mem);
-/* Once more from a plain model of the same config, after it was trained on, say. */
+/* Once more from a plain model of the same config, after it was trained on, say; no
+   session of it may be in a forward. */
 DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain);
 
 /* --[ batch ]-----------------------------------------------------------------
@@ -529,9 +533,9 @@ DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch 
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
-   Needs slots and rows >= T and the response in whole blocks for BLOCK, out >= T - P, and
-   overwrites the keys in lane 0.  Allocates its work space and frees it.  Logits that are
-   not numbers give NaN, not an error. */
+   Needs T slots and rows, for BLOCK T + the response rounded up to whole blocks (not
+   beyond max_seq), out >= T - P, and overwrites the keys in lane 0.  Allocates its work
+   space and frees it.  Logits that are not numbers give NaN, not an error. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats);
 
@@ -591,7 +595,8 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
     int      gumbel;                       /* draw by Gumbel-max over the vocabulary
                                               (LLaDA); 0: by inverting the CDF     */
     const float *logit_bias;               /* (V) added to the logits, -INFINITY forbids
-                                              a token; NULL: none                  */
+                                              a token (unless constrain sets it anew);
+                                              NULL: none                           */
     const int   *suppress;                 /* (n_suppress) tokens never emitted    */
     int      n_suppress;
     const int   *stop;                     /* (n_stop) tokens that end a sequence when
@@ -773,7 +778,8 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     float    lr_min;                       /* where LINEAR and COSINE end, at update
                                               number total                         */
     float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8 (at least 1e-15) */
-    float    weight_decay;                 /* decoupled; on matrices only          */
+    float    weight_decay;                 /* decoupled; on matrices only; times lr at
+                                              most 1                               */
     float    clip;                         /* * = 1: largest global gradient norm  */
     int      no_clip;                      /* 1: never clip (norms above 1e18 are: f32
                                               must hold the squares)               */
@@ -1095,8 +1101,13 @@ DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn
    Includes and the few compiler differences.  After this section the code is plain
    C99 that is also C++11. */
 
-#if defined(__FAST_MATH__) && !defined(DLM_ALLOW_FAST_MATH)
-#error "dlm.h relies on infinities and NaN: compile without -ffast-math"
+#if defined(DLM_ALLOW_FAST_MATH)
+#elif defined(__FAST_MATH__) || defined(_M_FP_FAST)
+#error "dlm.h relies on infinities and NaN: compile without -ffast-math (/fp:fast)"
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__    /* or defined as 0  */
+#error "dlm.h relies on infinities and NaN: compile without -ffinite-math-only"
+#elif defined(__ASSOCIATIVE_MATH__)
+#error "dlm.h relies on the order of sums: compile without -fassociative-math"
 #endif
 #if defined(DLM_MALLOC) != defined(DLM_FREE)
 #error "define both of DLM_MALLOC and DLM_FREE, or none"
@@ -1867,7 +1878,7 @@ static DLM__TARGET float DLM__K(dlm__magnitude)(const float *x, int n)
     for (int i = 0; i < n; i += DLM__VW) {
         const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
         m = dlm__vmax(dlm__floats(dlm__bits(x_i) & 0x7fffffffU), m);
-        finite = dlm__vfma(x_i, dlm__vset1(0.0f), finite);
+        finite = dlm__vadd(finite, dlm__vsub(x_i, x_i));    /* 0, or NaN           */
     }
     return dlm__hmax(m) + dlm__hsum(finite);
 }
@@ -2200,10 +2211,11 @@ static DLM__TARGET float DLM__K(dlm__unsound)(const float *m, const float *v, in
     dlm__vf bad = zero, least = zero;
     for (int i = 0; i < n; i += DLM__VW) {
         const dlm__vf v_i = DLM__K(dlm__ld)(v + i, n - i);
-        bad = dlm__vfma(dlm__vadd(DLM__K(dlm__ld)(m + i, n - i), v_i), zero, bad);
+        const dlm__vf both = dlm__vadd(DLM__K(dlm__ld)(m + i, n - i), v_i);
+        bad = dlm__vadd(bad, dlm__vsub(both, both));
         least = dlm__vmin(v_i, least);
     }
-    return dlm__hsum(dlm__vfma(dlm__vsqrt(least), zero, bad));
+    return dlm__hsum(dlm__vadd(bad, dlm__vsqrt(least)));
 }
 
 /* Denormals become 0. */
@@ -3569,6 +3581,7 @@ DLM_API void dlm_matmul(dlm_ctx *ctx, float *out, const float *a, const dlm_matr
 {
     const int mnk[3] = { M, w->rows, w->cols };
     const float *b = (const float *)w->data;
+    DLM_ASSERT(w->packed || w->type != DLM_I8);
     dlm__gemm_any(ctx, out, a, (size_t)w->cols, 1, w->packed ? NULL : b, 1,
                   (size_t)w->cols, w->packed ? b : NULL, dlm__word_of(w->type), mnk, 0);
 }
@@ -3650,7 +3663,7 @@ DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
     dlm_matrix out = dlm__plain(packed, rows, cols, type);
     dlm__slice s;
     out.packed = 1;
-    DLM_ASSERT(kind != DLM__WORD_I8 || K <= DLM_I8_MOST);
+    DLM_ASSERT(kind != DLM__WORDS && (kind != DLM__WORD_I8 || K <= DLM_I8_MOST));
     if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
     s.s_i = (size_t)K; s.s_k = 1; s.inverse = inverse; s.offset = 0;
     for (int j = 0; j < N; j += nr) {
@@ -3684,15 +3697,15 @@ static void dlm__matrix_row(const dlm_ctx *ctx, float *out, const dlm_matrix *w,
         memcpy(out, data + (size_t)i * (size_t)K, (size_t)K * sizeof *out);
         return;
     }
-    for (int k = 0; k < K; k++) {
-        union { float f; uint16_t half[2]; int8_t byte[4]; } word;
-        word.f = at[k / per * nr];
-        if (kind == DLM__WORD_BF16)
-            out[k] = dlm__floats_scalar((uint32_t)word.half[k % 2] << 16);
-        else if (kind == DLM__WORD_I8)
-            out[k] = (float)word.byte[k % 4] * data[columns * words + (size_t)i];
-        else
-            out[k] = word.f;
+    for (int k = 0; k < K; k += per, at += nr) {
+        uint16_t half[2];
+        int8_t byte[4];
+        memcpy(half, at, sizeof half);
+        memcpy(byte, at, sizeof byte);
+        for (int part = 0; part < dlm__min(per, K - k); part++)
+            out[k + part] = kind == DLM__WORD_F32 ? *at
+                : kind == DLM__WORD_BF16 ? dlm__floats_scalar((uint32_t)half[part] << 16)
+                : (float)byte[part] * data[columns * words + (size_t)i];
     }
 }
 
@@ -4376,7 +4389,7 @@ static void dlm__config_defaults(dlm_config *c)
     if (c->head_dim == 0 && c->heads > 0) c->head_dim = c->dim / c->heads;
     if (c->ffn == 0 && c->dim > 0 && c->dim <= 65536)
         c->ffn = dlm__round_up(8 * c->dim / 3, 32);
-    if (c->mask_id == 0 && c->mask_is_0 == 0) c->mask_id = c->vocab - 1;
+    if (c->mask_id == 0 && c->mask_is_0 == 0 && c->vocab > 0) c->mask_id = c->vocab - 1;
     if (c->block == 0) c->block = 8;
     if (c->rope_theta == 0.0f) c->rope_theta = 10000.0f;
     if (c->norm_eps == 0.0f) c->norm_eps = 1e-6f;
@@ -4399,7 +4412,7 @@ static dlm_error dlm__config_ranges(dlm_ctx *ctx, const dlm_config *c)
         /* vocab itself: no token, a mark on the canvas of a causal model */
         { "mask_is_0", c->mask_is_0, 0, 1 },
         { "mask_id", c->mask_id, !c->mask_is_0,
-          c->mask_is_0 ? 0 : c->vocab - (c->pattern != DLM_PATTERN_CAUSAL) },
+          c->mask_is_0 ? 0 : dlm__max(c->vocab, 0) - (c->pattern != DLM_PATTERN_CAUSAL) },
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         dlm_error e = dlm__in_range(ctx, fields[i].name, fields[i].value, fields[i].lo,
@@ -4911,6 +4924,13 @@ static void dlm__repack(const dlm_model *m, const dlm_model *plain)
     if (c->untied_head) dlm__repack_matrix(m->ctx, &p->outer.embed, &outer.embed);
 }
 
+static dlm_error dlm__check_kernels(dlm_ctx *ctx, const dlm_model *m)
+{
+    if (!m->packed || m->packed->k == ctx->k) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_MISMATCH, "model: packed for another ISA than %s",
+                     dlm_isa_name(ctx->opt.isa));
+}
+
 /* For what only a plain model can do. */
 static dlm_error dlm__want_plain(dlm_ctx *ctx, const char *what, const dlm_model *m)
 {
@@ -4974,6 +4994,7 @@ DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block
                            int offset)
 {
     const int first = pattern == DLM_PATTERN_BLOCK ? offset % block : 0;
+    block = dlm__min(block, T);                 /* more is the same, and overflows */
     for (int i = 0; i < T; i++) keys[i] = dlm__keys_of(i, T, pattern, block, first);
 }
 
@@ -5396,10 +5417,10 @@ static dlm__norm dlm__norm_of(const dlm__work *w, float *y, float *x, float *r,
 }
 
 /* x (N, C) enters, x_next (Q, C) leaves; may be the same when Q = N. */
-static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *W,
+static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *lw,
                                const dlm__acts *t, int last, float *x_next)
 {
-    const dlm__layer *p = &W->p;
+    const dlm__layer *p = &lw->p;
     const int D = w->c.head_dim, HD = w->c.heads * D, KVD = w->c.kv_heads * D;
     const dlm__rows *rows = last ? &w->sub : &w->all;
     const int N = w->all.n, Q = rows->n;
@@ -5408,7 +5429,7 @@ static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *W,
     dlm__attention attention;
 
     dlm__norm_forward(&norm1, N);
-    dlm_matmul(w->ctx, t->kv, t->h1, &W->kv, N);
+    dlm_matmul(w->ctx, t->kv, t->h1, &lw->kv, N);
     if (p->bv)
         for (int i = 0; i < N; i++)
             w->ctx->k->add(t->kv + (size_t)i * 2 * (size_t)KVD + KVD, p->bv, KVD);
@@ -5419,22 +5440,22 @@ static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *W,
     if (Q == 0) return;
 
     if (last) dlm__gather(t->hq, t->h1, w->out_rows, Q, w->c.dim);
-    dlm_matmul(w->ctx, t->q, t->hq, &W->q, Q);
+    dlm_matmul(w->ctx, t->q, t->hq, &lw->q, Q);
     q = dlm__heads_of(w, t->q, (size_t)HD, t->q_pre, t->rq, p->bq, p->qnorm, w->c.heads,
                       rows->positions);
     dlm__heads_forward(&q, Q);
     attention = dlm__attention_of(w, t, rows);
     dlm__attention_forward(&attention);
 
-    dlm_matmul(w->ctx, t->x2, t->o, &W->o, Q);
+    dlm_matmul(w->ctx, t->x2, t->o, &lw->o, Q);
     norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
     norm2.residual = t->x;
     norm2.residual_rows = last ? w->out_rows : NULL;
     dlm__norm_forward(&norm2, Q);
 
-    dlm_matmul(w->ctx, t->gu, t->h2, &W->gu, Q);
+    dlm_matmul(w->ctx, t->gu, t->h2, &lw->gu, Q);
     dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, w->c.ffn);
-    dlm_matmul(w->ctx, x_next, t->act, &W->down, Q);
+    dlm_matmul(w->ctx, x_next, t->act, &lw->down, Q);
     sum = dlm__norm_of(w, NULL, x_next, NULL, NULL);
     sum.residual = t->x2;
     dlm__norm_forward(&sum, Q);
@@ -5447,8 +5468,8 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__act
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.norm_out);
     dlm__embedding_forward(w->ctx, acts[0].x, &outer.embed, w->tokens, w->all.n);
     for (int l = 0; l <= last; l++) {
-        const dlm__layer_weights W = dlm__layer_of(m, l, w->type);
-        dlm__block_forward(w, &W, &acts[l], l == last,
+        const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
+        dlm__block_forward(w, &lw, &acts[l], l == last,
                            l == last ? w->x_out : acts[l + 1].x);
     }
     dlm__norm_forward(&norm, w->sub.n);
@@ -5505,23 +5526,23 @@ static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__row
     dlm__attention_backward(&a);
 }
 
-static void dlm__mlp_backward(dlm__work *w, const dlm__layer_weights *W,
+static void dlm__mlp_backward(dlm__work *w, const dlm__layer_weights *lw,
                               const dlm__layer *g, const dlm__acts *t, int Q)
 {
-    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, W->p.norm2);
-    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, &W->down, Q);
+    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, lw->p.norm2);
+    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, &lw->down, Q);
     dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, w->c.ffn);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &W->gu, Q);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &lw->gu, Q);
     norm2.dy = w->dh;
     norm2.dx = w->dxq;              /* x2 reaches the output directly, too         */
     dlm__norm_backward(&norm2, g->norm2, Q);
 }
 
 /* dh1 (N, C) from dq (Q, H*D) and dkv (N, 2*KV*D). */
-static void dlm__qkv_backward(dlm__work *w, const dlm__layer_weights *W,
+static void dlm__qkv_backward(dlm__work *w, const dlm__layer_weights *lw,
                               const dlm__layer *g, const dlm__acts *t, int last)
 {
-    const dlm__layer *p = &W->p;
+    const dlm__layer *p = &lw->p;
     const int C = w->c.dim, D = w->c.head_dim, N = w->all.n;
     const int HD = w->c.heads * D, KVD = w->c.kv_heads * D;
     const dlm__rows *rows = last ? &w->sub : &w->all;
@@ -5533,28 +5554,28 @@ static void dlm__qkv_backward(dlm__work *w, const dlm__layer_weights *W,
     dlm__heads_backward(&k, g->knorm, g->bk, N);
     if (g->bv)
         dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &W->kv, N);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &lw->kv, N);
     if (!last) {
-        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, &W->q, N);
+        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, &lw->q, N);
         return;
     }
-    dlm__linear_backward(w->ctx, w->dhq, 0, g->wq, w->dq, t->hq, &W->q, rows->n);
+    dlm__linear_backward(w->ctx, w->dhq, 0, g->wq, w->dq, t->hq, &lw->q, rows->n);
     for (int i = 0; i < rows->n; i++)           /* fwd: hq gathered rows of h1     */
         w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
                        w->dhq + (size_t)i * (size_t)C, C);
 }
 
-static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *W,
+static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *lw,
                                 const dlm__layer *g, const dlm__acts *t, int last)
 {
     const int C = w->c.dim, N = w->all.n;
     const dlm__rows *rows = last ? &w->sub : &w->all;
-    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, W->p.norm1);
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, lw->p.norm1);
 
-    dlm__mlp_backward(w, W, g, t, rows->n);
-    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, &W->o, rows->n);
+    dlm__mlp_backward(w, lw, g, t, rows->n);
+    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, &lw->o, rows->n);
     dlm__attention_back(w, t, rows);
-    dlm__qkv_backward(w, W, g, t, last);
+    dlm__qkv_backward(w, lw, g, t, last);
 
     if (last) {                                 /* fwd: x2 took rows of x          */
         memset(w->dx, 0, (size_t)N * (size_t)C * sizeof *w->dx);
@@ -5580,10 +5601,10 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
     norm.dx = w->dxq;
     dlm__norm_backward(&norm, g.norm_out, w->sub.n);
     for (int l = last; l >= 0; l--) {
-        const dlm__layer_weights W = dlm__layer_of(m, l, w->type);
+        const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
         const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
         float *swap;
-        dlm__block_backward(w, &W, &gl, &w->acts[l], l == last);
+        dlm__block_backward(w, &lw, &gl, &w->acts[l], l == last);
         swap = w->dx; w->dx = w->dxq; w->dxq = swap;
     }
     dlm__embedding_backward(w->ctx, g.tok_emb, w->dxq, w->tokens, w->all.n, w->c.dim);
@@ -5635,9 +5656,7 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     if (d.out == 0) d.out = d.rows;
     e = dlm__in_range(ctx, "limits.rows", d.rows, 1, INT_MAX / 2);
     if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
-    if (e == DLM_OK && m->packed && m->packed->k != ctx->k)
-        e = dlm__fail(ctx, DLM_E_MISMATCH, "model: packed for another ISA than %s",
-                      dlm_isa_name(ctx->opt.isa));
+    if (e == DLM_OK) e = dlm__check_kernels(ctx, m);
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
     w->layer_caches = d.cached != 0;
     return e;
@@ -6164,6 +6183,9 @@ static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
             return dlm__fail(ctx, DLM_E_CONFIG, "%s: %g is not in %g..%g", fields[i].name,
                              (double)fields[i].value, (double)fields[i].lo,
                              (double)fields[i].hi);
+    if (!(o->lr * o->weight_decay <= 1.0f))
+        return dlm__fail(ctx, DLM_E_CONFIG, "weight_decay: %g times lr is more than 1: "
+                         "weights would turn over", (double)o->weight_decay);
     if (o->schedule != DLM_SCHEDULE_CONSTANT && o->total <= o->warmup)
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "total: %d steps, a schedule needs more than the"
@@ -6496,6 +6518,7 @@ static dlm_error dlm__prepare_cart(dlm_trainer *t, const dlm__noise *noise, dlm_
     dlm__prepare_vanilla(t, noise, ce, r);
     for (int i = 0; i < s->n_ex; i++) {
         const int P = s->ex[i].prompt, cell0 = s->ex_cell[i], R = s->ex[i].length - P;
+        if (R == 0) continue;                   /* nor rows; P may exceed them     */
         memset(t->row_masked, 0, (size_t)P);
         memcpy(t->row_masked + P, s->masked + cell0, (size_t)R);
         dlm_cart_weights(t->row_weight, t->row_masked, P + R, (double)t->opt.lift.cart_p);
@@ -7475,8 +7498,8 @@ static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float
 /* Weights e^((x - max) / T) instead of logits x (V), the largest 1.  1/T stays finite. */
 static void dlm__temper(const dlm__kernels *k, float *x, int V, float max, float T)
 {
-    const float cold = 1.0f / fmaxf(T, 1e-37f);
-    for (int v = 0; v < V; v++) x[v] = (x[v] - max) * cold;
+    const float cold = 1.0f / fmaxf(T, 1e-37f), least = -200.0f / cold;    /* e^-200: 0 */
+    for (int v = 0; v < V; v++) x[v] = (x[v] - max < least ? least : x[v] - max) * cold;
     k->exp_scaled(x, x, V, 0.0f, 1.0f);
 }
 
@@ -7835,6 +7858,9 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
     k.s = s;
     k.kind = &dlm__objectives[dlm__objective_of(&s->w.c)];
     rows = dlm__rows_of(k.kind, &s->w.c, &whole, 1);
+    if (k.kind->doubled && (rows > s->w.rows || rows > s->w.slots))
+        return dlm__fail(ctx, DLM_E_INPUT, "likelihood: needs %d slots and rows, the "
+                         "session has %d and %d", rows, s->w.slots, s->w.rows);
     dlm__state_carve(&arena, &k.state, rows, 1);
     e = dlm__place(ctx, "likelihood", dlm__arena_bytes(&arena), NULL, &arena, &block);
     if (e != DLM_OK) return e;
@@ -8030,6 +8056,8 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     if (opt) *o = *opt;
     if (c->pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the teacher is not causal");
+    e = dlm__check_kernels(ctx, teacher);
+    if (e != DLM_OK) return e;
     if (!t->kind->doubled)
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "distill: the trainer's objective is %s, wants "
@@ -8297,6 +8325,7 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
 {
     const int b = d->t->w.c.block;
     int most = 1;
+    if (e->prompt == e->length) return 0;
     if (d->opt.states != DLM_STATES_ALL) return 1;
     for (int i = e->prompt; i < e->length; i += b)
         most = dlm__max(most, dlm__rounds(d->values, steps + i,
@@ -9863,7 +9892,7 @@ static int dlm__file_mode(const char *path)
 {
     struct stat st;
     if (stat(path, &st) != 0) return -1;
-    return S_ISREG(st.st_mode) ? (int)(st.st_mode & 07777) : -2;
+    return S_ISREG(st.st_mode) ? (int)(st.st_mode & 0777) : -2;
 }
 
 /* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */

@@ -151,6 +151,12 @@ static void *test_heap_alloc(void *user, size_t size)
     return p;
 }
 
+/* The same, but no more than 64 MiB at a time. */
+static void *test_heap_small(void *user, size_t size)
+{
+    return size > (size_t)1 << 26 ? NULL : test_heap_alloc(user, size);
+}
+
 static void test_heap_release(void *user, void *ptr)
 {
     if (!ptr) return;
@@ -555,7 +561,7 @@ TEST(shuffled_puts_every_index_anywhere)
         LABEL("place %d", (int)i);
         CHECK_CLOSE(test_chi_square(count, N, TRIES), 0, 40);    /* 5 degrees: p 1e-7 */
     }
-    size_t huge = (size_t)1 << 40;
+    size_t huge = SIZE_MAX / 2 + 1;
     for (size_t i = 0; i < 100; i++)
         CHECK(dlm_shuffled(test_seed, 0, huge, huge - 1 - i) < huge);
 }
@@ -1444,6 +1450,88 @@ TEST(config_refuses_contradictions_by_name)
 #undef TRY
 
 /* Sizes that are allowed one by one and overflow together. */
+/* Every whole number of every option at the ends of int: taken or refused with a word,
+   and nothing overflows on the way (make san would stop).  The objects are small, so that
+   what is taken is made, or is honestly too large. */
+#define INTS(type, field) (int)offsetof(type, field)
+
+static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teacher,
+                        int which, int at, int value)
+{
+    dlm_config c = m->config;
+    dlm_limits lim = {0};
+    dlm_sample_options sample = {0};
+    dlm_train_options train = {0};
+    dlm_distill_options distill = {0};
+    void *const options[] = { &c, &lim, &sample, &train, &distill };
+    dlm_model *fresh = NULL;
+    dlm_session *s = NULL;
+    dlm_sampler *sm = NULL;
+    dlm_trainer *t = NULL;
+    dlm_distiller *d = NULL;
+    dlm_error e = DLM_OK;
+    train.max_rows = 64;
+    memcpy((char *)options[which] + at, &value, sizeof value);
+    if (which == 0 && value > 1) e = dlm_config_resolve(ctx, &c);
+    else if (which == 0) e = dlm_model_create(&fresh, ctx, &c, 1, NULL);
+    else if (which < 3) e = dlm_session_create(&s, ctx, m, &lim, NULL);
+    if (which == 2 && !e) e = dlm_sampler_create(&sm, s, &sample, NULL);
+    if (which > 2) e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train,
+                                          NULL);
+    if (which > 3 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
+    LABEL("struct %d, byte %d, value %d", which, at, value);
+    CHECK(e == DLM_OK || e == DLM_E_CONFIG || e == DLM_E_NOMEM || e == DLM_E_MISMATCH);
+    dlm_distiller_free(d); dlm_trainer_free(t); dlm_sampler_free(sm);
+    dlm_session_free(s); dlm_model_free(fresh);
+}
+
+TEST(options_at_the_ends_of_int_are_taken_or_refused)
+{
+    static const int values[] = { INT_MIN, INT_MIN + 1, -1, 0, 1, INT_MAX - 1, INT_MAX };
+    static const struct { int which, at; } ints[] = {
+        { 0, INTS(dlm_config, vocab) }, { 0, INTS(dlm_config, dim) },
+        { 0, INTS(dlm_config, layers) }, { 0, INTS(dlm_config, heads) },
+        { 0, INTS(dlm_config, max_seq) }, { 0, INTS(dlm_config, mask_id) },
+        { 0, INTS(dlm_config, mask_is_0) }, { 0, INTS(dlm_config, pattern) },
+        { 0, INTS(dlm_config, block) }, { 0, INTS(dlm_config, shifted) },
+        { 0, INTS(dlm_config, kv_heads) }, { 0, INTS(dlm_config, head_dim) },
+        { 0, INTS(dlm_config, ffn) }, { 0, INTS(dlm_config, untied_head) },
+        { 0, INTS(dlm_config, no_qk_norm) }, { 0, INTS(dlm_config, qkv_bias) },
+        { 1, INTS(dlm_limits, seqs) }, { 1, INTS(dlm_limits, slots) },
+        { 1, INTS(dlm_limits, rows) }, { 1, INTS(dlm_limits, out) },
+        { 1, INTS(dlm_limits, cached) },
+        { 2, INTS(dlm_sample_options, steps) }, { 2, INTS(dlm_sample_options, block) },
+        { 2, INTS(dlm_sample_options, top_k) },
+        { 2, INTS(dlm_sample_options, n_suppress) },
+        { 2, INTS(dlm_sample_options, n_stop) },
+        { 3, INTS(dlm_train_options, max_rows) }, { 3, INTS(dlm_train_options, warmup) },
+        { 3, INTS(dlm_train_options, total) },
+        { 3, INTS(dlm_train_options, lift.complementary) },
+        { 4, INTS(dlm_distill_options, max_targets) },
+        { 4, INTS(dlm_distill_options, stop) },
+        { 4, INTS(dlm_distill_options, divergence.sparse) },
+        { 4, INTS(dlm_distill_options, divergence.top_k) },
+    };
+    test_heap heap = {0};
+    dlm_options o = {0};
+    dlm_ctx *ctx = NULL;
+    dlm_model *m = NULL, *teacher = NULL;
+    o.allocator.alloc = test_heap_small; o.allocator.release = test_heap_release;
+    o.allocator.user = &heap;
+    CHECK_OK(dlm_init(&ctx, &o));
+    dlm_config c = test_config(9, 8, 1, 2, 16);
+    c.block = 4;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    c.pattern = DLM_PATTERN_CAUSAL;
+    CHECK_OK(dlm_model_create(&teacher, ctx, &c, 1, NULL));
+    for (size_t i = 0; i < sizeof ints / sizeof *ints; i++)
+        for (size_t k = 0; k < sizeof values / sizeof *values; k++)
+            options_try(ctx, m, teacher, ints[i].which, ints[i].at, values[k]);
+    dlm_model_free(m); dlm_model_free(teacher);
+    dlm_shutdown(ctx);
+    CHECK(heap.live == 0);
+}
+
 TEST(config_refuses_more_parameters_than_can_be_counted)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
@@ -1460,7 +1548,7 @@ TEST(config_refuses_more_parameters_than_can_be_counted)
         dlm_error e = dlm_config_resolve(ctx, &c);
         CHECK(e == DLM_OK || e == DLM_E_CONFIG);
         size_t bytes = dlm_model_bytes(&c);
-        CHECK(bytes == 0 || bytes > (size_t)1 << 40);    /* never wrapped around */
+        CHECK(bytes == 0 || bytes > SIZE_MAX / (1 << 24));  /* never wrapped */
         if (k > 1) continue;                             /* 2^60 floats: too many */
         CHECK_ERROR(dlm_model_create(&m, ctx, &c, 1, NULL), DLM_E_CONFIG, ctx, NULL);
         CHECK(m == NULL && bytes == 0);
@@ -1964,7 +2052,7 @@ static float *test_logits_as_is(dlm_ctx *ctx, const dlm_model *m, const dlm_batc
     return logits;
 }
 
-/* The same of its packed form, unless no_pack. */
+/* The same of its packed form. */
 static float *test_logits_in(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
                              dlm_dtype type)
 {
@@ -1975,9 +2063,9 @@ static float *test_logits_in(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *
 }
 
 static float *test_logits(dlm_ctx *ctx, const dlm_model *m, const dlm_batch *b,
-                          int no_pack)
+                          int as_is)
 {
-    return no_pack || m->packed ? test_logits_as_is(ctx, m, b)
+    return as_is || m->packed ? test_logits_as_is(ctx, m, b)
                                 : test_logits_in(ctx, m, b, DLM_F32);
 }
 
@@ -7939,6 +8027,14 @@ TEST(examples_without_a_response_contribute_nothing)
         CHECK(y.scored > 0 && y.tokens == x.tokens && y.grad_norm - y.grad_norm == 0);
         train_close(&a);
         train_close(&b);
+        o.max_rows = 8;                                  /* less than that prompt */
+        a = train_open(ctx, kind, 1, &o), b = train_open(ctx, kind, 1, &o);
+        dlm_example few[2] = { { text, 4, 1, 0 }, { text, TOY_SLOTS, TOY_SLOTS, 0 } };
+        CHECK_OK(dlm_trainer_step(a.t, few, 1, &x));
+        CHECK_OK(dlm_trainer_step(b.t, few, 2, &y));
+        CHECK(memcmp(&x, &y, sizeof x) == 0 && train_same(&a, &b));
+        train_close(&a);
+        train_close(&b);
     }
     test_close(ctx);
 }
@@ -10327,6 +10423,33 @@ TEST(distiller_gradient_equals_a_reference_row_by_row)
     test_close(ctx);
 }
 
+TEST(distiller_passes_over_examples_without_a_response)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int states = 0; states < 3; states++) {
+        static opd_rig a, b;
+        dlm_distill_options o = {0};
+        dlm_report x, y;
+        dlm_example e[OPD_EX + 1];
+        const int *maps[OPD_EX + 1];
+        o.states = (dlm_states)states;
+        opd_open(&a, ctx, 4, 0, 400, o, 0);
+        opd_open(&b, ctx, 4, 0, 400, o, 0);
+        for (int k = 0; k <= OPD_EX; k++) {
+            e[k] = b.e[k % OPD_EX];
+            maps[k] = b.maps[k % OPD_EX];
+        }
+        e[OPD_EX].prompt = e[OPD_EX].length;
+        LABEL("states %d", states);
+        CHECK_OK(dlm_distiller_step(a.d, a.e, a.maps, OPD_EX, &x));
+        CHECK_OK(dlm_distiller_step(b.d, e, maps, OPD_EX + 1, &y));
+        CHECK(x.loss > 0 && memcmp(&x, &y, sizeof x) == 0);
+        opd_close(&b);
+        opd_close(&a);
+    }
+    test_close(ctx);
+}
+
 /* Few rows or few targets make many passes; three steps hardly differ for it. */
 TEST(distiller_steps_do_not_depend_on_passes)
 {
@@ -11305,6 +11428,7 @@ static const test_case test_cases[] = {
     RUN(model_starts_with_the_documented_distribution),
     RUN(config_refuses_absurd_sizes_by_name),
     RUN(config_refuses_contradictions_by_name),
+    RUN(options_at_the_ends_of_int_are_taken_or_refused),
     RUN(config_refuses_more_parameters_than_can_be_counted),
     RUN(config_fills_in_the_documented_defaults),
     RUN(session_limits_are_checked_by_name),
@@ -11486,6 +11610,7 @@ static const test_case test_cases[] = {
     RUN(teacher_rows_equal_the_doubled_construction),
     RUN(blocks_of_one_see_only_what_stands_before),
     RUN(distiller_gradient_equals_a_reference_row_by_row),
+    RUN(distiller_passes_over_examples_without_a_response),
     RUN(distiller_steps_do_not_depend_on_passes),
     RUN(distiller_states_are_drawn_uniformly),
     RUN(distiller_makes_the_student_say_what_the_teacher_says),

@@ -141,6 +141,15 @@ one_compiler() {
          -lm -pthread && says "$cc: two translation units, run" "$dir/a.out"
     refuses "$cc: -ffast-math" 'fast-math' $cc -ffast-math -I. -c "$dir/body.c" \
             -o "$dir/fast.o"
+    refuses "$cc: -ffinite-math-only" 'without -ffinite-math-only' $cc \
+            -ffinite-math-only -I. -c "$dir/body.c" -o "$dir/fast.o"
+    if $cc -fassociative-math -fno-signed-zeros -fno-trapping-math -E -dM \
+           "$dir/user.c" -I. 2> "$dir/log" | grep -q __ASSOCIATIVE_MATH__; then
+        refuses "$cc: -funsafe-math-optimizations" 'without -fassociative-math' $cc \
+                -funsafe-math-optimizations -I. -c "$dir/body.c" -o "$dir/fast.o"
+    fi
+    says "$cc: -fno-signed-zeros and -freciprocal-math, which do no harm" \
+         $cc -fno-signed-zeros -freciprocal-math -I. -c "$dir/body.c" -o "$dir/fast.o"
     says "$cc: -ffast-math where allowed" $cc -ffast-math -DDLM_ALLOW_FAST_MATH -I. \
          -c "$dir/body.c" -o "$dir/fast.o"
     refuses "$cc: DLM_MALLOC without DLM_FREE" 'DLM_FREE' $cc -I. -c "$dir/half_hooks.c" \
