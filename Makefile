@@ -21,7 +21,7 @@ all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
 benches: $(BENCHES:bench/%.c=build/%)
 
-build/dlm_test: dlm_test.c dlm.h
+build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
 build/%: examples/%.c dlm.h

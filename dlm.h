@@ -112,9 +112,11 @@
        In f32 ISAs agree to about 1e-5 relative; dlm_test checks 1e-4.  The same seed
        draws the same bits everywhere.
 
-   HOW TO READ THIS FILE           api, then layers -> forward -> objectives -> sampler
-       tell what a diffusion language model is; random, attention and matmul tell how it
-       is made deterministic and fast; the rest is files.
+   HOW TO READ THIS FILE           begin with examples/00_by_hand.c: a whole model, its
+       training and its sampler in 300 lines of plain C, every formula beside its code.
+       Then api, and layers -> forward -> objectives -> sampler tell the same as it is
+       here; random, attention and matmul tell how it is made deterministic and fast; the
+       rest is files.
 
    WHAT THIS IS NOT                no GPU, no autograd, no strides or views, no mixture
        of experts, no training of models beyond some hundred million parameters.

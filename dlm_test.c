@@ -5617,6 +5617,232 @@ TEST(schedules_warm_up_and_fall_as_documented)
     test_close(ctx);
 }
 
+/* ==[ by hand ]===============================================================
+   The program to be read first, in double and without a line of dlm.h, against dlm.h on
+   the same weights.  Its sizes are macros; they end here. */
+
+#define BY_HAND_NO_MAIN
+#include "examples/00_by_hand.c"
+
+enum { HAND_T = T, HAND_P = P, HAND_V = V, HAND_MASK = MASK };
+
+static dlm_config hand_config(void)
+{
+    dlm_config c = test_config(V, C, L, H, T);
+    c.ffn = F;
+    c.mask_id = MASK;
+    c.pattern = DLM_PATTERN_FULL;
+    c.rope_theta = 10;
+    return c;
+}
+
+#undef T
+#undef P
+#undef C
+#undef H
+#undef D
+#undef F
+#undef V
+#undef L
+#undef MASK
+
+static num *hand_flat(void) { return (num *)&net.w; }
+
+/* A random model with whose weights the program goes on, its gradients zero. */
+static dlm_model *hand_model(dlm_ctx *ctx)
+{
+    dlm_config c = hand_config();
+    dlm_model *m = test_model(ctx, &c);
+    CHECK(m->n_params == HAND_WEIGHTS);
+    for (int i = 0; i < HAND_WEIGHTS; i++) {
+        hand_flat()[i].v = (double)m->weights[i];
+        hand_flat()[i].d = 0;
+    }
+    srand((unsigned)test_below(1 << 30));
+    return m;
+}
+
+/* A text that holds no mask. */
+static void hand_text(char *text)
+{
+    for (int i = 0; i < HAND_T; i++) {
+        int token = test_below(HAND_V - 1);
+        text[i] = (char)(token + (token >= HAND_MASK));
+    }
+}
+
+/* The program's canvas as a batch that looks at its masks, or at all rows. */
+static const dlm_batch *hand_batch(test_batch *t, int all)
+{
+    batch_clear(t);
+    batch_add(t, HAND_T, HAND_V, DLM_PATTERN_FULL, 0, 0);
+    memcpy(t->tokens, net.canvas, sizeof net.canvas);
+    batch_close(t, 1);
+    t->b.n_out = 0;
+    for (int i = 0; i < HAND_T; i++)
+        if (all || net.canvas[i] == HAND_MASK) t->out_rows[t->b.n_out++] = i;
+    return &t->b;
+}
+
+TEST(by_hand_logits_equal_those_of_dlm_on_every_isa)
+{
+    static test_batch t;
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        dlm_model *m = hand_model(ctx);
+        for (int i = 0; i < HAND_T; i++) net.canvas[i] = test_below(HAND_V);
+        forward();
+        float *got = test_logits(ctx, m, hand_batch(&t, 1), 0);
+        LABEL("%s", dlm_isa_name((dlm_isa)isa));
+        for (int i = 0; i < HAND_T * HAND_V; i++)
+            CHECK_CLOSE(got[i], net.a.logits[i].v, 1e-4);
+        free(got);
+        dlm_model_free(m);
+        test_close(ctx);
+    }
+}
+
+/* CE / t over the masked tokens, and its gradient, 1e-4 of each tensor's largest. */
+static void hand_compare_gradient(dlm_ctx *ctx, dlm_model *m, double level)
+{
+    static test_batch t;
+    char text[HAND_T];
+    ce_score score;
+    hand_text(text);
+    double loss = learn(text, level, 0.25);
+    const dlm_batch *b = hand_batch(&t, 0);
+    ce_open(&score, b, HAND_V);
+    for (int i = 0; i < b->n_out; i++) {
+        score.target[i] = text[b->out_rows[i]];
+        score.weight[i] = 0.25 / level;
+    }
+    float *grad = grad_of_pass(ctx, m, b, &score);
+    CHECK_CLOSE(loss, ce_total(&score), 1e-4 * loss);
+    for (int k = 0; k < dlm_model_tensors(m); k++) {
+        dlm_tensor tensor;
+        dlm_model_tensor(m, k, &tensor);
+        size_t first = (size_t)(tensor.data - m->weights);
+        size_t n = (size_t)tensor.rows * (size_t)tensor.cols;
+        double largest = fabsf(grad[first + grad_largest(grad + first, n)]);
+        LABEL("%s, t = %g", tensor.name, level);
+        CHECK((largest > 0) == (b->n_out > 0));
+        for (size_t i = first; i < first + n; i++)
+            CHECK_CLOSE(grad[i], hand_flat()[i].d, 1e-4 * largest);
+    }
+    free(grad);
+    ce_close(&score);
+}
+
+TEST(by_hand_loss_and_gradient_equal_those_of_dlm_on_every_isa)
+{
+    static const double levels[] = { 0.2, 0.5, 1 };
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < 3; i++) {
+            dlm_model *m = hand_model(ctx);
+            hand_compare_gradient(ctx, m, levels[i]);
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
+}
+
+/* The prompt and what is not masked stay; every number is within 5 deviations. */
+TEST(by_hand_masks_a_fraction_t_after_the_prompt)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model_free(hand_model(ctx));
+    for (int k = 1; k <= 3; k++) {
+        const double t = 0.3 * k, n = 40 * (HAND_T - HAND_P);
+        int masks = 0;
+        char text[HAND_T];
+        for (int run = 0; run < 40; run++) {
+            hand_text(text);
+            learn(text, t, 1);
+            for (int i = 0; i < HAND_T; i++) {
+                int masked = net.canvas[i] == HAND_MASK;
+                CHECK(masked ? i >= HAND_P : net.canvas[i] == text[i]);
+                masks += masked;
+            }
+        }
+        CHECK_CLOSE(masks, n * t, 5 * sqrt(n * t * (1 - t)));
+    }
+    test_close(ctx);
+}
+
+/* Both are given the same gradients.  The program's moments live as long as it does, so
+   this is the one test that may call its adam(). */
+TEST(by_hand_updates_equal_those_of_dlm)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = hand_model(ctx);
+    dlm_train_options o = {0};
+    o.lr = 0.01f;
+    o.no_clip = 1;
+    dlm_trainer *t = test_trainer(ctx, m, &o);
+    for (int n = 1; n <= 4; n++) {
+        for (int i = 0; i < HAND_WEIGHTS; i++) {
+            dlm_trainer_gradients(t)[i] = 0.1f * test_float();
+            hand_flat()[i].d = (double)dlm_trainer_gradients(t)[i];
+        }
+        CHECK_OK(dlm_trainer_update(t, NULL));
+        adam(0.01, n);
+        LABEL("update %d", n);
+        for (int i = 0; i < HAND_WEIGHTS; i++) {
+            CHECK_CLOSE(m->weights[i], hand_flat()[i].v, 1e-6 * n);
+            CHECK(hand_flat()[i].d == 0);
+        }
+    }
+    dlm_trainer_free(t);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Both fill in the program's canvas, `steps` or, when 0, one token per step. */
+static void hand_compare_canvases(dlm_ctx *ctx, const dlm_model *m, int steps)
+{
+    const int T = HAND_T;
+    int canvas[HAND_T], masks = 0;
+    dlm_sample_options o = {0};
+    dlm_sampler *sm = NULL;
+    dlm_session *s = test_session(ctx, m, 1, T, T, 0);
+    memcpy(canvas, net.canvas, sizeof canvas);
+    for (int i = 0; i < T; i++) masks += canvas[i] == HAND_MASK;
+    o.steps = steps;
+    if (!steps) steps = masks;
+    CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+    CHECK_OK(dlm_sampler_begin(sm, canvas, &T, 1));
+    for (int i = 0; i < steps; i++) {
+        CHECK(!dlm_sampler_done(sm));
+        CHECK_OK(dlm_sampler_step(sm));
+        fill_in(masks / steps + (i < masks % steps));
+        CHECK(!memcmp(canvas, net.canvas, sizeof canvas));
+    }
+    CHECK(dlm_sampler_done(sm));
+    dlm_sampler_free(sm);
+    dlm_session_free(s);
+}
+
+TEST(by_hand_writes_what_the_sampler_writes_step_by_step_on_every_isa)
+{
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int run = 0; run < 9; run++) {
+            dlm_model *m = hand_model(ctx);
+            char text[HAND_T];
+            hand_text(text);
+            for (int i = 0; i < HAND_T; i++) {
+                net.canvas[i] = HAND_MASK;
+                if (test_uniform() < 0.3 || i == 2) net.canvas[i] = text[i];
+            }
+            LABEL("run %d, %s", run, dlm_isa_name((dlm_isa)isa));
+            hand_compare_canvases(ctx, m, run % 3 * 3);
+            dlm_model_free(m);
+        }
+        test_close(ctx);
+    }
+}
+
 /* ==[ training runs ]======================================================== */
 
 static int train_tokens[8][64];            /* what the tests below learn from      */
@@ -11548,6 +11774,11 @@ static const test_case test_cases[] = {
     RUN(update_reports_unsound_moments_and_changes_nothing),
     RUN(updates_leave_no_denormals_behind),
     RUN(schedules_warm_up_and_fall_as_documented),
+    RUN(by_hand_logits_equal_those_of_dlm_on_every_isa),
+    RUN(by_hand_loss_and_gradient_equal_those_of_dlm_on_every_isa),
+    RUN(by_hand_masks_a_fraction_t_after_the_prompt),
+    RUN(by_hand_updates_equal_those_of_dlm),
+    RUN(by_hand_writes_what_the_sampler_writes_step_by_step_on_every_isa),
     RUN(untrained_models_lose_ln_v_nats_per_token),
     RUN(objective_expectation_is_the_exact_bound),
     RUN(report_counts_the_tokens_that_could_carry_loss),

@@ -19,6 +19,7 @@ BEGIN {
           words, " ")
     for (i in words) exception[words[i]] = 1
     files["README.md"] = 210; files["Makefile"] = 95
+    files["examples/00_by_hand.c"] = 300            # a whole model, not one feature
 }
 
 function fail(where, text) { printf "FAIL %s: %s\n", where, text; failures++ }
@@ -83,7 +84,7 @@ END {
            total, total_target, total_limit, total ? 100 * comments / total : 0
     if (total > total_limit) fail("dlm.h", "is longer than " total_limit " lines")
     for (f in lines) {
-        limit = f ~ /^examples\/[0-9]/ ? 200 : f in files ? files[f] : 0
+        limit = f in files ? files[f] : f ~ /^examples\/[0-9]/ ? 200 : 0
         if (limit && lines[f] > limit) fail(f, lines[f] " lines, the limit is " limit)
     }
     for (i = 2; i <= n_functions; i++)     # insertion sort, the longest first
