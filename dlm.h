@@ -8658,12 +8658,12 @@ static int dlm__float_from(const char *text, float *out)
     const char *p = text + (*text == '-'), *end = text + strlen(text);
     const char *point = p + strcspn(p, ".eE"), *power = p + strcspn(p, "eE");
     const int sign = power < end && (power[1] == '+' || power[1] == '-');
-    int64_t far = power < end ? dlm__whole_from(power + 1 + sign) : 0, i;
+    int64_t shift = power < end ? dlm__whole_from(power + 1 + sign) : 0, i;
     int e = 0;
     double v;
     if (dlm__number_end(text, end) != end) return 0;
-    if (far > INT64_MAX / 4) far = INT64_MAX / 4;
-    i = DLM__WHOLE - (point - p) - (sign && power[1] == '-' ? -far : far);
+    if (shift > INT64_MAX / 4) shift = INT64_MAX / 4;
+    i = DLM__WHOLE - (point - p) - (sign && power[1] == '-' ? -shift : shift);
     for (; p < power; p++) {                    /* digit *p stands at place i      */
         if (*p == '.') continue;
         if (*p != '0' && i < 0) return 0;
