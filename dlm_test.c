@@ -3690,7 +3690,7 @@ TEST(sampler_ancestral_does_not_wait_for_empty_steps)
             for (int q = 0; q < TOY_SEQS; q++) counts[sampler_permutation(&r, q)]++;
             for (int i = 0; i < r.n_events; i++)
                 sum[(r.events[i].step - 1) % 3] += (double)r.events[i].time;
-            n += TOY_SEQS;
+            n += (int)TOY_SEQS;
         }
         toy_check_counts(counts, p, 6);
         for (int j = 0; j < 3; j++)        /* sorted uniforms; variance at most 1/20  */
@@ -4439,7 +4439,8 @@ static void sampler_spoil(void *user, int seq, int position, float *logits)
     if (f->at >= 0 && seq == f->seq && position == f->position) logits[f->at] = f->value;
 }
 
-enum { FAULT_V = 600, FAULT_SEQS = 2, FAULT_T = 6 };
+enum { FAULT_V = 600, FAULT_SEQS = 2, FAULT_T = 6,
+       FAULT_CELLS = (int)FAULT_SEQS * (int)TOY_SLOTS };
 
 /* Steps to the end of the run; the first step that fails must name the fault and leave
    the canvas alone, and does as if nothing had been once the fault is taken away. */
@@ -4447,8 +4448,8 @@ static void sampler_try_fault(dlm_ctx *ctx, dlm_sampler *sm, sampler_fault *f,
                               int *canvas)
 {
     const int lengths[FAULT_SEQS] = { FAULT_T, FAULT_T };
-    const size_t size = FAULT_SEQS * TOY_SLOTS;
-    int kept[FAULT_SEQS * TOY_SLOTS], failed = f->at < 0;
+    const size_t size = (size_t)FAULT_SEQS * (size_t)TOY_SLOTS;
+    int kept[FAULT_CELLS], failed = f->at < 0;
     char where[64];
     snprintf(where, sizeof where, "sequence %d, position %d: the logit of token %d is ",
              f->seq, f->position, f->at);
@@ -4474,8 +4475,8 @@ static void sampler_try_faults(dlm_ctx *ctx, dlm_session *s, dlm_sample_options 
 {
     static const int places[] = { 0, 1, 3, 15, 16, 17, 511, 512, FAULT_V - 2,
                                   FAULT_V - 1 };
-    static const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
-    int canvas[FAULT_SEQS * TOY_SLOTS], sound[FAULT_SEQS * TOY_SLOTS], n_sound, n;
+    const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
+    int canvas[FAULT_CELLS], sound[FAULT_CELLS], n_sound, n;
     dlm_event events[FAULT_SEQS * FAULT_T];
     sampler_fault f = { 1, 4, -1, 0 };
     dlm_sampler *sm = NULL;
@@ -4795,7 +4796,7 @@ enum { SPOILT = 600 };
 static void spoilt_fill(float *x, float *p, int at, float value)
 {
     for (int v = 0; v < SPOILT; v++) x[v] = v < SPOILT - 40 ? 1.0f : -INFINITY;
-    for (int v = 0; v < SPOILT; v++) p[v] = 1.0f / SPOILT;
+    for (int v = 0; v < SPOILT; v++) p[v] = 1.0f / (float)SPOILT;
     x[at] = value;
 }
 
@@ -4808,7 +4809,7 @@ static void spoilt_check(double value, const float *gradient)
 /* Wherever the bad logit stands, value and gradient tell: no ISA passes over it. */
 TEST(losses_of_logits_that_are_not_numbers_are_not_numbers)
 {
-    static const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
+    const float values[] = { (float)NAN, (float)-NAN, (float)INFINITY };
     static float x[SPOILT], p[SPOILT];
     FOR_EACH_ISA(isa) {
         dlm_ctx *ctx = test_open(isa, 1);
@@ -5513,7 +5514,7 @@ TEST(gradient_norm_is_right_for_all_finite_gradients_on_every_isa)
 /* Of a damaged state, say: none of it may reach the weights. */
 TEST(update_reports_unsound_moments_and_changes_nothing)
 {
-    static const struct { int array; float value; } bad[] = {
+    const struct { int array; float value; } bad[] = {
         { 1, (float)NAN }, { 1, INFINITY }, { 1, -INFINITY }, { 2, (float)NAN },
         { 2, INFINITY }, { 2, -INFINITY }, { 2, -1.0f }, { 2, -1e-45f } };
     FOR_EACH_ISA(isa)
@@ -6158,7 +6159,7 @@ static void exceptions_models(int isa)
 
 static void exceptions_training(int isa)
 {
-    for (int g = 0; g < MODEL_CASES + DLM_METHOD_COUNT; g++) {
+    for (int g = 0; g < (int)MODEL_CASES + (int)DLM_METHOD_COUNT; g++) {
         dlm_config c = case_config(&model_grid[g < MODEL_CASES ? g : 0], 64);
         dlm_ctx *ctx = test_open(isa, 1);
         dlm_model *m = test_model(ctx, &c);
@@ -6180,11 +6181,11 @@ static void exceptions_sampling(int isa)
 {
     static toy_run run;
     dlm_ctx *ctx = test_open(isa, 1);
-    for (int k = 0; k < TOY_KINDS * DLM_ORDER_COUNT * 2; k++) {
+    for (int k = 0; k < (int)TOY_KINDS * (int)DLM_ORDER_COUNT * 2; k++) {
         dlm_model *m = toy_model(ctx, k % TOY_KINDS, test_seed);
         dlm_sample_options o = {0};
         o.order = (dlm_order)(k / TOY_KINDS % DLM_ORDER_COUNT);
-        if (k >= TOY_KINDS * DLM_ORDER_COUNT) {
+        if (k >= (int)TOY_KINDS * (int)DLM_ORDER_COUNT) {
             o.temperature = 0.7f; o.top_k = 7; o.top_p = 0.95f; o.min_p = 0.01f;
             o.gumbel = k % 2; o.suppress = &run.lengths[0]; o.n_suppress = 1;
         }
