@@ -947,7 +947,7 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
    (session slots) of which dlm_sampler_length are written. */
 DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
 /* Length cap of rollout `step`: from start to end over `ramp` rollouts, along 1 - cos
-   (kind 0) or linearly (kind 1), in whole blocks. */
+   (kind 0) or linearly (kind 1), in whole blocks of block >= 1, at least one. */
 DLM_API int       dlm_curriculum(int step, int ramp, int start, int end, int kind,
                                  int block);
 
@@ -3085,7 +3085,8 @@ static dlm_error dlm__check_type(dlm_ctx *ctx, const char *name, dlm_dtype type,
                          (int)type, int8 ? ", DLM_I8" : "");
 #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 2
     if (kind != DLM__WORD_F32)      /* x87 registers do not keep every pattern of bits */
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: compile with -mfpmath=sse", name);
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: %d needs floats that are kept as "
+                         "32 bits; compile with -mfpmath=sse", name, (int)type);
 #endif
     return DLM_OK;
 }
@@ -7922,7 +7923,9 @@ DLM_API int dlm_curriculum(int step, int ramp, int start, int end, int kind, int
 {
     const double x = ramp > 0 ? fmin(1.0, (double)step / ramp) : 1.0;
     const double rise = kind == 0 ? 1.0 - cos(1.5707963267948966 * x) : x;
-    return dlm__max(block, (int)rint((start + (end - start) * rise) / block) * block);
+    const double cap = (double)start + ((double)end - (double)start) * rise;
+    const double most = INT_MAX / block, blocks = rint(cap / block);
+    return (int)fmin(fmax(blocks, 1.0), most) * block;
 }
 
 DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)

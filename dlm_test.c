@@ -4939,7 +4939,7 @@ TEST(log_likelihood_expectation_is_the_exact_bound)
             ref_open(&r, m);
             bound_tokens(tokens, BOUND_P + n);
             bound_sums want = bound_block(&r, tokens, BOUND_P, n, n);
-            double sd = sqrt(want.square - want.mean * want.mean), got = NAN;
+            double sd = sqrt(fmax(0, want.square - want.mean * want.mean)), got = NAN;
             dlm_session *s = test_session(ctx, m, 4, 0, 0, 0);
             LABEL("n %d, shifted %d", n, shifted);
             CHECK_OK(dlm_log_likelihood(s, tokens, BOUND_P + n, BOUND_P, SAMPLES,
@@ -10042,6 +10042,8 @@ TEST(curriculum_has_the_published_values)
     LABEL("%s", "edges");
     CHECK(dlm_curriculum(3, 0, 8, 64, 0, 4) == 64);              /* no ramp         */
     CHECK(dlm_curriculum(0, 10, 1, 64, 0, 8) == 8);              /* a block at least */
+    CHECK(dlm_curriculum(INT_MAX, INT_MAX, INT_MIN, INT_MAX, 1, 4) == INT_MAX - 3);
+    CHECK(dlm_curriculum(INT_MIN, INT_MAX, INT_MAX, INT_MIN, 1, 4) == INT_MAX - 3);
 }
 
 /* ==[ step maps ]=============================================================
