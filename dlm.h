@@ -47,7 +47,7 @@
        threads context matmul      jobs, a small pool; packed and blocked products
        layers attention            forward and backward of each, side by side
        config parameters patterns  what a model is: sizes, the weight table, key ranges
-       work forward backward       activations, a batch, one pass up, one pass down
+       work block                  activations, a batch; one block up and down, passes
        sessions                    inference
        objectives lift             states and losses; LIFT and what it is compared with
        trainer optimizer           passes that learn; clipping, AdamW, averaging
@@ -114,7 +114,7 @@
 
    HOW TO READ THIS FILE           begin with examples/00_by_hand.c: a whole model, its
        training and its sampler in 300 lines of plain C, every formula beside its code.
-       Then api, and layers -> forward -> objectives -> sampler tell the same as it is
+       Then api, and layers -> block -> objectives -> sampler tell the same as it is
        here; random, attention and matmul tell how it is made deterministic and fast; the
        rest is files.
 
@@ -3770,6 +3770,14 @@ static void dlm__column_sum_run(dlm__column_sum *c)
                   4.0 * c->rows * c->heads * c->n, dlm__column_sum_job, c);
 }
 
+/* --[ bias ]------------------------------------------------------------------
+     y_i += b                         db += sum_i dy_i                             */
+static void dlm__bias_forward(const dlm_ctx *ctx, float *y, const float *b, size_t ldy,
+                              int rows, int n)
+{
+    for (int i = 0; i < rows; i++) ctx->k->add(y + (size_t)i * ldy, b, n);
+}
+
 static void dlm__bias_backward(dlm_ctx *ctx, float *db, const float *dy, size_t ldy,
                                int rows, int n)
 {
@@ -3798,16 +3806,41 @@ static void dlm__embedding_backward(dlm_ctx *ctx, float *de, const float *dx,
     dlm__column_sum_run(&c);
 }
 
+/* --[ residual ]--------------------------------------------------------------
+     y_i += x_row(i)                  dx_row(i) += dy_i, which is done in place    */
+typedef struct dlm__residual {
+    dlm_ctx     *ctx;
+    float       *y;                 /* (n, C)                                      */
+    const float *x;                 /* (.., C)                                     */
+    const int   *rows;              /* (n) which of x; NULL: the same              */
+    int          C;
+} dlm__residual;
+
+static void dlm__residual_rows(void *arg, int first, int end)
+{
+    const dlm__residual *a = (const dlm__residual *)arg;
+    for (int i = first; i < end; i++)
+        a->ctx->k->add(a->y + (size_t)i * (size_t)a->C,
+                       a->x + (size_t)(a->rows ? a->rows[i] : i) * (size_t)a->C, a->C);
+}
+
+static void dlm__add_residual(dlm_ctx *ctx, float *y, const float *x, const int *rows,
+                              int n, int C)
+{
+    dlm__residual a;
+    a.ctx = ctx; a.y = y; a.x = x; a.rows = rows; a.C = C;
+    dlm__for_rows(ctx, n, 2.0 * C, dlm__residual_rows, &a);
+}
+
 /* --[ rmsnorm ]---------------------------------------------------------------
      y_i = x_i r g_i                  r = 1 / sqrt(mean_j x_j^2 + eps), kept
    Backward, with dr/dx_j = -r^3 x_j / n and s = sum_j dy_j g_j x_j:
      dg_i += dy_i x_i r               dx_i += r g_i dy_i - r^3 x_i s / n
-   (Zhang and Sennrich 2019.)  residual, when given, is added to x first, by row. */
+   (Zhang and Sennrich 2019.) */
 typedef struct dlm__norm {
     dlm_ctx *ctx;
     float *y, *x, *r;               /* (rows, n), (rows, n), (rows)                */
-    const float *g, *residual;      /* (n); (.., n) or NULL                        */
-    const int *residual_rows;       /* (rows) which of residual; NULL: the same    */
+    const float *g;                 /* (n)                                         */
     const float *dy;                /* (rows, n)                                   */
     float *dx;                      /* (rows, n)                                   */
     int n;
@@ -3817,14 +3850,10 @@ typedef struct dlm__norm {
 static void dlm__norm_rows(void *arg, int first, int end)
 {
     const dlm__norm *m = (const dlm__norm *)arg;
-    const dlm__kernels *k = m->ctx->k;
     const size_t n = (size_t)m->n;
-    for (int i = first; i < end; i++) {
-        float *x_i = m->x + (size_t)i * n;
-        const int from = m->residual_rows ? m->residual_rows[i] : i;
-        if (m->residual) k->add(x_i, m->residual + (size_t)from * n, m->n);
-        if (m->y) m->r[i] = k->rmsnorm(m->y + (size_t)i * n, x_i, m->g, m->n, m->eps);
-    }
+    for (int i = first; i < end; i++)
+        m->r[i] = m->ctx->k->rmsnorm(m->y + (size_t)i * n, m->x + (size_t)i * n, m->g,
+                                     m->n, m->eps);
 }
 
 static void dlm__norm_forward(dlm__norm *m, int rows)
@@ -5024,21 +5053,25 @@ DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int 
 }
 
 /* ==[ work ]==================================================================
-   What a pass needs besides weights.  With keep, every layer has activations of its
-   own for backward; without, all layers share one set and keys and values go to a
-   cache. */
+   What a pass needs besides weights.  Training keeps the activations of every layer for
+   backward and one cache, filled anew by each layer; a session has one set of
+   activations, which every layer overwrites, and keeps keys and values in caches, one
+   per layer if they are to outlive the pass. */
 
 typedef struct dlm__acts {          /* Q: query rows, all rows but in the last layer */
     float *x;                       /* (N, C) what enters the layer                */
     float *h1, *r1;                 /* (N, C), (N) norm1                           */
-    float *hq;                      /* (Q, C) the query rows of h1, or h1 itself   */
     float *q, *q_pre, *rq;          /* (Q, H*D), the same, (Q, H)                  */
     float *kv, *k_pre, *rk;         /* (N, 2*KV*D), (N, KV*D), (N, KV)             */
     float *o, *lse;                 /* (Q, H*D), (Q, H)                            */
     float *x2, *h2, *r2;            /* (Q, C), (Q, C), (Q) after attention; norm2  */
     float *gu, *act;                /* (Q, 2F), (Q, F)                             */
-    float *k_panels, *v;            /* (KV, pad, D), (pad, KV*D) the cache         */
 } dlm__acts;
+
+typedef struct dlm__cache {
+    float *k_panels;                /* (KV, pad_total, D) see dlm__attention       */
+    float *v;                       /* (pad_total, KV*D); training: NULL           */
+} dlm__cache;
 
 typedef struct dlm__rows {          /* rows of a pass, grouped by sequence         */
     int       n;
@@ -5050,14 +5083,16 @@ typedef struct dlm__rows {          /* rows of a pass, grouped by sequence      
 typedef struct dlm__work {
     dlm_ctx    *ctx;
     dlm_config  c;
-    int         keep, seqs, slots, rows, out, layer_caches;           /* limits    */
+    int         training, seqs, slots, rows, out, cached;             /* limits    */
     dlm_dtype   type;               /* in which a plain model is multiplied        */
     int         chunk;              /* rows of the head at a time                  */
     int         pad_total;          /* slots of all sequences, each rounded to 96  */
-    dlm__acts  *acts;               /* (L)                                         */
     int         turns;              /* positions there can be: max_seq, but no more
                                        than the slots                              */
     float      *cos_sin;            /* (turns, D)                                  */
+    dlm__acts  *acts;               /* (training ? L : 1)                          */
+    dlm__cache *caches;             /* (cached ? L : 1)                            */
+    float      *hq;                 /* (out, C) last layer: the rows of h1 looked at */
     float      *x_out, *hf, *rf;    /* (out, C), (out, C), (out) final norm        */
     float      *logits;             /* (chunk, V)                                  */
     dlm__rows   all, sub;           /* every row; the rows that are looked at      */
@@ -5066,10 +5101,9 @@ typedef struct dlm__work {
     int        *out_rows;           /* (out)                                       */
     int        *k_base, *v_base, *n_slots;     /* (S) see dlm__attention           */
     int         n_seqs;
-    /* training only */
-    float *dx, *dxq, *dh, *dhq, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
+    /* training only: gradients; of the last layer dy, dhq have only the rows looked at */
+    float *dx, *dy, *dh, *dhq, *dq, *dkv, *d_o, *dgu, *dact, *dhf;
     float *v_panels, *dkv_columns;
-    dlm__acts *scout;               /* (L) all the first layer's: nothing is kept  */
 } dlm__work;
 
 static void dlm__rows_carve(dlm__arena *a, dlm__rows *r, int n, int seqs)
@@ -5079,7 +5113,6 @@ static void dlm__rows_carve(dlm__arena *a, dlm__rows *r, int n, int seqs)
     r->keys = (dlm_keys *)dlm__push(a, (size_t)n, sizeof(dlm_keys));
 }
 
-/* One set of activations: fresh for every layer when keeping, else for all. */
 static void dlm__acts_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
 {
     const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
@@ -5103,63 +5136,52 @@ static void dlm__acts_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
     t->act = dlm__push_floats(a, N, F);
 }
 
-static void dlm__cache_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
-{
-    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
-    t->k_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
-    t->v = w->keep ? NULL : dlm__push_floats(a, (size_t)w->pad_total, KVD);
-}
-
+/* Activations and caches: how many sets there are is what differs, see above. */
 static void dlm__layers_carve(dlm__arena *a, dlm__work *w)
 {
-    const int counting = a->base == NULL;
-    float *hq = dlm__push_floats(a, (size_t)w->out, (size_t)w->c.dim);
-    dlm__acts shared;
-    memset(&shared, 0, sizeof shared);
-    for (int l = 0; l < w->c.layers; l++) {
-        dlm__acts one, *t = counting ? &one : &w->acts[l];
-        *t = shared;
-        if (w->keep || l == 0) dlm__acts_carve(a, w, t);
-        if (l == 0 || w->layer_caches) dlm__cache_carve(a, w, t);
-        t->hq = l == w->c.layers - 1 ? hq : t->h1;
-        if (l == 0) shared = *t;
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    const int sets = w->training ? w->c.layers : 1, caches = w->cached ? w->c.layers : 1;
+    dlm__acts count;
+    dlm__cache counted;
+    w->acts = (dlm__acts *)dlm__push(a, (size_t)sets, sizeof *w->acts);
+    for (int l = 0; l < sets; l++) dlm__acts_carve(a, w, a->base ? &w->acts[l] : &count);
+    w->caches = (dlm__cache *)dlm__push(a, (size_t)caches, sizeof *w->caches);
+    for (int l = 0; l < caches; l++) {
+        dlm__cache *t = a->base ? &w->caches[l] : &counted;
+        t->k_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
+        t->v = w->training ? NULL : dlm__push_floats(a, (size_t)w->pad_total, KVD);
     }
+    w->hq = dlm__push_floats(a, (size_t)w->out, (size_t)w->c.dim);
 }
 
 static void dlm__training_carve(dlm__arena *a, dlm__work *w)
 {
     const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
-    const size_t HD = (size_t)(w->c.heads * w->c.head_dim);
+    const size_t HD = (size_t)(w->c.heads * w->c.head_dim), out = (size_t)w->out;
     const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
     w->dx = dlm__push_floats(a, N, C);
-    w->dxq = dlm__push_floats(a, N, C);
+    w->dy = dlm__push_floats(a, out, C);
     w->dh = dlm__push_floats(a, N, C);
-    w->dhq = dlm__push_floats(a, (size_t)w->out, C);
+    w->dhq = dlm__push_floats(a, out, C);
     w->dq = dlm__push_floats(a, N, HD);
     w->dkv = dlm__push_floats(a, N, 2 * KVD);
     w->d_o = dlm__push_floats(a, N, HD);
     w->dgu = dlm__push_floats(a, N, 2 * F);
     w->dact = dlm__push_floats(a, N, F);
-    w->dhf = dlm__push_floats(a, (size_t)w->out, C);
+    w->dhf = dlm__push_floats(a, out, C);
     w->v_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
     w->dkv_columns = dlm__push_floats(a, (size_t)w->pad_total, 2 * KVD);
-    w->scout = (dlm__acts *)dlm__push(a, (size_t)w->c.layers, sizeof(dlm__acts));
-    for (int l = 0; a->base && l < w->c.layers; l++) {
-        w->scout[l] = w->acts[0];
-        if (l == w->c.layers - 1) w->scout[l].hq = w->acts[l].hq;
-    }
 }
 
 /* w's limits, ctx and c are set; everything else is placed here. */
 static void dlm__work_carve(dlm__arena *a, dlm__work *w)
 {
-    const size_t C = (size_t)w->c.dim, out = (size_t)w->out;
-    const size_t L = (size_t)w->c.layers, seqs = (size_t)w->seqs;
+    const size_t C = (size_t)w->c.dim, out = (size_t)w->out, seqs = (size_t)w->seqs;
     const int by_logits = (1 << 18) / w->c.vocab;        /* 1 MiB, but not few rows */
     w->chunk = dlm__min(w->out, dlm__min(dlm__max(by_logits, 128), 512));
-    w->pad_total = w->keep ? dlm__round_up(w->rows, DLM__CHUNK) + w->seqs * DLM__CHUNK
-                           : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
-    w->acts = (dlm__acts *)dlm__push(a, L, sizeof(dlm__acts));
+    w->pad_total = w->training
+        ? dlm__round_up(w->rows, DLM__CHUNK) + w->seqs * DLM__CHUNK
+        : w->seqs * dlm__round_up(w->slots, DLM__CHUNK);
     w->turns = dlm__min(w->c.max_seq, w->slots);
     w->cos_sin = dlm__push_floats(a, (size_t)w->turns, (size_t)w->c.head_dim);
     w->x_out = dlm__push_floats(a, out, C);
@@ -5175,9 +5197,8 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
     w->v_base = dlm__push_ints(a, seqs);
     w->n_slots = dlm__push_ints(a, seqs);
     dlm__layers_carve(a, w);
-    if (w->keep) dlm__training_carve(a, w);
+    if (w->training) dlm__training_carve(a, w);
 }
-
 static void dlm__fill_cos_sin(const dlm__work *w)
 {
     const dlm_config *c = &w->c;
@@ -5266,7 +5287,11 @@ static dlm_error dlm__check_out_rows(dlm__work *w, const dlm_batch *b)
     return DLM_OK;
 }
 
-/* Copies a batch into the work space with its defaults filled in. */
+/* Copies a batch into the work space with its defaults filled in.  Keys stand in panels
+   from k_base on, values in rows from v_base on.  A session has a place for every lane,
+   its slots rounded up to whole chunks, for both.  In training, where a row's slot is its
+   place in the sequence, keys stand one sequence after the other, each rounded up, and
+   values are the rows of kv, where the matmul left them. */
 static void dlm__take_rows(dlm__work *w, const dlm_batch *b)
 {
     int base = 0;
@@ -5274,17 +5299,17 @@ static void dlm__take_rows(dlm__work *w, const dlm_batch *b)
     w->all.n = b->start[b->n_seqs];
     for (int s = 0; s < b->n_seqs; s++) {
         const int first = b->start[s], n = b->start[s + 1] - first;
+        const int lane = b->lanes ? b->lanes[s] : s;
         w->all.start[s] = first;
         for (int i = first; i < first + n; i++) {
             w->tokens[i] = b->tokens[i];
-            w->slot[i] = b->slots && !w->keep ? b->slots[i] : i - first;
+            w->slot[i] = b->slots && !w->training ? b->slots[i] : i - first;
             w->all.positions[i] = b->positions ? b->positions[i] : w->slot[i];
             w->all.keys[i] = b->keys[i];
         }
-        w->n_slots[s] = w->keep ? n : w->slots;
-        w->k_base[s] = w->keep ? base
-            : (b->lanes ? b->lanes[s] : s) * dlm__round_up(w->slots, DLM__CHUNK);
-        w->v_base[s] = w->keep ? first : w->k_base[s];
+        w->n_slots[s] = w->training ? n : w->slots;
+        w->k_base[s] = w->training ? base : lane * dlm__round_up(w->slots, DLM__CHUNK);
+        w->v_base[s] = w->training ? first : w->k_base[s];
         base += dlm__round_up(n, DLM__CHUNK);
     }
     w->all.start[b->n_seqs] = w->all.n;
@@ -5320,17 +5345,34 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
     return DLM_OK;
 }
 
-/* ==[ forward ]===============================================================
-     x  = embedding
-     each layer:  h = norm1(x)   q, k, v = heads(h W)   x2 = x + attention(q, k, v) Wo
-                  g, u = norm2(x2) W                    x  = x2 + swiglu(g, u) Wdown
-     logits = norm(x) W_head
-   In the last layer queries, and all that follows them, exist for out rows only. */
+/* ==[ block ]=================================================================
+   One transformer block, up and down, and the passes made of them.  Numbers are those of
+   the lines; backward undoes them from the last to the first.
+     1  h  = norm1(x)
+     2  q  = heads(h Wq)            heads: bias, QK-norm, rotary
+     3  k  = heads(h Wk)   v = h Wv + bv
+     4  o  = attention(q, k, v)
+     5  x2 = x + o Wo
+     6  h2 = norm2(x2)
+     7  a  = swiglu(h2 Wgate, h2 Wup)
+     8  y  = x2 + a Wdown           y is the next block's x
+   Before the first stands x = embedding, behind the last logits = norm(y) W_head.  In the
+   last block only the rows that are looked at have queries, and all that follows them. */
 
+/* out (n, C) = rows[i] of x. */
 static void dlm__gather(float *out, const float *x, const int *rows, int n, int C)
 {
     for (int i = 0; i < n; i++)
         memcpy(out + (size_t)i * (size_t)C, x + (size_t)rows[i] * (size_t)C,
+               (size_t)C * sizeof *x);
+}
+
+/* Row rows[i] of x (N, C) = row i of y (n, C), all others = 0. */
+static void dlm__scatter(float *x, const float *y, const int *rows, int N, int n, int C)
+{
+    memset(x, 0, (size_t)N * (size_t)C * sizeof *x);
+    for (int i = 0; i < n; i++)
+        memcpy(x + (size_t)rows[i] * (size_t)C, y + (size_t)i * (size_t)C,
                (size_t)C * sizeof *x);
 }
 
@@ -5372,16 +5414,19 @@ static void dlm__store_run(const dlm__work *w, float *panels, const float *x, si
 }
 
 /* Keys to panels; values stay where they are in training, else go to the cache. */
-static void dlm__store_keys_values(const dlm__work *w, const dlm__acts *t)
+static void dlm__store_keys_values(const dlm__work *w, const dlm__cache *cache,
+                                   const float *kv)
 {
     const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
-    dlm__store_run(w, t->k_panels, t->kv, 2 * KVD);
-    for (int s = 0; s < w->n_seqs && !w->keep; s++)
+    dlm__store_run(w, cache->k_panels, kv, 2 * KVD);
+    for (int s = 0; s < w->n_seqs && !w->training; s++)
         for (int i = w->all.start[s]; i < w->all.start[s + 1]; i++)
-            memcpy(t->v + (size_t)(w->v_base[s] + w->slot[i]) * KVD,
-                   t->kv + (size_t)i * 2 * KVD + KVD, KVD * sizeof(float));
+            memcpy(cache->v + (size_t)(w->v_base[s] + w->slot[i]) * KVD,
+                   kv + (size_t)i * 2 * KVD + KVD, KVD * sizeof(float));
 }
 
+/* The layers' descriptions of what stands in the work space.  x: the values themselves
+   on the way up, their gradients on the way down. */
 static dlm__heads dlm__heads_of(const dlm__work *w, float *x, size_t ldx, float *pre,
                                 float *r, const float *bias, const float *g, int heads,
                                 const int *positions)
@@ -5393,8 +5438,22 @@ static dlm__heads dlm__heads_of(const dlm__work *w, float *x, size_t ldx, float 
     return q;
 }
 
+static dlm__heads dlm__queries(const dlm__work *w, const dlm__layer *p,
+                               const dlm__acts *t, float *x, const dlm__rows *rows)
+{
+    return dlm__heads_of(w, x, (size_t)(w->c.heads * w->c.head_dim), t->q_pre, t->rq,
+                         p->bq, p->qnorm, w->c.heads, rows->positions);
+}
+
+static dlm__heads dlm__keys_of_layer(const dlm__work *w, const dlm__layer *p,
+                                     const dlm__acts *t, float *x)
+{
+    return dlm__heads_of(w, x, (size_t)(2 * w->c.kv_heads * w->c.head_dim), t->k_pre,
+                         t->rk, p->bk, p->knorm, w->c.kv_heads, w->all.positions);
+}
+
 static dlm__attention dlm__attention_of(const dlm__work *w, const dlm__acts *t,
-                                        const dlm__rows *rows)
+                                        const dlm__cache *cache, const dlm__rows *rows)
 {
     const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
     dlm__attention a;
@@ -5402,9 +5461,9 @@ static dlm__attention dlm__attention_of(const dlm__work *w, const dlm__acts *t,
     a.ctx = w->ctx; a.H = w->c.heads; a.KV = w->c.kv_heads; a.D = w->c.head_dim;
     a.n_seqs = w->n_seqs; a.start = rows->start; a.keys = rows->keys;
     a.q = t->q; a.o = t->o; a.lse = t->lse;
-    a.k_panels = t->k_panels; a.k_base = w->k_base; a.pad_total = w->pad_total;
-    a.v = w->keep ? t->kv + KVD : t->v;
-    a.ldv = w->keep ? 2 * KVD : KVD;
+    a.k_panels = cache->k_panels; a.k_base = w->k_base; a.pad_total = w->pad_total;
+    a.v = w->training ? t->kv + KVD : cache->v;
+    a.ldv = w->training ? 2 * KVD : KVD;
     a.v_base = w->v_base; a.n_slots = w->n_slots;
     return a;
 }
@@ -5419,63 +5478,128 @@ static dlm__norm dlm__norm_of(const dlm__work *w, float *y, float *x, float *r,
     return n;
 }
 
-/* x (N, C) enters, x_next (Q, C) leaves; may be the same when Q = N. */
+/* x of t (N, C) enters, y (Q, C) leaves; may be the same when Q = N. */
 static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *lw,
-                               const dlm__acts *t, int last, float *x_next)
+                               const dlm__acts *t, const dlm__cache *cache, int last,
+                               float *y)
 {
     const dlm__layer *p = &lw->p;
-    const int D = w->c.head_dim, HD = w->c.heads * D, KVD = w->c.kv_heads * D;
     const dlm__rows *rows = last ? &w->sub : &w->all;
+    const int C = w->c.dim, KVD = w->c.kv_heads * w->c.head_dim;
     const int N = w->all.n, Q = rows->n;
-    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1), norm2, sum;
-    dlm__heads q, k;
-    dlm__attention attention;
+    const int *looked_at = last ? w->out_rows : NULL;
+    float *hq = last ? w->hq : t->h1;
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1);
+    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
+    dlm__heads q = dlm__queries(w, p, t, t->q, rows);
+    dlm__heads k = dlm__keys_of_layer(w, p, t, t->kv);
+    dlm__attention attention = dlm__attention_of(w, t, cache, rows);
 
-    dlm__norm_forward(&norm1, N);
-    dlm_matmul(w->ctx, t->kv, t->h1, &lw->kv, N);
-    if (p->bv)
-        for (int i = 0; i < N; i++)
-            w->ctx->k->add(t->kv + (size_t)i * 2 * (size_t)KVD + KVD, p->bv, KVD);
-    k = dlm__heads_of(w, t->kv, 2 * (size_t)KVD, t->k_pre, t->rk, p->bk, p->knorm,
-                      w->c.kv_heads, w->all.positions);
+    dlm__norm_forward(&norm1, N);                                   /* 1 */
+    if (last) dlm__gather(hq, t->h1, w->out_rows, Q, C);
+    dlm_matmul(w->ctx, t->q, hq, &lw->q, Q);                        /* 2 */
+    dlm__heads_forward(&q, Q);
+    dlm_matmul(w->ctx, t->kv, t->h1, &lw->kv, N);                   /* 3 */
     dlm__heads_forward(&k, N);
-    dlm__store_keys_values(w, t);
+    if (p->bv) dlm__bias_forward(w->ctx, t->kv + KVD, p->bv, 2 * (size_t)KVD, N, KVD);
+    dlm__store_keys_values(w, cache, t->kv);
     if (Q == 0) return;
 
-    if (last) dlm__gather(t->hq, t->h1, w->out_rows, Q, w->c.dim);
-    dlm_matmul(w->ctx, t->q, t->hq, &lw->q, Q);
-    q = dlm__heads_of(w, t->q, (size_t)HD, t->q_pre, t->rq, p->bq, p->qnorm, w->c.heads,
-                      rows->positions);
-    dlm__heads_forward(&q, Q);
-    attention = dlm__attention_of(w, t, rows);
-    dlm__attention_forward(&attention);
-
-    dlm_matmul(w->ctx, t->x2, t->o, &lw->o, Q);
-    norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
-    norm2.residual = t->x;
-    norm2.residual_rows = last ? w->out_rows : NULL;
-    dlm__norm_forward(&norm2, Q);
-
-    dlm_matmul(w->ctx, t->gu, t->h2, &lw->gu, Q);
+    dlm__attention_forward(&attention);                             /* 4 */
+    dlm_matmul(w->ctx, t->x2, t->o, &lw->o, Q);                     /* 5 */
+    dlm__add_residual(w->ctx, t->x2, t->x, looked_at, Q, C);
+    dlm__norm_forward(&norm2, Q);                                   /* 6 */
+    dlm_matmul(w->ctx, t->gu, t->h2, &lw->gu, Q);                   /* 7 */
     dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, w->c.ffn);
-    dlm_matmul(w->ctx, x_next, t->act, &lw->down, Q);
-    sum = dlm__norm_of(w, NULL, x_next, NULL, NULL);
-    sum.residual = t->x2;
-    dlm__norm_forward(&sum, Q);
+    dlm_matmul(w->ctx, y, t->act, &lw->down, Q);                    /* 8 */
+    dlm__add_residual(w->ctx, y, t->x2, NULL, Q, C);
 }
 
-static void dlm__layers_forward(dlm__work *w, const dlm_model *m, const dlm__acts *acts)
+/* Layers share the cache, so it is filled once more; dq, dkv get the gradients. */
+static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__rows *rows)
+{
+    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
+    dlm__attention a = dlm__attention_of(w, t, w->caches, rows);
+    dlm__store_run(w, w->caches->k_panels, t->kv, 2 * KVD);
+    dlm__store_run(w, w->v_panels, t->kv + KVD, 2 * KVD);
+    a.d_o = w->d_o; a.dq = w->dq; a.k = t->kv; a.ldk = 2 * KVD;
+    a.dk = w->dkv; a.dv = w->dkv + KVD; a.lddk = 2 * KVD;
+    a.v_panels = w->v_panels; a.dkv_columns = w->dkv_columns;
+    dlm__attention_backward(&a);
+}
+
+/* dy (Q, C) comes in, the gradient of what left: w->dy of the last block, else w->dx.
+   w->dx (N, C) goes out, the gradient of what entered. */
+static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *lw,
+                                const dlm__layer *g, const dlm__acts *t, int last)
+{
+    const dlm__layer *p = &lw->p;
+    const dlm__rows *rows = last ? &w->sub : &w->all;
+    const int C = w->c.dim, KVD = w->c.kv_heads * w->c.head_dim;
+    const int N = w->all.n, Q = rows->n;
+    float *hq = last ? w->hq : t->h1, *dy = last ? w->dy : w->dx;
+    float *dhq = last ? w->dhq : w->dh;
+    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, p->norm1);
+    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, p->norm2);
+    dlm__heads q = dlm__queries(w, p, t, w->dq, rows);
+    dlm__heads k = dlm__keys_of_layer(w, p, t, w->dkv);
+    norm1.dy = norm2.dy = w->dh;
+    norm1.dx = w->dx;
+    norm2.dx = dy;
+
+    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, dy, t->act, &lw->down, Q); /* 8 */
+    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, w->c.ffn);                  /* 7 */
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &lw->gu, Q);
+    dlm__norm_backward(&norm2, g->norm2, Q);       /* 6: dy, now that of x2, grows    */
+    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, dy, t->o, &lw->o, Q);          /* 5 */
+    if (last) dlm__scatter(w->dx, dy, w->out_rows, N, Q, C);
+    dlm__attention_back(w, t, rows);                                              /* 4 */
+    dlm__heads_backward(&k, g->knorm, g->bk, N);                                  /* 3 */
+    if (g->bv)
+        dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
+    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &lw->kv, N);
+    dlm__heads_backward(&q, g->qnorm, g->bq, Q);                                  /* 2 */
+    dlm__linear_backward(w->ctx, dhq, !last, g->wq, w->dq, hq, &lw->q, Q);
+    for (int i = 0; last && i < Q; i++)             /* hq gathered rows of h          */
+        w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
+                       dhq + (size_t)i * (size_t)C, C);
+    dlm__norm_backward(&norm1, g->norm1, N);       /* 1: dx, of which 5 took x, grows */
+}
+
+/* --[ passes ]----------------------------------------------------------------
+   learn: every block keeps its activations for backward. */
+
+static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
 {
     const dlm__outer_weights outer = dlm__outer_of(m, w->type);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.norm_out);
-    dlm__embedding_forward(w->ctx, acts[0].x, &outer.embed, w->tokens, w->all.n);
+    dlm__embedding_forward(w->ctx, w->acts[0].x, &outer.embed, w->tokens, w->all.n);
     for (int l = 0; l <= last; l++) {
         const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
-        dlm__block_forward(w, &lw, &acts[l], l == last,
-                           l == last ? w->x_out : acts[l + 1].x);
+        const dlm__acts *t = &w->acts[learn ? l : 0], *next = learn ? t + 1 : t;
+        dlm__block_forward(w, &lw, t, &w->caches[w->cached ? l : 0], l == last,
+                           l == last ? w->x_out : next->x);
     }
     dlm__norm_forward(&norm, w->sub.n);
+}
+
+static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
+{
+    const dlm__globals g = dlm__globals_at(&w->c, grads);
+    const int last = w->c.layers - 1;
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf,
+                                  dlm__outer_of(m, w->type).norm_out);
+    memset(w->dy, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dy);
+    norm.dy = w->dhf;
+    norm.dx = w->dy;
+    dlm__norm_backward(&norm, g.norm_out, w->sub.n);
+    for (int l = last; l >= 0; l--) {
+        const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
+        const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
+        dlm__block_backward(w, &lw, &gl, &w->acts[l], l == last);
+    }
+    dlm__embedding_backward(w->ctx, g.tok_emb, w->dx, w->tokens, w->all.n, w->c.dim);
 }
 
 typedef struct dlm__scoring {
@@ -5511,106 +5635,6 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
                                  dlm__globals_at(&w->c, grads).head, w->logits, hf,
                                  &head, n);
     }
-}
-
-/* ==[ backward ]==============================================================
-   The column of dlm__block_forward upside down.  dxq (Q, C) comes in, the gradient of
-   what left the layer; dx (N, C) goes out, the gradient of what entered. */
-
-static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__rows *rows)
-{
-    const size_t KVD = (size_t)(w->c.kv_heads * w->c.head_dim);
-    dlm__attention a = dlm__attention_of(w, t, rows);
-    dlm__store_run(w, t->k_panels, t->kv, 2 * KVD);      /* layers share the panels */
-    dlm__store_run(w, w->v_panels, t->kv + KVD, 2 * KVD);
-    a.d_o = w->d_o; a.dq = w->dq; a.k = t->kv; a.ldk = 2 * KVD;
-    a.dk = w->dkv; a.dv = w->dkv + KVD; a.lddk = 2 * KVD;
-    a.v_panels = w->v_panels; a.dkv_columns = w->dkv_columns;
-    dlm__attention_backward(&a);
-}
-
-static void dlm__mlp_backward(dlm__work *w, const dlm__layer_weights *lw,
-                              const dlm__layer *g, const dlm__acts *t, int Q)
-{
-    dlm__norm norm2 = dlm__norm_of(w, t->h2, t->x2, t->r2, lw->p.norm2);
-    dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, w->dxq, t->act, &lw->down, Q);
-    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, w->c.ffn);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &lw->gu, Q);
-    norm2.dy = w->dh;
-    norm2.dx = w->dxq;              /* x2 reaches the output directly, too         */
-    dlm__norm_backward(&norm2, g->norm2, Q);
-}
-
-/* dh1 (N, C) from dq (Q, H*D) and dkv (N, 2*KV*D). */
-static void dlm__qkv_backward(dlm__work *w, const dlm__layer_weights *lw,
-                              const dlm__layer *g, const dlm__acts *t, int last)
-{
-    const dlm__layer *p = &lw->p;
-    const int C = w->c.dim, D = w->c.head_dim, N = w->all.n;
-    const int HD = w->c.heads * D, KVD = w->c.kv_heads * D;
-    const dlm__rows *rows = last ? &w->sub : &w->all;
-    dlm__heads q = dlm__heads_of(w, w->dq, (size_t)HD, t->q_pre, t->rq, NULL, p->qnorm,
-                                 w->c.heads, rows->positions);
-    dlm__heads k = dlm__heads_of(w, w->dkv, 2 * (size_t)KVD, t->k_pre, t->rk, NULL,
-                                 p->knorm, w->c.kv_heads, w->all.positions);
-    dlm__heads_backward(&q, g->qnorm, g->bq, rows->n);
-    dlm__heads_backward(&k, g->knorm, g->bk, N);
-    if (g->bv)
-        dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
-    dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &lw->kv, N);
-    if (!last) {
-        dlm__linear_backward(w->ctx, w->dh, 1, g->wq, w->dq, t->hq, &lw->q, N);
-        return;
-    }
-    dlm__linear_backward(w->ctx, w->dhq, 0, g->wq, w->dq, t->hq, &lw->q, rows->n);
-    for (int i = 0; i < rows->n; i++)           /* fwd: hq gathered rows of h1     */
-        w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
-                       w->dhq + (size_t)i * (size_t)C, C);
-}
-
-static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *lw,
-                                const dlm__layer *g, const dlm__acts *t, int last)
-{
-    const int C = w->c.dim, N = w->all.n;
-    const dlm__rows *rows = last ? &w->sub : &w->all;
-    dlm__norm norm1 = dlm__norm_of(w, t->h1, t->x, t->r1, lw->p.norm1);
-
-    dlm__mlp_backward(w, lw, g, t, rows->n);
-    dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, w->dxq, t->o, &lw->o, rows->n);
-    dlm__attention_back(w, t, rows);
-    dlm__qkv_backward(w, lw, g, t, last);
-
-    if (last) {                                 /* fwd: x2 took rows of x          */
-        memset(w->dx, 0, (size_t)N * (size_t)C * sizeof *w->dx);
-        for (int i = 0; i < rows->n; i++)
-            memcpy(w->dx + (size_t)w->out_rows[i] * (size_t)C,
-                   w->dxq + (size_t)i * (size_t)C, (size_t)C * sizeof *w->dx);
-    } else {
-        memcpy(w->dx, w->dxq, (size_t)N * (size_t)C * sizeof *w->dx);
-    }
-    norm1.dy = w->dh;
-    norm1.dx = w->dx;
-    dlm__norm_backward(&norm1, g->norm1, N);
-}
-
-static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
-{
-    const dlm__globals g = dlm__globals_at(&w->c, grads);
-    const int last = w->c.layers - 1;
-    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf,
-                                  dlm__outer_of(m, w->type).norm_out);
-    memset(w->dxq, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dxq);
-    norm.dy = w->dhf;
-    norm.dx = w->dxq;
-    dlm__norm_backward(&norm, g.norm_out, w->sub.n);
-    for (int l = last; l >= 0; l--) {
-        const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
-        const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
-        float *swap;
-        dlm__block_backward(w, &lw, &gl, &w->acts[l], l == last);
-        swap = w->dx; w->dx = w->dxq; w->dxq = swap;
-    }
-    dlm__embedding_backward(w->ctx, g.tok_emb, w->dxq, w->tokens, w->all.n, w->c.dim);
 }
 
 DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
@@ -5661,7 +5685,7 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
     if (e == DLM_OK) e = dlm__check_kernels(ctx, m);
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
-    w->layer_caches = d.cached != 0;
+    w->cached = d.cached != 0;
     return e;
 }
 
@@ -5714,7 +5738,7 @@ DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn s
 {
     dlm_error e = dlm__take_batch(&s->w, b);
     if (e != DLM_OK) return e;
-    dlm__layers_forward(&s->w, s->m, s->w.acts);
+    dlm__layers_forward(&s->w, s->m, 0);
     if (score) dlm__head(&s->w, s->m, NULL, score, user);
     return DLM_OK;
 }
@@ -6273,7 +6297,7 @@ static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_mo
     t->kind = &dlm__objectives[t->opt.objective];
     t->w.ctx = ctx;
     t->w.c = m->config;
-    t->w.keep = 1;
+    t->w.training = 1;
     t->w.type = t->opt.precision;
     t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
     t->w.seqs = dlm__max(16, t->opt.max_rows / 32);
@@ -6336,7 +6360,7 @@ static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn scor
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK) return e;
     if (b->n_out == 0) return DLM_OK;
-    dlm__layers_forward(&t->w, t->m, learn ? t->w.acts : t->w.scout);
+    dlm__layers_forward(&t->w, t->m, learn);
     dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
     if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
     t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
@@ -6633,7 +6657,7 @@ static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, const dlm_batch *b,
     dlm_error e = dlm__take_batch(&t->w, b);
     if (e != DLM_OK || b->n_out == 0) return e;
     for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->score[i] = 0.0f;
-    dlm__layers_forward(&t->w, t->m, t->w.acts);
+    dlm__layers_forward(&t->w, t->m, 1);
     dlm__head(&t->w, t->m, NULL, dlm__gold_score, ce);
     for (int k = 0; k < s->n_units; k++)
         if (s->units[k].scored) dlm__lift_refill(s, &s->units[k], noise, r);
@@ -7384,7 +7408,7 @@ static int dlm__predictor(const dlm_sampler *sm, int position)
 
 static int dlm__first_row(const dlm_sampler *sm, const dlm__lane *l)
 {
-    if (sm->c->pattern == DLM_PATTERN_FULL || !sm->s->w.layer_caches) return 0;
+    if (sm->c->pattern == DLM_PATTERN_FULL || !sm->s->w.cached) return 0;
     return dlm__min(l->cached, dlm__predictor(sm, l->a));
 }
 
