@@ -49,8 +49,9 @@
        config parameters patterns  what a model is: sizes, the weight table, key ranges
        work block                  activations, a batch; one block up and down, passes
        sessions                    inference
-       objectives lift             states and losses; LIFT and what it is compared with
+       states                      what a pass learns from: cells, units, rows
        trainer optimizer           passes that learn; clipping, AdamW, averaging
+       lift steps                  choosing masks: LIFT, CART, GIFT; one update
        sampler likelihood          filling in a canvas; scoring a text
        distill                     OPDLM: teacher, divergences, step maps
        json tokenizers             a reader; bytes, characters, scored pieces
@@ -114,7 +115,7 @@
 
    HOW TO READ THIS FILE           begin with examples/00_by_hand.c: a whole model, its
        training and its sampler in 300 lines of plain C, every formula beside its code.
-       Then api, and layers -> block -> objectives -> sampler tell the same as it is
+       Then api, and layers -> block -> states -> sampler tell the same as it is
        here; random, attention and matmul tell how it is made deterministic and fast; the
        rest is files.
 
@@ -496,10 +497,6 @@ typedef void (*dlm_score_fn)(void *user, int i, float *logits);
    slot congruent to offset modulo block; what is before the first is a shorter one. */
 DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block,
                            int offset);
-/* The doubled row of block diffusion (BD3-LM; methods B.4, blocks counted from the
-   first response token): P + 2R rows [prompt P | clean R | noisy R].  Also fills
-   positions (P + 2R): the noisy copy repeats the clean one. */
-DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block);
 
 /* --[ inference ]-------------------------------------------------------------
    A session owns what one user of a model needs: activations and the K/V cache.  The
@@ -664,17 +661,46 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
                              const dlm_sample_options *opt);
 
 /* --[ objectives ]------------------------------------------------------------
-   Pure pieces.  An objective is: make a state, run the model, score rows. */
+   What a diffusion language model learns.  Of a text x every response token is masked
+   with probability t, the noise level; x_t is what is left to see.  With t uniform
+       L(x) = E_t E [ 1/t  sum over masked i of  -log p(x_i | x_t) ]  >=  -log p(x)
+   bounds the text's information (MDLM, Sahoo et al. 2024, eq. 11; LLaDA, Nie et al. 2025,
+   eq. 3).  1/t, because a token is masked with probability t: in expectation each counts
+   once at every level.  A report's loss is L per response token, in nats. */
+
+typedef enum dlm_objective {
+    DLM_OBJECTIVE_AUTO = 0,  /* what the model's pattern asks for, in this order:  */
+    DLM_OBJECTIVE_BLOCK,     /* CE/t on masked, t per block, doubled row (BD3-LM)  */
+    DLM_OBJECTIVE_MDLM,      /* CE/t on masked, t per sequence (LLaDA, MDLM)       */
+    DLM_OBJECTIVE_AR         /* next-token CE                                      */
+} dlm_objective;
+
+/* One sequence to learn from; what is not needed is 0.  Every token of the response
+   carries loss: there is no padding token, what pads a text is learned like the rest.
+   The mask is refused. */
+typedef struct dlm_example {
+    const int *tokens;                     /* (length)                             */
+    int        length;                     /* 1 .. max_seq                         */
+    int        prompt;                     /* leading tokens never masked or scored; where
+                                              all are, the example contributes nothing */
+    int        canvas;                     /* tokens of the canvas it was, or will be,
+                                              filled in on, >= length; 0: a long one.  A
+                                              text that ends inside a block is shown to a
+                                              BLOCK model as the sampler shows it: masks,
+                                              without loss, up to the end of the block, or
+                                              of the canvas or max_seq where that is
+                                              nearer                               */
+    const int *steps;                      /* (length) its step map: in which step each
+                                              token was filled in, 0: given
+                                              (dlm_sampler_steps); for distillation.
+                                              NULL: there is none                  */
+} dlm_example;
 
 /* Noise level t = lo + (hi - lo) u of row `row` of n; u in [0, 1) is uniform, or
    stratified (MDLM): u = (s + u')/n, the strata s dealt to the rows by a random
    permutation.  The usual range is lo = 1e-3, hi = 1.  The address's row is not used. */
 DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
                                double lo, double hi);
-/* Masks each of tokens[first .. T) independently with probability t; noisy (T) gets
-   the result, weight (T) 1/t where masked and 0 elsewhere.  Returns the masks. */
-DLM_API int    dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
-                               int first, double t, int mask_id, const dlm_address *at);
 /* -log softmax(logits)[target], and logits (V) become weight * (softmax - onehot).  Both
    are NaN when a logit is NaN or +INFINITY or all are -INFINITY: no error, but data. */
 DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
@@ -683,16 +709,106 @@ DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
    is NaN or +INFINITY, -INFINITY when all are. */
 DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax);
 
-/* --[ lift ]------------------------------------------------------------------
-   LIFT (arXiv 2605.22939): mask more than the noise level t asks for, keep the easy ones
-   of these when t is high and the hard ones when t is low, give the rest their gold
-   token back.  Its pieces, and those of the two baselines, are pure functions. */
+/* --[ states ]----------------------------------------------------------------
+   A state is what one pass learns from: some examples, noised.  First their response
+   tokens stand side by side as cells, each masked or not; units are runs of cells that
+   share a noise level, blocks (BLOCK) or whole responses.  Then they are laid out as the
+   rows of a batch.  Two examples, `|` where the prompt ends, with blocks of 2:
+       examples    the cat | sat on a mat       he | ran
+       cells                 0   1  2  3            4
+       units                 0----  1----           2-
+       rows        the cat sat on a mat  __ on  a __        he ran  __ __
+                   clean copy of 6       noisy: 0, 1        clean   noisy, to its end
+   FULL has the noisy copy alone, prompt included, AR the clean one.  The doubled row of
+   the first example, x: row sees column; P = 2, R = 4 (BD3-LM, Arriola et al. 2025):
+                      p0 p1 c0 c1 c2 c3 n0 n1 n2 n3
+             p0 p1     x  x  .  .  .  .  .  .  .  .    prompt
+             c0 c1     x  x  x  x  .  .  .  .  .  .    clean: itself and what came before
+             c2 c3     x  x  x  x  x  x  .  .  .  .
+             n0 n1     x  x  .  .  .  .  x  x  .  .    noisy: the clean past, its block
+             n2 n3     x  x  x  x  .  .  .  .  x  x
+   An objective is a function on a state.  dlm_trainer_step is: take, noise, choose
+   (LIFT), lay out, pass with dlm_state_loss, update; examples/08 writes it out. */
 
 typedef enum dlm_select {    /* which masked tokens keep their mask                */
     DLM_SELECT_RANDOM = 0,
     DLM_SELECT_EASIEST,      /* largest log p(gold): top-k                         */
     DLM_SELECT_HARDEST       /* smallest: bottom-k                                 */
 } dlm_select;
+
+typedef struct dlm_unit {
+    int    example;                        /* of the state                         */
+    int    cell, n;                        /* its cells are cell .. cell + n - 1   */
+    int    blind;                          /* 1: no row predicts its first cell, token
+                                              0 of a shifted model: no loss        */
+    int    wanted;                         /* 0: is not laid out                   */
+    double t;                              /* noise level                          */
+    double rho;                            /* LIFT: what is masked beyond t, and   */
+    dlm_select keep;                       /* which of these stay masked           */
+} dlm_unit;
+
+typedef struct dlm_noise {                 /* 0 in a field marked * = the default  */
+    uint64_t seed;
+    uint32_t step;                         /* address of the random numbers        */
+    int      independent;                  /* 0: levels stratified over the step   */
+    double   lo, hi;                       /* * = 0.001, 1: range of the levels    */
+    int      all;                          /* units of the step; * = of this state */
+    int      first, row;                   /* units, examples of it before this state's */
+} dlm_noise;
+
+typedef struct dlm_state {                 /* open for reading; masks, weights, scores,
+                                              wanted, scale for writing, too       */
+    dlm_ctx   *ctx;
+    dlm_config config;
+    dlm_objective objective;
+    int        rows, seqs, most_cells;     /* room for                             */
+    const dlm_example *examples;           /* (n_examples) borrowed                */
+    int        n_examples, n_units, n_cells;
+    int       *first_cell, *first_unit;    /* (n_examples + 1)                     */
+    dlm_unit  *units;                      /* (n_units)                            */
+    dlm_noise  noise;                      /* what it was noised with              */
+    unsigned char *masked;                 /* (n_cells)                            */
+    float     *weight;                     /* (n_cells) of its loss when masked    */
+    float     *score;                      /* (n_cells) from dlm_state_gold        */
+    double     scale;                      /* of all weights: 1 over the response tokens
+                                              that could carry loss                */
+    dlm_batch  batch;                      /* what is laid out; by row looked at,  */
+    int       *targets, *out_cell;         /* (batch.n_out) token and cell it predicts */
+    float     *out_weight, *out_level;     /* weight of that cell, its t           */
+    double    *loss;                       /* cross-entropy, by dlm_state_loss     */
+    int       *start, *tokens, *positions, *out_rows;    /* the batch's            */
+    dlm_keys  *keys;
+    void      *block;                      /* private                              */
+} dlm_state;
+
+/* For a resolved config; AUTO is what its pattern asks for.  rows: of a pass; seqs 0: of
+   so many sequences as the trainer has. */
+DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
+                                   dlm_objective objective, int rows, int seqs,
+                                   const dlm_memory *mem);
+DLM_API void      dlm_state_free(dlm_state *s);                        /* NULL is ok */
+/* The first examples of n that fit, `views` times each; n_examples says how many they
+   are.  DLM_E_INPUT names an example that contradicts itself or could never fit. */
+DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int n,
+                                 int views);
+/* A level for every unit, masks at that rate, weights 1/t; scale for this state alone.
+   AR has no masks: every cell is predicted and weighs 1.  noise may be NULL. */
+DLM_API void      dlm_state_noise(dlm_state *s, const dlm_noise *noise);
+/* Masks each cell of unit k with probability p instead, by the same random numbers: what
+   was masked at a lower p still is. */
+DLM_API void      dlm_state_mask(dlm_state *s, int k, double p);
+/* Fills in batch from what is wanted, an example without such a unit not at all; cells of
+   weight 0 are not looked at.  again 1: adds a second view to what is there. */
+DLM_API void      dlm_state_layout(dlm_state *s, int again);
+/* For a pass over batch, user is the state: loss and gradient of the weighted
+   cross-entropy; or log p(gold) of every cell looked at into score. */
+DLM_API void      dlm_state_loss(void *state, int i, float *logits);
+DLM_API void      dlm_state_gold(void *state, int i, float *logits);
+
+/* --[ lift ]------------------------------------------------------------------
+   LIFT (arXiv 2605.22939): mask more than the noise level t asks for, keep the easy ones
+   of these when t is high and the hard ones when t is low, give the rest their gold
+   token back.  Its pieces, and those of the two baselines, are pure functions. */
 
 typedef enum dlm_policy {    /* how t decides                                      */
     DLM_POLICY_TIME = 0,     /* the largest of the weights t, 1-t, H t(1-t); ties go to
@@ -743,24 +859,10 @@ DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy 
 DLM_API int        dlm_lift_select(unsigned char *masked, const float *score, int n,
                                    int k,
                                    dlm_select mode, const dlm_address *at);
-/* CART: weight_i = sum over visible j of p/2 (1-p)^(|i-j|-1).  (T) each. */
-DLM_API void       dlm_cart_weights(float *weight, const unsigned char *masked, int T,
-                                    double p);
-/* GIFT: probability of masking a token of this entropy (nats), 1 - (1-t)^(sqrt(h)/m) with
-   m the mean of the square roots. */
-DLM_API double     dlm_gift_level(double t, double entropy, double mean_root);
-
 /* --[ training ]--------------------------------------------------------------
    A trainer owns gradients, moments, activations, schedule and step counter of one
    model.  One step is one update over all the examples given, in as many passes as
    max_rows makes necessary: to accumulate gradients, give more examples. */
-
-typedef enum dlm_objective {
-    DLM_OBJECTIVE_AUTO = 0,  /* what the model's pattern asks for, in this order:  */
-    DLM_OBJECTIVE_BLOCK,     /* CE/t on masked, t per block, doubled row (BD3-LM)  */
-    DLM_OBJECTIVE_MDLM,      /* CE/t on masked, t per sequence (LLaDA, MDLM)       */
-    DLM_OBJECTIVE_AR         /* next-token CE                                      */
-} dlm_objective;
 
 typedef enum dlm_schedule {
     DLM_SCHEDULE_CONSTANT = 0, DLM_SCHEDULE_LINEAR, DLM_SCHEDULE_COSINE
@@ -797,22 +899,6 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     dlm_lift_options lift;                 /* zeros: plain masks                   */
     uint64_t seed;
 } dlm_train_options;
-
-/* One sequence to learn from.  Every token of the response carries loss: there is no
-   padding token, what pads a text is learned like the rest.  The mask is refused. */
-typedef struct dlm_example {
-    const int *tokens;                     /* (length)                             */
-    int        length;                     /* 1 .. max_seq                         */
-    int        prompt;                     /* leading tokens never masked or scored; where
-                                              all are, the example contributes nothing */
-    int        canvas;                     /* tokens of the canvas it was, or will be,
-                                              filled in on, >= length; 0: a long one.  A
-                                              text that ends inside a block is shown to a
-                                              BLOCK model as the sampler shows it: masks,
-                                              without loss, up to the end of the block, or
-                                              of the canvas or max_seq where that is
-                                              nearer                               */
-} dlm_example;
 
 #define DLM_BINS 8
 typedef struct dlm_report {
@@ -862,6 +948,9 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
    update: what only decays would end there, and slow down all that follows. */
 DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                                    void *user);
+/* The same without gradients: score only looks. */
+DLM_API dlm_error dlm_trainer_score(dlm_trainer *t, const dlm_batch *b,
+                                    dlm_score_fn score, void *user);
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
 DLM_API float    *dlm_trainer_gradients(dlm_trainer *t);           /* (n_params)     */
 DLM_API float    *dlm_trainer_ema(dlm_trainer *t);                 /* (n_params), NULL */
@@ -937,12 +1026,11 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_memory *mem);
 DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL is ok */
 /* One update on n finished sequences: loss is the mean over sequences of the mean
-   divergence over masked tokens.  steps[i] (length) is the step map of example i, 0
-   where a token was given; not read for RANDOM (may be NULL).  Its targets know only
-   the left, so the student comes to ignore its right (methods B.1): who wants infilling
-   puts dlm_trainer_step on clean texts, same trainer, in between. */
-DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples,
-                                     const int *const *steps, int n, dlm_report *report);
+   divergence over masked tokens.  Every example has its step map, but for RANDOM.  Its
+   targets know only the left, so the student comes to ignore its right: who wants
+   infilling puts dlm_trainer_step on clean texts, same trainer, in between. */
+DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
+                                     dlm_report *report);
 /* The step at which each token of a sequence was filled in, 0 where it was given.  steps
    (session slots) of which dlm_sampler_length are written. */
 DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
@@ -5030,28 +5118,6 @@ DLM_API void dlm_keys_fill(dlm_keys *keys, int T, dlm_pattern pattern, int block
     for (int i = 0; i < T; i++) keys[i] = dlm__keys_of(i, T, pattern, block, first);
 }
 
-/* n rows of a noisy block in slots slot .. whose clean copy is at position first: they
-   see the clean rows before it and themselves. */
-static void dlm__keys_noisy(dlm_keys *keys, int *positions, int first, int slot, int n)
-{
-    for (int i = 0; i < n; i++) {
-        keys[i].lo0 = 0;
-        keys[i].hi0 = first;
-        keys[i].lo1 = slot;
-        keys[i].hi1 = slot + n;
-        positions[i] = first + i;
-    }
-}
-
-DLM_API void dlm_keys_doubled(dlm_keys *keys, int *positions, int P, int R, int block)
-{
-    dlm_keys_fill(keys, P + R, DLM_PATTERN_BLOCK, block, P);
-    for (int i = 0; i < P + R; i++) positions[i] = i;
-    for (int r = 0; r < R; r += block)
-        dlm__keys_noisy(keys + P + R + r, positions + P + R + r, P + r, P + R + r,
-                        dlm__min(block, R - r));
-}
-
 /* ==[ work ]==================================================================
    What a pass needs besides weights.  Training keeps the activations of every layer for
    backward and one cache, filled anew by each layer; a session has one set of
@@ -5759,8 +5825,8 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
     return dlm_forward(s, b, dlm__copy_logits, &c);
 }
 
-/* ==[ objectives ]============================================================
-   Noise levels, masks, and the states of the three built-in objectives.  (AR; MDLM:
+/* ==[ states ]================================================================
+   Noise levels, masks, and how the three objectives lay a state out as rows.  (AR; MDLM:
    Sahoo et al. 2024, Nie et al. 2025; BLOCK: Arriola et al. 2025.) */
 
 DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
@@ -5777,67 +5843,16 @@ DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int strati
     return lo + (hi - lo) * u;
 }
 
-DLM_API int dlm_mask_tokens(int *noisy, float *weight, const int *tokens, int T,
-                            int first, double t, int mask_id, const dlm_address *at)
+static void dlm__state_carve(dlm__arena *a, dlm_state *s)
 {
-    dlm_address a = *at;
-    int masked = 0;
-    for (int i = 0; i < T; i++) {
-        int hit;
-        a.position = (uint32_t)i;
-        hit = i >= first && dlm_uniform(&a, 0) < t;
-        noisy[i] = hit ? mask_id : tokens[i];
-        weight[i] = hit ? (float)(1.0 / t) : 0.0f;
-        masked += hit;
-    }
-    return masked;
-}
-
-/* --[ states ]----------------------------------------------------------------
-   A state is one pass in the making, in two stages.  First the response tokens of its
-   examples stand side by side as cells, each masked or not, with a weight; units are
-   runs of cells that share a noise level: a block, or a whole response.  Then the
-   cells are laid out as rows.  Between the stages, methods like LIFT change masks. */
-
-typedef struct dlm__unit {
-    int    ex;                      /* which example of the pass                   */
-    int    cell, n;                 /* its cells                                   */
-    int    blind;                   /* 1: no row predicts its first cell, token 0 of a
-                                       shifted model: no loss, nothing to choose   */
-    double t, rho;                  /* noise level; LIFT's extra                   */
-    dlm_select mode;                /* LIFT: which are kept                        */
-    int    scored;                  /* takes part in the scoring pass              */
-} dlm__unit;
-
-typedef struct dlm__state {
-    const dlm_example *ex;          /* (n_ex) the examples of this pass            */
-    int        n_ex, n_units;
-    int       *ex_cell, *ex_unit;   /* (seqs+1) first cell and unit of each        */
-    dlm__unit *units;               /* (rows)                                      */
-    unsigned char *masked;          /* (rows) by cell                              */
-    float     *weight;              /* (rows) by cell: of its cross-entropy, 1/t say */
-    float     *score;               /* (rows) by cell: from the scoring pass       */
-    int        n_seqs, n_rows, n_out;               /* what is laid out so far     */
-    int       *start;               /* (seqs+1)                                    */
-    int       *tokens, *positions;  /* (rows)                                      */
-    dlm_keys  *keys;                /* (rows)                                      */
-    int       *out_rows, *targets;  /* (rows) rows looked at; what they predict    */
-    int       *out_cell;            /* (rows) the cell they predict                */
-    float     *out_weight;          /* (rows)                                      */
-    float     *out_level;           /* (rows) t, for the report                    */
-    double    *loss;                /* (rows) cross-entropy, filled by the scorer  */
-} dlm__state;
-
-static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs)
-{
-    const size_t n = (size_t)rows;
-    s->ex_cell = dlm__push_ints(a, (size_t)seqs + 1);
-    s->ex_unit = dlm__push_ints(a, (size_t)seqs + 1);
-    s->units = (dlm__unit *)dlm__push(a, n, sizeof(dlm__unit));
+    const size_t n = (size_t)s->rows, seqs = (size_t)s->seqs;
+    s->first_cell = dlm__push_ints(a, seqs + 1);
+    s->first_unit = dlm__push_ints(a, seqs + 1);
+    s->units = (dlm_unit *)dlm__push(a, n, sizeof(dlm_unit));
     s->masked = (unsigned char *)dlm__push(a, n, 1);
     s->weight = dlm__push_floats(a, n, 1);
     s->score = dlm__push_floats(a, n, 1);
-    s->start = dlm__push_ints(a, (size_t)seqs + 1);
+    s->start = dlm__push_ints(a, seqs + 1);
     s->tokens = dlm__push_ints(a, n);
     s->positions = dlm__push_ints(a, n);
     s->keys = (dlm_keys *)dlm__push(a, n, sizeof(dlm_keys));
@@ -5849,165 +5864,7 @@ static void dlm__state_carve(dlm__arena *a, dlm__state *s, int rows, int seqs)
     s->loss = (double *)dlm__push(a, n, sizeof(double));
 }
 
-static void dlm__state_begin(dlm__state *s, const dlm_example *ex)
-{
-    s->ex = ex;
-    s->n_ex = s->n_units = 0;
-    s->ex_cell[0] = s->ex_unit[0] = 0;
-}
-
-/* Takes the next example in: its cells, and its units of at most `unit` cells. */
-static void dlm__state_take(dlm__state *s, const dlm_config *c, int unit)
-{
-    const dlm_example *e = &s->ex[s->n_ex];
-    const int R = e->length - e->prompt, first = s->ex_cell[s->n_ex];
-    for (int r = 0; r < R; r += unit) {
-        dlm__unit *u = &s->units[s->n_units++];
-        memset(u, 0, sizeof *u);
-        u->ex = s->n_ex;
-        u->cell = first + r;
-        u->n = dlm__min(unit, R - r);
-        u->blind = c->shifted && e->prompt + r == 0;
-    }
-    s->n_ex++;
-    s->ex_cell[s->n_ex] = first + R;
-    s->ex_unit[s->n_ex] = s->n_units;
-}
-
-static void dlm__layout_begin(dlm__state *s)
-{
-    s->n_seqs = s->n_rows = s->n_out = s->start[0] = 0;
-}
-
-static void dlm__layout_close(dlm__state *s, int rows)
-{
-    s->n_rows += rows;
-    s->start[++s->n_seqs] = s->n_rows;
-}
-
-/* Row `row` predicts the cell of unit u. */
-static void dlm__layout_out(dlm__state *s, const dlm__unit *u, int cell, int row)
-{
-    const dlm_example *e = &s->ex[u->ex];
-    const int i = s->n_out++;
-    s->out_rows[i] = row;
-    s->targets[i] = e->tokens[e->prompt + cell - s->ex_cell[u->ex]];
-    s->out_cell[i] = cell;
-    s->out_weight[i] = s->weight[cell];
-    s->out_level[i] = (float)u->t;
-}
-
-static int dlm__cell_token(const dlm__state *s, const dlm_config *c, int ex, int cell)
-{
-    const dlm_example *e = &s->ex[ex];
-    return s->masked[cell] ? c->mask_id : e->tokens[e->prompt + cell - s->ex_cell[ex]];
-}
-
-/* Row i-1 predicts token i; the last token needs no row.  All cells are targets. */
-static void dlm__layout_ar(dlm__state *s, const dlm_config *c, int ex, int scored_only)
-{
-    const dlm_example *e = &s->ex[ex];
-    const dlm__unit *u = &s->units[s->ex_unit[ex]];
-    const int base = s->n_rows, rows = e->length - 1;
-    (void)c; (void)scored_only;
-    dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
-    for (int i = 0; i < rows; i++) {
-        s->tokens[base + i] = e->tokens[i];
-        s->positions[base + i] = i;
-        if (i + 1 >= e->prompt)
-            dlm__layout_out(s, u, u->cell + i + 1 - e->prompt, base + i);
-    }
-    dlm__layout_close(s, rows);
-}
-
-/* Everybody sees everybody.  A shifted model cannot predict token 0. */
-static void dlm__layout_full(dlm__state *s, const dlm_config *c, int ex, int scored_only)
-{
-    const dlm_example *e = &s->ex[ex];
-    const dlm__unit *u = &s->units[s->ex_unit[ex]];
-    const int base = s->n_rows, T = e->length, P = e->prompt;
-    if (scored_only && !u->scored) return;
-    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_FULL, 1, 0);
-    for (int i = 0; i < T; i++) {
-        const int cell = u->cell + i - P;
-        s->tokens[base + i] = i < P ? e->tokens[i] : dlm__cell_token(s, c, ex, cell);
-        s->positions[base + i] = i;
-        if (i >= P && s->masked[cell] && (i > P || !u->blind))
-            dlm__layout_out(s, u, cell, base + i - c->shifted);
-    }
-    dlm__layout_close(s, T);
-}
-
-/* Tokens of the noisy copy: the response, and the masks that the sampler shows behind a
-   text that ends inside a block (methods B.5; there pads are masks, too). */
-static int dlm__noisy_length(const dlm_config *c, const dlm_example *e)
-{
-    const int canvas = e->canvas ? dlm__min(e->canvas, c->max_seq) : c->max_seq;
-    return dlm__min(dlm__round_up(e->length - e->prompt, c->block), canvas - e->prompt);
-}
-
-/* The doubled row [prompt | clean | noisy], of the noisy part only the blocks that are
-   wanted.  Shifted, the first token of a block is predicted by the clean row before
-   it; clean rows come first because out rows must increase. */
-static void dlm__layout_block(dlm__state *s, const dlm_config *c, int ex, int scored_only)
-{
-    const dlm_example *e = &s->ex[ex];
-    const int base = s->n_rows, P = e->prompt, T = e->length, cell0 = s->ex_cell[ex];
-    int row = base + T, before = s->n_out;
-    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_BLOCK, c->block, P);
-    for (int i = 0; i < T; i++) {
-        s->tokens[base + i] = e->tokens[i];
-        s->positions[base + i] = i;
-    }
-    for (int k = s->ex_unit[ex]; c->shifted && k < s->ex_unit[ex + 1]; k++) {
-        const dlm__unit *u = &s->units[k];
-        if ((!scored_only || u->scored) && s->masked[u->cell] && !u->blind)
-            dlm__layout_out(s, u, u->cell, base + P + u->cell - cell0 - 1);
-    }
-    for (int k = s->ex_unit[ex]; k < s->ex_unit[ex + 1]; k++) {
-        const dlm__unit *u = &s->units[k];
-        const int r = u->cell - cell0;
-        const int shown = dlm__min(c->block, dlm__noisy_length(c, e) - r);
-        if (scored_only && !u->scored) continue;
-        dlm__keys_noisy(s->keys + row, s->positions + row, P + r, row - base, shown);
-        for (int i = 0; i < shown; i++) {
-            s->tokens[row + i] = i < u->n ? dlm__cell_token(s, c, ex, u->cell + i)
-                                          : c->mask_id;
-            if (i < u->n && s->masked[u->cell + i] && i >= c->shifted)
-                dlm__layout_out(s, u, u->cell + i, row + i - c->shifted);
-        }
-        row += shown;
-    }
-    if (scored_only && s->n_out == before) return;          /* nothing to look at  */
-    dlm__layout_close(s, row - base);
-}
-
-/* The table of objectives. */
-typedef struct dlm__objective_kind {
-    const char *name;
-    void (*layout)(dlm__state *s, const dlm_config *c, int ex, int scored_only);
-    int doubled, masks;             /* noisy copies beside clean ones; noise at all */
-} dlm__objective_kind;
-
-static const dlm__objective_kind dlm__objectives[] = {
-    { "auto", NULL, 0, 0 },
-    { "block", dlm__layout_block, 1, 1 },
-    { "mdlm", dlm__layout_full, 0, 1 },
-    { "ar", dlm__layout_ar, 0, 0 },
-};
-
-/* Rows of an example in `views` views; one without a response has none. */
-static int dlm__rows_of(const dlm__objective_kind *k, const dlm_config *c,
-                        const dlm_example *e, int views)
-{
-    if (e->prompt == e->length) return 0;
-    return views * (e->length + (k->doubled ? dlm__noisy_length(c, e) : 0));
-}
-
-static int dlm__unit_length(const dlm__objective_kind *k, const dlm_config *c)
-{
-    return k->doubled ? c->block : INT_MAX / 2;
-}
+static const char *const dlm__objective_names[] = { "auto", "block", "mdlm", "ar" };
 
 static dlm_objective dlm__objective_of(const dlm_config *c)
 {
@@ -6015,6 +5872,43 @@ static dlm_objective dlm__objective_of(const dlm_config *c)
         DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
     };
     return by_pattern[c->pattern];
+}
+
+/* Everything but the arrays; seqs 0: one to 32 rows, but not few. */
+static void dlm__state_prepare(dlm_state *s, dlm_ctx *ctx, const dlm_config *c,
+                               dlm_objective objective, int rows, int seqs)
+{
+    memset(s, 0, sizeof *s);
+    s->ctx = ctx;
+    s->config = *c;
+    s->objective = objective == DLM_OBJECTIVE_AUTO ? dlm__objective_of(c) : objective;
+    s->rows = s->most_cells = rows;
+    s->seqs = seqs ? seqs : dlm__max(16, rows / 32);
+    s->scale = 1.0;
+}
+
+/* --[ taking examples ]-------------------------------------------------------  */
+
+/* Tokens of the noisy copy: the response, and the masks that the sampler shows behind a
+   text that ends inside a block. */
+static int dlm__noisy_length(const dlm_config *c, const dlm_example *e)
+{
+    const int canvas = e->canvas ? dlm__min(e->canvas, c->max_seq) : c->max_seq;
+    return dlm__min(dlm__round_up(e->length - e->prompt, c->block), canvas - e->prompt);
+}
+
+/* Rows that an example may take; one without a response has none. */
+static int dlm__rows_of(const dlm_state *s, const dlm_example *e)
+{
+    if (e->prompt == e->length) return 0;
+    return e->length + (s->objective == DLM_OBJECTIVE_BLOCK
+                        ? dlm__noisy_length(&s->config, e) : 0);
+}
+
+/* Cells of a unit, at most. */
+static int dlm__unit_length(const dlm_state *s)
+{
+    return s->objective == DLM_OBJECTIVE_BLOCK ? s->config.block : INT_MAX / 2;
 }
 
 /* A text to learn from or to score: tokens of the vocabulary, none of them the mask,
@@ -6034,138 +5928,305 @@ static dlm_error dlm__check_text(dlm_ctx *ctx, const dlm_config *c, const char *
     return DLM_OK;
 }
 
-/* Where the noise of a step comes from. */
-typedef struct dlm__noise {
-    dlm_address at;                 /* seed and step                               */
-    int    stratified;
-    double lo, hi;                  /* range of noise levels                       */
-    int    first, all;              /* levels given out so far; in all of the step */
-    int    row;                     /* number of the pass's first example in it    */
-} dlm__noise;
-
-/* A noise level for every unit of the state. */
-static void dlm__noise_levels(dlm__state *s, dlm__noise *n)
+static dlm_error dlm__check_example(const dlm_state *s, const dlm_example *e, int i,
+                                    int views)
 {
-    dlm_address at = n->at;
-    at.purpose = DLM_RANDOM_LEVEL;
-    for (int k = 0; k < s->n_units; k++)
-        s->units[k].t = dlm_noise_level(&at, n->first + k, n->all, n->stratified, n->lo,
-                                        n->hi);
-    n->first += s->n_units;
+    const dlm_config *c = &s->config;
+    if (e->length < 1 || e->length > c->max_seq)
+        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
+                         e->length, c->max_seq);
+    if (e->prompt < 0 || e->prompt > e->length)
+        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
+                         e->prompt, e->length);
+    if (e->canvas != 0 && e->canvas < e->length)
+        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: canvas %d, its length is %d",
+                         i, e->canvas, e->length);
+    if (views * dlm__rows_of(s, e) > s->rows)
+        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: needs %d rows, max_rows is %d",
+                         i, views * dlm__rows_of(s, e), s->rows);
+    return dlm__check_text(s->ctx, c, "example", i, e->tokens, e->length);
 }
 
-/* Masks every cell of unit u with probability p, weight w; at.row is the example. */
-static void dlm__mask_unit(dlm__state *s, const dlm__unit *u, double p, double w,
-                           const dlm__noise *n)
+static dlm_error dlm__check_examples(const dlm_state *s, const dlm_example *e, int n,
+                                     int views)
 {
-    dlm_address at = n->at;
-    at.purpose = DLM_RANDOM_MASK;
-    at.row = (uint32_t)(n->row + u->ex);
+    dlm_error error = DLM_OK;
+    if (n < 1)
+        return dlm__fail(s->ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
+    for (int i = 0; i < n && error == DLM_OK; i++)
+        error = dlm__check_example(s, &e[i], i, views);
+    return error;
+}
+
+/* One more example: its cells and units. */
+static void dlm__take_example(dlm_state *s, const dlm_example *e)
+{
+    const int R = e->length - e->prompt, first = s->n_cells;
+    const int most = dlm__unit_length(s);
+    for (int r = 0; r < R; r += most) {
+        dlm_unit *u = &s->units[s->n_units++];
+        memset(u, 0, sizeof *u);
+        u->example = s->n_examples;
+        u->cell = first + r;
+        u->n = dlm__min(most, R - r);
+        u->blind = s->config.shifted && e->prompt + r == 0;
+        u->wanted = 1;
+    }
+    s->n_examples++;
+    s->n_cells += R;
+    s->first_cell[s->n_examples] = s->n_cells;
+    s->first_unit[s->n_examples] = s->n_units;
+}
+
+/* Of checked examples; the first always fits. */
+static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, int views)
+{
+    int rows = 0;
+    s->examples = examples;
+    s->n_examples = s->n_units = s->n_cells = s->first_cell[0] = s->first_unit[0] = 0;
+    for (int i = 0; i < n && (i + 1) * views <= s->seqs; i++) {
+        const dlm_example *e = &examples[i];
+        rows += views * dlm__rows_of(s, e);
+        if (rows > s->rows || s->n_cells + e->length - e->prompt > s->most_cells) break;
+        dlm__take_example(s, e);
+    }
+}
+
+DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int n,
+                                 int views)
+{
+    const dlm_error e = dlm__check_examples(s, examples, n, views);
+    if (e == DLM_OK) dlm__state_take(s, examples, n, views);
+    return e;
+}
+
+/* Tokens that could carry loss: a shifted model cannot predict token 0. */
+static int dlm__could_carry(const dlm_state *s, const dlm_example *e)
+{
+    return e->length - dlm__max(e->prompt, s->config.shifted);
+}
+
+/* --[ noise ]-----------------------------------------------------------------
+   at.row is the number of the example in the step, at.position that of the cell in it. */
+
+static dlm_address dlm__cell_address(const dlm_state *s, const dlm_unit *u, int cell,
+                                     dlm_purpose purpose)
+{
+    return dlm__address(s->noise.seed, purpose, s->noise.step,
+                        (uint32_t)(s->noise.row + u->example),
+                        (uint32_t)(cell - s->first_cell[u->example]));
+}
+
+DLM_API void dlm_state_mask(dlm_state *s, int k, double p)
+{
+    const dlm_unit *u = &s->units[k];
     for (int i = u->cell; i < u->cell + u->n; i++) {
-        at.position = (uint32_t)(i - s->ex_cell[u->ex]);
+        const dlm_address at = dlm__cell_address(s, u, i, DLM_RANDOM_MASK);
         s->masked[i] = dlm_uniform(&at, 0) < p;
-        s->weight[i] = (float)w;
     }
 }
 
-/* ==[ lift ]==================================================================
-   LIFT, learnability-informed fine-tuning (arXiv 2605.22939; methods A), and what it is
-   compared with.  More tokens are masked than the noise level t says, t + rho; of these
-   the easiest, the hardest or random ones are kept, so that t of them carry loss, and
-   the rest get their gold token back.  Easy at high t, hard at low t. */
-
-DLM_API double dlm_lift_rho(const dlm_address *at, double t, int code_form)
+/* Every cell of unit k weighs w. */
+static void dlm__weigh(dlm_state *s, int k, double w)
 {
-    const double u = 1.0 - fmax(0.0, (t - 1e-3) / (1.0 - 1e-3));   /* 1 - t_raw      */
-    const double least = !code_form || u <= 0.1 ? 0.0 : 0.1;
-    return least + (u - least) * dlm_uniform(at, 0);
+    const dlm_unit *u = &s->units[k];
+    for (int i = u->cell; i < u->cell + u->n; i++) s->weight[i] = (float)w;
 }
 
-DLM_API int dlm_lift_count(int n, double t, double rho)
+DLM_API void dlm_state_noise(dlm_state *s, const dlm_noise *noise)
 {
-    const double fraction = fmin(1.0, fmax(1e-3, t / fmax(t + rho, 1e-3)));
-    return n < 1 ? 0 : dlm__min(n, dlm__max(1, (int)rint((double)((float)n
-                                                         * (float)fraction))));
-}
-
-DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
-                                 const dlm_address *at)
-{
-    const float easy = (float)t, hard = (float)(1.0 - t);
-    const float any = components == 3 ? (float)(H * t * (1.0 - t)) : 0.0f;
-    dlm_select mode = easy >= hard ? DLM_SELECT_EASIEST : DLM_SELECT_HARDEST;
-    double u;
-    if (components == 3 && any >= easy && any >= hard) mode = DLM_SELECT_RANDOM;
-    if (policy == DLM_POLICY_REVERSED && mode != DLM_SELECT_RANDOM)
-        mode = mode == DLM_SELECT_EASIEST ? DLM_SELECT_HARDEST : DLM_SELECT_EASIEST;
-    if (policy == DLM_POLICY_TIME || policy == DLM_POLICY_REVERSED) return mode;
-    u = dlm_uniform(at, 1);
-    if (policy == DLM_POLICY_RANDOM) {
-        u *= components;
-        return u < 1.0 ? DLM_SELECT_EASIEST : u < 2.0 ? DLM_SELECT_HARDEST
-            : DLM_SELECT_RANDOM;
+    dlm_address at;
+    int could = 0;
+    memset(&s->noise, 0, sizeof s->noise);
+    if (noise) s->noise = *noise;
+    if (s->noise.lo == 0.0) s->noise.lo = 1e-3;
+    if (s->noise.hi == 0.0) s->noise.hi = 1.0;
+    if (s->noise.all == 0) s->noise.all = s->n_units;
+    at = dlm__address(s->noise.seed, DLM_RANDOM_LEVEL, s->noise.step, 0, 0);
+    for (int k = 0; k < s->n_units; k++) {
+        dlm_unit *u = &s->units[k];
+        u->t = s->objective == DLM_OBJECTIVE_AR ? 1.0
+            : dlm_noise_level(&at, s->noise.first + k, s->noise.all,
+                              !s->noise.independent, s->noise.lo, s->noise.hi);
+        u->wanted = 1;
+        dlm_state_mask(s, k, u->t);         /* AR: at level 1 all are              */
+        dlm__weigh(s, k, 1.0 / u->t);
     }
-    u *= (double)easy + (double)hard + (double)any;
-    return u < (double)easy ? DLM_SELECT_EASIEST
-        : u < (double)easy + (double)hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
+    for (int i = 0; i < s->n_examples; i++) could += dlm__could_carry(s, &s->examples[i]);
+    s->scale = 1.0 / dlm__max(could, 1);
 }
 
-/* What selection goes by, as an integer that is larger for what is kept first: 53 random
-   bits, or the score's bits with the negative ones turned around, which sort as floats
-   do.  -0 becomes 0, as they are equal. */
-static uint64_t dlm__select_key(const float *score, int i, dlm_select mode,
-                                const dlm_address *at)
+/* --[ layouts ]---------------------------------------------------------------
+   Each adds the rows of example number ex and closes its sequence.  Out rows must
+   increase, so they are added in the order of rows. */
+
+static int dlm__cell_token(const dlm_state *s, int ex, int cell)
 {
-    union { float f; uint32_t u; } x;
-    if (mode == DLM_SELECT_RANDOM)
-        return (uint64_t)(dlm_uniform(at, (uint32_t)i) * 9007199254740992.0);   /* 2^53 */
-    x.f = score[i] + 0.0f;
-    x.u = x.u >> 31 ? ~x.u : x.u | 0x80000000U;
-    return mode == DLM_SELECT_HARDEST ? ~x.u : x.u;
+    const dlm_example *e = &s->examples[ex];
+    return s->masked[cell] ? s->config.mask_id
+                           : e->tokens[e->prompt + cell - s->first_cell[ex]];
 }
 
-/* The k-th largest key is found bit by bit, in as many passes as keys take to tell apart,
-   not in k. */
-DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, int k,
-                            dlm_select mode, const dlm_address *at)
+/* Row `row` predicts this cell of unit u; nobody looks at what weighs nothing. */
+static void dlm__look_at(dlm_state *s, const dlm_unit *u, int cell, int row)
 {
-    uint64_t least = 0;             /* at least k keys are this or more            */
-    int kept = 0, ties = k, above = INT_MAX;
-    for (int bit = mode == DLM_SELECT_RANDOM ? 52 : 31; bit >= 0 && above != k; bit--) {
-        const uint64_t guess = least | (uint64_t)1 << bit;
-        int count = 0;
-        for (int i = 0; i < n; i++)
-            count += masked[i] && dlm__select_key(score, i, mode, at) >= guess;
-        if (count < k) continue;
-        least = guess;
-        above = count;
+    const dlm_example *e = &s->examples[u->example];
+    int i;
+    if (s->weight[cell] == 0.0f) return;
+    i = s->batch.n_out++;
+    s->out_rows[i] = row;
+    s->targets[i] = e->tokens[e->prompt + cell - s->first_cell[u->example]];
+    s->out_cell[i] = cell;
+    s->out_weight[i] = s->weight[cell];
+    s->out_level[i] = (float)u->t;
+}
+
+/* Rows 0 .. T-1 of an example, from row `base` on, as they are. */
+static void dlm__clean_rows(dlm_state *s, const dlm_example *e, int base, int T)
+{
+    for (int i = 0; i < T; i++) {
+        s->tokens[base + i] = e->tokens[i];
+        s->positions[base + i] = i;
     }
-    for (int i = 0; i < n; i++)
-        ties -= masked[i] && dlm__select_key(score, i, mode, at) > least;
+}
+
+/* Row i-1 predicts token i; the last token needs no row.  Returns the rows, as all do. */
+static int dlm__layout_ar(dlm_state *s, int ex, int base)
+{
+    const dlm_example *e = &s->examples[ex];
+    const dlm_unit *u = &s->units[s->first_unit[ex]];
+    const int rows = e->length - 1;
+    dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
+    dlm__clean_rows(s, e, base, rows);
+    for (int i = u->blind; i < u->n; i++)
+        dlm__look_at(s, u, u->cell + i, base + e->prompt + i - 1);
+    return rows;
+}
+
+/* Everybody sees everybody. */
+static int dlm__layout_full(dlm_state *s, int ex, int base)
+{
+    const dlm_example *e = &s->examples[ex];
+    const dlm_unit *u = &s->units[s->first_unit[ex]];
+    const int P = e->prompt;
+    dlm_keys_fill(s->keys + base, e->length, DLM_PATTERN_FULL, 1, 0);
+    dlm__clean_rows(s, e, base, e->length);
+    for (int i = 0; i < u->n; i++) {
+        s->tokens[base + P + i] = dlm__cell_token(s, ex, u->cell + i);
+        if (s->masked[u->cell + i] && i >= u->blind)
+            dlm__look_at(s, u, u->cell + i, base + P + i - s->config.shifted);
+    }
+    return e->length;
+}
+
+/* The noisy block of unit u from row `row` on, which is slot row - base: it sees the
+   clean rows before it and itself.  Returns its rows. */
+static int dlm__layout_noisy(dlm_state *s, const dlm_unit *u, int base, int row)
+{
+    const dlm_config *c = &s->config;
+    const dlm_example *e = &s->examples[u->example];
+    const int r = u->cell - s->first_cell[u->example], first = e->prompt + r;
+    const int n = dlm__min(c->block, dlm__noisy_length(c, e) - r);
     for (int i = 0; i < n; i++) {
-        const uint64_t key = masked[i] ? dlm__select_key(score, i, mode, at) : 0;
-        masked[i] = masked[i] && (key > least || (key == least && ties-- > 0));
-        kept += masked[i];
+        dlm_keys *k = &s->keys[row + i];
+        k->lo0 = 0;
+        k->hi0 = first;
+        k->lo1 = row - base;
+        k->hi1 = row - base + n;
+        s->positions[row + i] = first + i;
+        s->tokens[row + i] = i < u->n ? dlm__cell_token(s, u->example, u->cell + i)
+                                      : c->mask_id;
+        if (i < u->n && s->masked[u->cell + i] && i >= c->shifted)
+            dlm__look_at(s, u, u->cell + i, row + i - c->shifted);
     }
-    return kept;
+    return n;
 }
 
-DLM_API void dlm_cart_weights(float *weight, const unsigned char *masked, int T, double p)
+/* The doubled row [prompt | clean | noisy], of the noisy part only the blocks that are
+   wanted.  Shifted, the clean row before a block predicts its first token. */
+static int dlm__layout_block(dlm_state *s, int ex, int base)
 {
-    /* c_i = sum over visible j of p (1-p)^(|i-j|-1) / 2, as two running sums. */
-    for (int back = 0; back < 2; back++) {
-        double sum = 0.0;
-        for (int step = 0; step < T; step++) {
-            const int i = back ? T - 1 - step : step;
-            weight[i] = (float)((back ? (double)weight[i] : 0.0) + sum);
-            sum = (1.0 - p) * sum + (masked[i] ? 0.0 : 0.5 * p);
-        }
+    const dlm_example *e = &s->examples[ex];
+    const int T = e->length, cell0 = s->first_cell[ex];
+    const dlm_unit *u = &s->units[s->first_unit[ex]], *end = s->units
+                                                           + s->first_unit[ex + 1];
+    int rows = T;
+    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_BLOCK, s->config.block, e->prompt);
+    dlm__clean_rows(s, e, base, T);
+    for (const dlm_unit *x = u; s->config.shifted && x < end; x++)
+        if (x->wanted && s->masked[x->cell] && !x->blind)
+            dlm__look_at(s, x, x->cell, base + e->prompt + x->cell - cell0 - 1);
+    for (; u < end; u++)
+        if (u->wanted) rows += dlm__layout_noisy(s, u, base, base + rows);
+    return rows;
+}
+
+DLM_API void dlm_state_layout(dlm_state *s, int again)
+{
+    dlm_batch *b = &s->batch;
+    if (!again) {
+        memset(b, 0, sizeof *b);
+        s->start[0] = 0;
+    }
+    b->start = s->start; b->tokens = s->tokens; b->positions = s->positions;
+    b->keys = s->keys; b->out_rows = s->out_rows;
+    for (int ex = 0; ex < s->n_examples; ex++) {
+        const int base = s->start[b->n_seqs];
+        int wanted = 0, rows;
+        for (int k = s->first_unit[ex]; k < s->first_unit[ex + 1]; k++)
+            wanted |= s->units[k].wanted;
+        if (!wanted) continue;
+        rows = s->objective == DLM_OBJECTIVE_BLOCK ? dlm__layout_block(s, ex, base)
+            : s->objective == DLM_OBJECTIVE_MDLM ? dlm__layout_full(s, ex, base)
+            : dlm__layout_ar(s, ex, base);
+        s->start[++b->n_seqs] = base + rows;
     }
 }
 
-DLM_API double dlm_gift_level(double t, double entropy, double mean_root)
+/* --[ looking at rows ]-------------------------------------------------------  */
+
+DLM_API void dlm_state_loss(void *state, int i, float *logits)
 {
-    return 1.0 - pow(1.0 - t, sqrt(fmax(0.0, entropy)) / fmax(mean_root, 1e-12));
+    const dlm_state *s = (const dlm_state *)state;
+    s->loss[i] = dlm_cross_entropy(s->ctx, logits, s->config.vocab, s->targets[i],
+                                   (double)s->out_weight[i] * s->scale);
+}
+
+DLM_API void dlm_state_gold(void *state, int i, float *logits)
+{
+    const dlm_state *s = (const dlm_state *)state;
+    s->score[s->out_cell[i]] = (float)((double)logits[s->targets[i]]
+        - dlm_log_sum_exp(s->ctx, logits, s->config.vocab, NULL));
+}
+
+DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
+                                   dlm_objective objective, int rows, int seqs,
+                                   const dlm_memory *mem)
+{
+    dlm__arena arena = { NULL, 0 };
+    dlm_state prepared;
+    void *block;
+    dlm_error e = dlm__in_range(ctx, "rows", rows, 1, 1 << 26);
+    *out = NULL;
+    if (e == DLM_OK) e = dlm__in_range(ctx, "seqs", seqs, 0, 1 << 20);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "objective", (int)objective, 0,
+                                       DLM_OBJECTIVE_AR);
+    if (e != DLM_OK) return e;
+    dlm__state_prepare(&prepared, ctx, c, objective, rows, seqs);
+    dlm__push(&arena, 1, sizeof prepared);
+    dlm__state_carve(&arena, &prepared);
+    e = dlm__place(ctx, "state", dlm__arena_bytes(&arena), mem, &arena, &block);
+    if (e != DLM_OK) return e;
+    *out = (dlm_state *)dlm__push(&arena, 1, sizeof prepared);
+    **out = prepared;
+    (*out)->block = block;
+    dlm__state_carve(&arena, *out);
+    return DLM_OK;
+}
+
+DLM_API void dlm_state_free(dlm_state *s)
+{
+    if (s) dlm__release(s->ctx, s->block);
 }
 
 /* ==[ trainer ]===============================================================
@@ -6176,13 +6237,10 @@ struct dlm_trainer {
     dlm__work         w;
     dlm_model        *m;
     dlm_train_options opt;          /* with every default filled in                */
-    const dlm__objective_kind *kind;
     float            *grads, *adam_m, *adam_v, *ema;     /* (n_params) each        */
     double           *partial;      /* (n_params / 4096) sums of squares           */
-    dlm__state        state;
+    dlm_state         state;
     dlm_example      *windows;      /* (rows) for dlm_trainer_step_text            */
-    unsigned char    *row_masked;   /* (rows) of one example, prompt and all       */
-    float            *row_weight;   /* (rows)                                      */
     int64_t           step;
     double            pass_flops;   /* since the last update                       */
     void             *block;
@@ -6247,16 +6305,16 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
         return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
                          " together, in a model of their own");
     if ((o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary)
-        && !dlm__objectives[o->objective].masks)
+        && o->objective == DLM_OBJECTIVE_AR)
         return dlm__fail(ctx, DLM_E_CONFIG, "lift.method: %s has no masks to choose from",
-                         dlm__objectives[o->objective].name);
+                         dlm__objective_names[o->objective]);
     if (o->lift.one_pass && o->lift.complementary)
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "lift.one_pass and lift.complementary exclude "
                          "each other");
     if (o->max_rows == 0)
         o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
-            * (1 + dlm__objectives[o->objective].doubled);
+            * (1 + (o->objective == DLM_OBJECTIVE_BLOCK));
     if (o->lr == 0.0f) o->lr = 1e-3f;
     if (o->beta1 == 0.0f) o->beta1 = 0.9f;
     if (o->beta2 == 0.0f) o->beta2 = 0.99f;
@@ -6279,9 +6337,7 @@ static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
     t->ema = t->opt.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
     t->partial = (double *)dlm__push(a, n / DLM__GRAD_RUN + 1, sizeof(double));
     t->windows = (dlm_example *)dlm__push(a, (size_t)w->rows, sizeof(dlm_example));
-    t->row_masked = (unsigned char *)dlm__push(a, (size_t)w->rows, 1);
-    t->row_weight = dlm__push_floats(a, (size_t)w->rows, 1);
-    dlm__state_carve(a, &t->state, w->rows, w->seqs);
+    dlm__state_carve(a, &t->state);
     dlm__work_carve(a, w);
 }
 
@@ -6294,13 +6350,13 @@ static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_mo
     e = dlm__train_resolve(ctx, m, opt, &t->opt);
     if (e != DLM_OK) return e;
     t->m = (dlm_model *)(uintptr_t)m;
-    t->kind = &dlm__objectives[t->opt.objective];
+    dlm__state_prepare(&t->state, ctx, &m->config, t->opt.objective, t->opt.max_rows, 0);
     t->w.ctx = ctx;
     t->w.c = m->config;
     t->w.training = 1;
     t->w.type = t->opt.precision;
     t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
-    t->w.seqs = dlm__max(16, t->opt.max_rows / 32);
+    t->w.seqs = t->state.seqs;
     return DLM_OK;
 }
 
@@ -6373,471 +6429,10 @@ DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score
     return dlm__pass(t, b, score, user, 1);
 }
 
-typedef struct dlm__ce {            /* weighted cross-entropy of a state's out rows */
-    dlm_ctx    *ctx;
-    dlm__state *s;
-    double      scale;              /* 1 / D                                       */
-    int         V;
-} dlm__ce;
-
-static void dlm__ce_score(void *user, int i, float *logits)
+DLM_API dlm_error dlm_trainer_score(dlm_trainer *t, const dlm_batch *b,
+                                    dlm_score_fn score, void *user)
 {
-    const dlm__ce *c = (const dlm__ce *)user;
-    c->s->loss[i] = dlm_cross_entropy(c->ctx, logits, c->V, c->s->targets[i],
-                                      (double)c->s->out_weight[i] * c->scale);
-}
-
-/* log p(gold) to the cell. */
-static void dlm__gold_score(void *user, int i, float *logits)
-{
-    const dlm__ce *c = (const dlm__ce *)user;
-    c->s->score[c->s->out_cell[i]] = (float)((double)logits[c->s->targets[i]]
-        - dlm_log_sum_exp(c->ctx, logits, c->V, NULL));
-}
-
-/* Entropy in nats to the cell. */
-static void dlm__entropy_score(void *user, int i, float *logits)
-{
-    const dlm__ce *c = (const dlm__ce *)user;
-    const float max = c->ctx->k->max(logits, c->V);
-    double sum, sum_x;
-    sum = c->ctx->k->sum_exp(logits, c->V, max, &sum_x);
-    c->s->score[c->s->out_cell[i]] = (float)fmax(0.0, log(sum) - sum_x / sum);
-}
-
-static dlm_batch dlm__state_batch(const dlm__state *s)
-{
-    dlm_batch b;
-    memset(&b, 0, sizeof b);
-    b.n_seqs = s->n_seqs; b.start = s->start; b.tokens = s->tokens;
-    b.positions = s->positions; b.keys = s->keys; b.out_rows = s->out_rows;
-    b.n_out = s->n_out;
-    return b;
-}
-
-static void dlm__layout_all(dlm_trainer *t, int scored_only)
-{
-    const dlm__state *s = &t->state;
-    for (int i = 0; i < s->n_ex; i++)
-        if (s->ex_cell[i] < s->ex_cell[i + 1])
-            t->kind->layout(&t->state, &t->w.c, i, scored_only);
-}
-
-/* A forward without gradient over the scored units; `score` fills their cells. */
-static dlm_error dlm__scoring_pass(dlm_trainer *t, dlm_score_fn score, dlm__ce *ce)
-{
-    dlm_batch b;
-    for (int i = 0; i < t->state.ex_cell[t->state.n_ex]; i++)
-        t->state.score[i] = 0.0f;   /* also of a token that no row predicts        */
-    dlm__layout_begin(&t->state);
-    dlm__layout_all(t, 1);
-    b = dlm__state_batch(&t->state);
-    return dlm__pass(t, &b, score, ce, 0);
-}
-
-/* --[ methods ]---------------------------------------------------------------
-   What happens between drawing noise levels and the pass that learns. */
-
-static int dlm__bin(double t) { return dlm__min(DLM_BINS - 1, (int)(t * DLM_BINS)); }
-
-static double dlm__time_weight(const dlm_trainer *t, double level)
-{
-    return t->opt.lift.no_time_scaling ? 1.0 : 1.0 / level;
-}
-
-static dlm_error dlm__prepare_vanilla(dlm_trainer *t, const dlm__noise *noise,
-                                      dlm__ce *ce,
-                                      dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    (void)ce; (void)r;
-    for (int k = 0; k < s->n_units; k++)
-        dlm__mask_unit(s, &s->units[k], s->units[k].t,
-                       dlm__time_weight(t, s->units[k].t), noise);
-    return DLM_OK;
-}
-
-/* The plain bound, whatever the options: for evaluation. */
-static void dlm__prepare_bound(dlm__state *s, const dlm__noise *noise)
-{
-    for (int k = 0; k < s->n_units; k++)
-        dlm__mask_unit(s, &s->units[k], s->units[k].t, 1.0 / s->units[k].t, noise);
-}
-
-static dlm_address dlm__lift_address(const dlm__state *s, const dlm__unit *u,
-                                     const dlm__noise *n)
-{
-    dlm_address at = n->at;
-    at.purpose = DLM_RANDOM_LIFT;
-    at.row = (uint32_t)(n->row + u->ex);
-    at.position = (uint32_t)(u->cell - s->ex_cell[u->ex]);
-    return at;
-}
-
-static void dlm__lift_count_gold(const dlm__state *s, const dlm__unit *u,
-                                 dlm_report *r, int before)
-{
-    const int bin = dlm__bin(u->t);
-    for (int i = u->cell + u->blind; i < u->cell + u->n; i++) {
-        const double p = exp((double)s->score[i]);
-        if (!s->masked[i]) continue;
-        if (before) {                           /* all of the superset             */
-            r->bin_superset[bin]++;
-            if (u->scored) r->bin_gold_rejected[bin] += p;
-            if (u->scored) r->bin_rejected[bin]++;
-        } else if (u->scored) {                 /* the kept ones move over         */
-            r->bin_gold_rejected[bin] -= p;
-            r->bin_rejected[bin]--;
-            r->bin_gold_kept[bin] += p;
-            r->bin_kept[bin]++;
-        }
-    }
-}
-
-/* Refills unit u: what is not kept is no longer masked. */
-static void dlm__lift_refill(dlm__state *s, const dlm__unit *u, const dlm__noise *noise,
-                             dlm_report *r)
-{
-    dlm_address at = dlm__lift_address(s, u, noise);
-    const int first = u->cell + u->blind;
-    int n = 0;
-    at.purpose = DLM_RANDOM_SELECT;
-    for (int i = first; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
-    dlm__lift_count_gold(s, u, r, 1);
-    dlm_lift_select(s->masked + first, s->score + first, u->n - u->blind,
-                    dlm_lift_count(n, u->t, u->rho), u->mode, &at);
-    dlm__lift_count_gold(s, u, r, 0);
-}
-
-static void dlm__lift_draw(dlm_trainer *t, dlm__unit *u, const dlm__noise *noise)
-{
-    const dlm_lift_options *o = &t->opt.lift;
-    const dlm_address at = dlm__lift_address(&t->state, u, noise);
-    u->rho = dlm_lift_rho(&at, u->t, o->rho_code_form);
-    u->mode = o->method == DLM_METHOD_TOP_K ? DLM_SELECT_EASIEST
-        : o->method == DLM_METHOD_BOTTOM_K ? DLM_SELECT_HARDEST
-        : o->method == DLM_METHOD_RANDOM_K ? DLM_SELECT_RANDOM
-        : dlm_lift_mode(u->t, o->method == DLM_METHOD_LIFT3 ? 3 : 2, (double)o->H,
-                        o->policy, &at);
-    u->scored = u->mode != DLM_SELECT_RANDOM;
-    dlm__mask_unit(&t->state, u, fmin(1.0, u->t + u->rho), dlm__time_weight(t, u->t),
-                   noise);
-}
-
-/* One-pass leaves the scored units for dlm__learn_in_one_pass. */
-static dlm_error dlm__prepare_lift(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
-                                   dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    dlm_error e = DLM_OK;
-    for (int k = 0; k < s->n_units; k++) dlm__lift_draw(t, &s->units[k], noise);
-    if (!t->opt.lift.one_pass) e = dlm__scoring_pass(t, dlm__gold_score, ce);
-    for (int k = 0; k < s->n_units && e == DLM_OK; k++)
-        if (!t->opt.lift.one_pass || !s->units[k].scored)
-            dlm__lift_refill(s, &s->units[k], noise, r);
-    return e;
-}
-
-static dlm_error dlm__prepare_cart(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
-                                   dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    dlm__prepare_vanilla(t, noise, ce, r);
-    for (int i = 0; i < s->n_ex; i++) {
-        const int P = s->ex[i].prompt, cell0 = s->ex_cell[i], R = s->ex[i].length - P;
-        if (R == 0) continue;                   /* nor rows; P may exceed them     */
-        memset(t->row_masked, 0, (size_t)P);
-        memcpy(t->row_masked + P, s->masked + cell0, (size_t)R);
-        dlm_cart_weights(t->row_weight, t->row_masked, P + R, (double)t->opt.lift.cart_p);
-        for (int r0 = 0; r0 < R; r0++) {
-            const float c = t->row_weight[P + r0];
-            s->weight[cell0 + r0] = t->opt.lift.cart_time_scaling
-                ? c * s->weight[cell0 + r0] : c;
-        }
-    }
-    return DLM_OK;
-}
-
-/* Weighs every cell by 1 over its own level and, with `draw`, masks it at that level;
-   returns how many of those that can carry loss are masked. */
-static int dlm__gift_cells(dlm__state *s, const dlm__unit *u, double mean, int draw,
-                           const dlm__noise *noise)
-{
-    dlm_address at = noise->at;
-    int hits = 0;
-    at.purpose = DLM_RANDOM_MASK;
-    at.row = (uint32_t)(noise->row + u->ex);
-    for (int i = u->cell; i < u->cell + u->n; i++) {
-        const double level = dlm_gift_level(u->t, (double)s->score[i], mean);
-        at.position = (uint32_t)(i - s->ex_cell[u->ex]);
-        if (draw) s->masked[i] = dlm_uniform(&at, 0) < level;
-        s->weight[i] = level > 0.0 ? (float)(1.0 / level) : 0.0f;
-        hits += s->masked[i] && i >= u->cell + u->blind;
-    }
-    return hits;
-}
-
-/* The mean of the square roots of the entropies over the cells that a row predicts. */
-static double dlm__gift_mean(const dlm__state *s, int *cells)
-{
-    double sum = 0.0;
-    *cells = 0;
-    for (int k = 0; k < s->n_units; k++) {
-        const dlm__unit *u = &s->units[k];
-        for (int i = u->cell + u->blind; i < u->cell + u->n; i++)
-            sum += sqrt((double)s->score[i]);
-        *cells += u->n - u->blind;
-    }
-    return sum / dlm__max(*cells, 1);
-}
-
-static dlm_error dlm__prepare_gift(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
-                                   dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    double mean;
-    int cells, hits = 0;
-    dlm_error e;
-    for (int k = 0; k < s->n_units; k++) {
-        dlm__mask_unit(s, &s->units[k], 2.0, 1.0, noise);
-        s->units[k].scored = 1;
-    }
-    e = dlm__scoring_pass(t, dlm__entropy_score, ce);
-    if (e != DLM_OK) return e;
-    mean = dlm__gift_mean(s, &cells);
-    for (int k = 0; k < s->n_units; k++)
-        hits += dlm__gift_cells(s, &s->units[k], mean, 1, noise);
-    if (hits == 0) {                            /* nobody is uncertain: plain masks, */
-        dlm__prepare_vanilla(t, noise, ce, r);  /* weighed by their own levels       */
-        for (int k = 0; k < s->n_units; k++)
-            hits += dlm__gift_cells(s, &s->units[k], mean, 0, noise);
-    }
-    if (t->opt.lift.gift_masked_mean && hits > 0)
-        for (int i = 0; i < s->ex_cell[s->n_ex]; i++)
-            s->weight[i] *= (float)cells / (float)hits;
-    return DLM_OK;
-}
-
-/* AR: every cell is a target, as if all were masked. */
-static void dlm__prepare_clean(dlm__state *s)
-{
-    for (int k = 0; k < s->n_units; k++) s->units[k].t = 1.0;
-    for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->weight[i] = 1.0f;
-}
-
-typedef dlm_error (*dlm__prepare_fn)(dlm_trainer *t, const dlm__noise *noise, dlm__ce *ce,
-                                     dlm_report *r);
-static const dlm__prepare_fn dlm__methods[DLM_METHOD_COUNT] = {
-    dlm__prepare_vanilla, dlm__prepare_lift, dlm__prepare_lift, dlm__prepare_lift,
-    dlm__prepare_lift, dlm__prepare_lift, dlm__prepare_cart, dlm__prepare_gift
-};
-
-/* The second view: what was masked is seen and what was seen is masked, 1/(1-t). */
-static void dlm__complement(dlm_trainer *t)
-{
-    dlm__state *s = &t->state;
-    for (int i = 0; i < s->n_out; i++) s->out_weight[i] *= 0.5f;
-    for (int k = 0; k < s->n_units; k++) {
-        dlm__unit *u = &s->units[k];
-        u->t = fmax(1.0 - u->t, 1e-3);
-        for (int i = u->cell; i < u->cell + u->n; i++) {
-            s->masked[i] = !s->masked[i];
-            s->weight[i] = (float)(0.5 * dlm__time_weight(t, u->t));
-        }
-    }
-}
-
-/* The approximation of LIFT: scores come from the pass that learns.  The head runs
-   twice, first to score, then with the rejected rows weighing nothing. */
-static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, const dlm_batch *b,
-                                        const dlm__noise *noise, dlm__ce *ce,
-                                        dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    dlm_error e = dlm__take_batch(&t->w, b);
-    if (e != DLM_OK || b->n_out == 0) return e;
-    for (int i = 0; i < s->ex_cell[s->n_ex]; i++) s->score[i] = 0.0f;
-    dlm__layers_forward(&t->w, t->m, 1);
-    dlm__head(&t->w, t->m, NULL, dlm__gold_score, ce);
-    for (int k = 0; k < s->n_units; k++)
-        if (s->units[k].scored) dlm__lift_refill(s, &s->units[k], noise, r);
-    for (int i = 0; i < s->n_out; i++)
-        if (!s->masked[s->out_cell[i]]) s->out_weight[i] = 0.0f;
-    dlm__head(&t->w, t->m, t->grads, dlm__ce_score, ce);
-    dlm__layers_backward(&t->w, t->m, t->grads);
-    t->pass_flops += 3.0 * dlm_forward_flops(&t->w.c, b);
-    return DLM_OK;
-}
-
-static void dlm__report_state(dlm_report *r, const dlm__state *s, double scale)
-{
-    for (int i = 0; i < s->n_out; i++) {
-        const int bin = dlm__bin((double)s->out_level[i]);
-        if (s->out_weight[i] == 0.0f) continue;
-        r->loss += s->loss[i] * (double)s->out_weight[i] * scale;
-        r->bin_loss[bin] += s->loss[i];
-        r->bin_count[bin]++;
-        r->scored++;
-    }
-}
-
-/* The examples of the state, once through the model. */
-static dlm_error dlm__run_state(dlm_trainer *t, dlm__noise *noise, dlm__ce *ce, int learn,
-                                dlm_report *r)
-{
-    dlm__state *s = &t->state;
-    const dlm_lift_options *o = &t->opt.lift;
-    const int one_pass = learn && o->one_pass
-        && dlm__methods[o->method] == dlm__prepare_lift;
-    dlm_batch b;
-    dlm_error e = DLM_OK;
-    dlm__noise_levels(s, noise);
-    if (!t->kind->masks) dlm__prepare_clean(s);
-    else if (!learn) dlm__prepare_bound(s, noise);
-    else e = dlm__methods[o->method](t, noise, ce, r);
-    if (e != DLM_OK) return e;
-    dlm__layout_begin(s);
-    dlm__layout_all(t, 0);
-    if (learn && o->complementary) {
-        dlm__complement(t);
-        dlm__layout_all(t, 0);
-    }
-    b = dlm__state_batch(s);
-    e = one_pass ? dlm__learn_in_one_pass(t, &b, noise, ce, r)
-                 : dlm__pass(t, &b, dlm__ce_score, ce, learn);
-    if (e == DLM_OK) dlm__report_state(r, s, ce->scale);
-    return e;
-}
-
-static dlm_error dlm__check_examples(const dlm_trainer *t, const dlm_example *e, int n)
-{
-    dlm_ctx *ctx = t->w.ctx;
-    const int views = 1 + t->opt.lift.complementary;
-    dlm_error error;
-    int rows;
-    if (n < 1)
-        return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
-    for (int i = 0; i < n; i++) {
-        if (e[i].length < 1 || e[i].length > t->w.c.max_seq)
-            return dlm__fail(ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
-                             e[i].length, t->w.c.max_seq);
-        if (e[i].prompt < 0 || e[i].prompt > e[i].length)
-            return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
-                             e[i].prompt, e[i].length);
-        if (e[i].canvas != 0 && e[i].canvas < e[i].length)
-            return dlm__fail(ctx, DLM_E_INPUT, "example %d: canvas %d, its length is %d",
-                             i, e[i].canvas, e[i].length);
-        rows = dlm__rows_of(t->kind, &t->w.c, &e[i], views);
-        if (rows > t->w.rows)
-            return dlm__fail(ctx, DLM_E_INPUT,
-                             "example %d: needs %d rows, max_rows is %d", i, rows,
-                             t->w.rows);
-        error = dlm__check_text(ctx, &t->w.c, "example", i, e[i].tokens, e[i].length);
-        if (error != DLM_OK) return error;
-    }
-    return DLM_OK;
-}
-
-/* All examples through as many passes as they need.  loss is normalised by D, the
-   tokens that could carry loss, so that it does not depend on the passes. */
-static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
-                                   dlm__noise *noise, int learn, dlm_report *r)
-{
-    const int unit = dlm__unit_length(t->kind, &t->w.c);
-    const int views = 1 + t->opt.lift.complementary;
-    dlm__state *s = &t->state;
-    dlm__ce ce;
-    dlm_error error = DLM_OK;
-    for (int k = 0; k < n; k++) {
-        r->tokens += e[k].length - dlm__max(e[k].prompt, t->w.c.shifted);
-        noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
-    }
-    ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
-    ce.scale = 1.0 / (double)(r->tokens > 0 ? r->tokens : 1);
-    for (int i = 0; i < n && error == DLM_OK; i += s->n_ex) {
-        int rows = 0;
-        noise->row = i;
-        dlm__state_begin(s, e + i);
-        while (i + s->n_ex < n && (s->n_ex + 1) * views <= t->w.seqs) {
-            rows += dlm__rows_of(t->kind, &t->w.c, &e[i + s->n_ex], views);
-            if (rows > t->w.rows) break;
-            dlm__state_take(s, &t->w.c, unit);
-        }
-        error = dlm__run_state(t, noise, &ce, learn, r);
-    }
-    for (int bin = 0; bin < DLM_BINS; bin++) {
-        r->bin_loss[bin] /= (double)(r->bin_count[bin] ? r->bin_count[bin] : 1);
-        r->bin_gold_kept[bin] /= (double)(r->bin_kept[bin] ? r->bin_kept[bin] : 1);
-        r->bin_gold_rejected[bin] /= (double)(r->bin_rejected[bin] ? r->bin_rejected[bin]
-                                                                   : 1);
-    }
-    return error;
-}
-
-static void dlm__noise_begin(const dlm_trainer *t, dlm__noise *noise, uint64_t seed,
-                             uint32_t step)
-{
-    memset(noise, 0, sizeof *noise);
-    noise->at = dlm__address(seed, 0, step, 0, 0);
-    noise->stratified = !t->opt.independent_levels;
-    noise->lo = (double)t->opt.level_min;
-    noise->hi = (double)t->opt.level_max;
-}
-
-DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
-                                   dlm_report *report)
-{
-    dlm_report local, *r = report ? report : &local;
-    dlm__noise noise;
-    dlm_error e = dlm__check_examples(t, examples, n);
-    memset(r, 0, sizeof *r);
-    if (e != DLM_OK) return e;
-    dlm__noise_begin(t, &noise, t->opt.seed, (uint32_t)t->step);
-    e = dlm__run_examples(t, examples, n, &noise, 1, r);
-    return e == DLM_OK ? dlm_trainer_update(t, r) : e;
-}
-
-DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
-                                        size_t n_tokens,
-                                        int T, int B, dlm_report *report)
-{
-    if (report) memset(report, 0, sizeof *report);
-    if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT,
-                         "window: T = %d is not in 1..%d (max_seq), "
-                         "or the text has fewer tokens (%.0f)", T, t->w.c.max_seq,
-                         (double)n_tokens);
-    if (B < 1 || B > t->w.rows)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)",
-                         B,
-                         t->w.rows);
-    for (int i = 0; i < B; i++) {
-        dlm_address at = dlm__address(t->opt.seed, DLM_RANDOM_DATA, (uint32_t)t->step,
-                                      (uint32_t)i, 0);
-        const double u = dlm_uniform(&at, 0);
-        t->windows[i].tokens = tokens + (size_t)(u * (double)(n_tokens - (size_t)T + 1));
-        t->windows[i].length = T;
-        t->windows[i].prompt = 0;
-    }
-    return dlm_trainer_step(t, t->windows, B, report);
-}
-
-DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
-                                       uint32_t draw, dlm_report *report)
-{
-    const double flops = t->pass_flops;
-    dlm__noise noise;
-    dlm_error e = dlm__check_examples(t, examples, n);
-    memset(report, 0, sizeof *report);
-    if (e != DLM_OK) return e;
-    dlm__noise_begin(t, &noise, ~t->opt.seed, draw);        /* never the training noise */
-    noise.lo = 1e-3;                                        /* and always the ELBO     */
-    noise.hi = 1.0;
-    e = dlm__run_examples(t, examples, n, &noise, 0, report);
-    report->step = t->step;
-    report->flops = t->pass_flops - flops;
-    t->pass_flops = flops;
-    return e;
+    return dlm__pass(t, b, score, user, 0);
 }
 
 /* ==[ optimizer ]=============================================================
@@ -6967,6 +6562,458 @@ DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
     }
     t->pass_flops = 0.0;
     return DLM_OK;
+}
+
+/* ==[ lift ]==================================================================
+   LIFT, learnability-informed fine-tuning (arXiv 2605.22939), and what it is compared
+   with: functions that change the masks of a noised state before it is learned from.
+     1  mask at rate t + rho, more than the noise level t asks for; n tokens
+     2  score them by log p(gold): one forward without gradient, the method's cost
+     3  keep k = round(n t / (t + rho)) of them; the rest get their gold token back:
+        which, the largest of three weights says: easiest t, hardest 1 - t, random
+        H t (1 - t).  With H = 3: hardest below t = 1/3, random up to 2/3, then easiest
+     4  learn from the kept ones, CE / t, as if only they had been masked            */
+
+DLM_API double dlm_lift_rho(const dlm_address *at, double t, int code_form)
+{
+    const double u = 1.0 - fmax(0.0, (t - 1e-3) / (1.0 - 1e-3));   /* 1 - t_raw      */
+    const double least = !code_form || u <= 0.1 ? 0.0 : 0.1;
+    return least + (u - least) * dlm_uniform(at, 0);
+}
+
+DLM_API int dlm_lift_count(int n, double t, double rho)
+{
+    const double fraction = fmin(1.0, fmax(1e-3, t / fmax(t + rho, 1e-3)));
+    return n < 1 ? 0 : dlm__min(n, dlm__max(1, (int)rint((double)((float)n
+                                                         * (float)fraction))));
+}
+
+DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
+                                 const dlm_address *at)
+{
+    const float easy = (float)t, hard = (float)(1.0 - t);
+    const float any = components == 3 ? (float)(H * t * (1.0 - t)) : 0.0f;
+    dlm_select mode = easy >= hard ? DLM_SELECT_EASIEST : DLM_SELECT_HARDEST;
+    double u;
+    if (components == 3 && any >= easy && any >= hard) mode = DLM_SELECT_RANDOM;
+    if (policy == DLM_POLICY_REVERSED && mode != DLM_SELECT_RANDOM)
+        mode = mode == DLM_SELECT_EASIEST ? DLM_SELECT_HARDEST : DLM_SELECT_EASIEST;
+    if (policy == DLM_POLICY_TIME || policy == DLM_POLICY_REVERSED) return mode;
+    u = dlm_uniform(at, 1);
+    if (policy == DLM_POLICY_RANDOM) {
+        u *= components;
+        return u < 1.0 ? DLM_SELECT_EASIEST : u < 2.0 ? DLM_SELECT_HARDEST
+            : DLM_SELECT_RANDOM;
+    }
+    u *= (double)easy + (double)hard + (double)any;
+    return u < (double)easy ? DLM_SELECT_EASIEST
+        : u < (double)easy + (double)hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
+}
+
+/* What selection goes by, as an integer that is larger for what is kept first: 53 random
+   bits, or the score's bits with the negative ones turned around, which sort as floats
+   do.  -0 becomes 0, as they are equal. */
+static uint64_t dlm__select_key(const float *score, int i, dlm_select mode,
+                                const dlm_address *at)
+{
+    union { float f; uint32_t u; } x;
+    if (mode == DLM_SELECT_RANDOM)
+        return (uint64_t)(dlm_uniform(at, (uint32_t)i) * 9007199254740992.0);   /* 2^53 */
+    x.f = score[i] + 0.0f;
+    x.u = x.u >> 31 ? ~x.u : x.u | 0x80000000U;
+    return mode == DLM_SELECT_HARDEST ? ~x.u : x.u;
+}
+
+/* The k-th largest key is found bit by bit, in as many passes as keys take to tell apart,
+   not in k. */
+DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, int k,
+                            dlm_select mode, const dlm_address *at)
+{
+    uint64_t least = 0;             /* at least k keys are this or more            */
+    int kept = 0, ties = k, above = INT_MAX;
+    for (int bit = mode == DLM_SELECT_RANDOM ? 52 : 31; bit >= 0 && above != k; bit--) {
+        const uint64_t guess = least | (uint64_t)1 << bit;
+        int count = 0;
+        for (int i = 0; i < n; i++)
+            count += masked[i] && dlm__select_key(score, i, mode, at) >= guess;
+        if (count < k) continue;
+        least = guess;
+        above = count;
+    }
+    for (int i = 0; i < n; i++)
+        ties -= masked[i] && dlm__select_key(score, i, mode, at) > least;
+    for (int i = 0; i < n; i++) {
+        const uint64_t key = masked[i] ? dlm__select_key(score, i, mode, at) : 0;
+        masked[i] = masked[i] && (key > least || (key == least && ties-- > 0));
+        kept += masked[i];
+    }
+    return kept;
+}
+
+/* --[ choosing ]--------------------------------------------------------------
+   The table of methods.  Each is given a state with plain masks at t and weights 1/t. */
+
+typedef struct dlm__method {
+    int        superset;            /* masks more than t and selects: LIFT's steps */
+    int        components;          /* that dlm_lift_mode chooses from; 0: always keep */
+    dlm_select keep;
+    dlm_error (*choose)(dlm_trainer *t, const struct dlm__method *m, dlm_report *r);
+} dlm__method;
+
+/* A forward without gradient over what is wanted; fills their scores, all others are 0:
+   also of a token that no row predicts.  Then everything is wanted again. */
+static dlm_error dlm__score_cells(dlm_trainer *t, dlm_score_fn score)
+{
+    dlm_state *s = &t->state;
+    dlm_error e;
+    memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
+    dlm_state_layout(s, 0);
+    e = dlm_trainer_score(t, &s->batch, score, s);
+    for (int k = 0; k < s->n_units; k++) s->units[k].wanted = 1;
+    return e;
+}
+
+static int dlm__bin(double t) { return dlm__min(DLM_BINS - 1, (int)(t * DLM_BINS)); }
+
+/* Called before selection, when all count as rejected, and after it, when those that are
+   still masked move over. */
+static void dlm__count_gold(const dlm_state *s, const dlm_unit *u, dlm_report *r,
+                            int after)
+{
+    const int bin = dlm__bin(u->t), scored = u->keep != DLM_SELECT_RANDOM;
+    for (int i = u->cell + u->blind; i < u->cell + u->n; i++) {
+        const double p = exp((double)s->score[i]);
+        if (!s->masked[i]) continue;
+        if (!after) r->bin_superset[bin]++;
+        if (!scored) continue;
+        r->bin_rejected[bin] += after ? -1 : 1;
+        r->bin_gold_rejected[bin] += after ? -p : p;
+        if (after) r->bin_kept[bin]++;
+        if (after) r->bin_gold_kept[bin] += p;
+    }
+}
+
+/* Step 3 for unit u: what is not kept is no longer masked. */
+static void dlm__lift_refill(dlm_state *s, const dlm_unit *u, dlm_report *r)
+{
+    const dlm_address at = dlm__cell_address(s, u, u->cell, DLM_RANDOM_SELECT);
+    const int first = u->cell + u->blind;
+    int n = 0;
+    for (int i = first; i < u->cell + u->n; i++) n += s->masked[i] ? 1 : 0;
+    dlm__count_gold(s, u, r, 0);
+    dlm_lift_select(s->masked + first, s->score + first, u->n - u->blind,
+                    dlm_lift_count(n, u->t, u->rho), u->keep, &at);
+    dlm__count_gold(s, u, r, 1);
+}
+
+/* With one_pass, units that need scores wait for dlm__learn_in_one_pass. */
+static dlm_error dlm__choose_lift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
+{
+    const dlm_lift_options *o = &t->opt.lift;
+    dlm_state *s = &t->state;
+    dlm_error e = DLM_OK;
+    for (int k = 0; k < s->n_units; k++) {
+        dlm_unit *u = &s->units[k];
+        const dlm_address at = dlm__cell_address(s, u, u->cell, DLM_RANDOM_LIFT);
+        u->rho = dlm_lift_rho(&at, u->t, o->rho_code_form);
+        u->keep = m->components ? dlm_lift_mode(u->t, m->components, (double)o->H,
+                                                o->policy, &at) : m->keep;
+        u->wanted = u->keep != DLM_SELECT_RANDOM;
+        dlm_state_mask(s, k, u->t + u->rho);
+    }
+    if (!o->one_pass) e = dlm__score_cells(t, dlm_state_gold);
+    for (int k = 0; k < s->n_units && e == DLM_OK; k++) {
+        if (!o->one_pass || s->units[k].keep == DLM_SELECT_RANDOM)
+            dlm__lift_refill(s, &s->units[k], r);
+        s->units[k].wanted = 1;
+    }
+    return e;
+}
+
+/* The approximation: scores come from the pass that learns.  The head runs twice, first
+   to score, then with the rejected rows weighing nothing; they stay masked. */
+static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, dlm_report *r)
+{
+    dlm_state *s = &t->state;
+    const dlm_batch *b = &s->batch;
+    dlm_error e = dlm__take_batch(&t->w, b);
+    if (e != DLM_OK || b->n_out == 0) return e;
+    memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
+    dlm__layers_forward(&t->w, t->m, 1);
+    dlm__head(&t->w, t->m, NULL, dlm_state_gold, s);
+    for (int k = 0; k < s->n_units; k++)
+        if (s->units[k].keep != DLM_SELECT_RANDOM) dlm__lift_refill(s, &s->units[k], r);
+    for (int i = 0; i < b->n_out; i++)
+        if (!s->masked[s->out_cell[i]]) s->out_weight[i] = 0.0f;
+    dlm__head(&t->w, t->m, t->grads, dlm_state_loss, s);
+    dlm__layers_backward(&t->w, t->m, t->grads);
+    t->pass_flops += 3.0 * dlm_forward_flops(&t->w.c, b);
+    return DLM_OK;
+}
+
+/* CART: weight_i = sum over visible j of p/2 (1-p)^(|i-j|-1), as two running sums over P
+   visible tokens and R cells; from the left first, then what comes from the right. */
+static void dlm__cart_weights(float *weight, const unsigned char *masked, int P, int R,
+                              double p)
+{
+    double left = 0.0, right = 0.0;
+    for (int i = -P; i < R; i++) {
+        if (i >= 0) weight[i] = (float)left;
+        left = (1.0 - p) * left + (i >= 0 && masked[i] ? 0.0 : 0.5 * p);
+    }
+    for (int i = R - 1; i >= 0; i--) {
+        weight[i] = (float)((double)weight[i] + right);
+        right = (1.0 - p) * right + (masked[i] ? 0.0 : 0.5 * p);
+    }
+}
+
+static dlm_error dlm__choose_cart(dlm_trainer *t, const dlm__method *m, dlm_report *r)
+{
+    dlm_state *s = &t->state;
+    (void)m; (void)r;
+    for (int k = 0; k < s->n_examples; k++) {
+        const int first = s->first_cell[k];
+        dlm__cart_weights(s->score + first, s->masked + first, s->examples[k].prompt,
+                          s->first_cell[k + 1] - first, (double)t->opt.lift.cart_p);
+    }
+    for (int i = 0; i < s->n_cells; i++)
+        s->weight[i] = s->score[i] * (t->opt.lift.cart_time_scaling ? s->weight[i]
+                                                                    : 1.0f);
+    return DLM_OK;
+}
+
+/* GIFT: the probability of masking a token of this entropy (nats), of mean root m. */
+static double dlm__gift_level(double t, double entropy, double m)
+{
+    return 1.0 - pow(1.0 - t, sqrt(entropy > 0.0 ? entropy : 0.0) / fmax(m, 1e-12));
+}
+
+/* Entropy in nats to the cell; NaN stays NaN. */
+static void dlm__entropy_score(void *state, int i, float *logits)
+{
+    const dlm_state *s = (const dlm_state *)state;
+    const dlm__kernels *k = s->ctx->k;
+    double sum_x, h;
+    const int V = s->config.vocab;
+    const double sum = k->sum_exp(logits, V, k->max(logits, V), &sum_x);
+    h = log(sum) - sum_x / sum;
+    s->score[s->out_cell[i]] = (float)(h < 0.0 ? 0.0 : h);
+}
+
+/* Weighs every cell by 1 over its own level and, with `draw`, masks it at that level;
+   returns how many of those that can carry loss are masked. */
+static int dlm__gift_cells(dlm_state *s, double mean, int draw)
+{
+    int hits = 0;
+    for (int k = 0; k < s->n_units; k++) {
+        const dlm_unit *u = &s->units[k];
+        for (int i = u->cell; i < u->cell + u->n; i++) {
+            const double level = dlm__gift_level(u->t, (double)s->score[i], mean);
+            const dlm_address at = dlm__cell_address(s, u, i, DLM_RANDOM_MASK);
+            if (draw) s->masked[i] = dlm_uniform(&at, 0) < level;
+            s->weight[i] = level > 0.0 ? (float)(1.0 / level) : 0.0f;
+            hits += s->masked[i] && i >= u->cell + u->blind;
+        }
+    }
+    return hits;
+}
+
+/* The mean of the square roots of the entropies over the cells that a row predicts. */
+static double dlm__gift_mean(const dlm_state *s, int *cells)
+{
+    double sum = 0.0;
+    *cells = 0;
+    for (int k = 0; k < s->n_units; k++) {
+        const dlm_unit *u = &s->units[k];
+        for (int i = u->cell + u->blind; i < u->cell + u->n; i++)
+            sum += sqrt((double)s->score[i]);
+        *cells += u->n - u->blind;
+    }
+    return sum / dlm__max(*cells, 1);
+}
+
+static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
+{
+    dlm_state *s = &t->state;
+    double mean;
+    int cells, hits;
+    dlm_error e;
+    (void)m; (void)r;
+    for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, 1.0);
+    e = dlm__score_cells(t, dlm__entropy_score);
+    if (e != DLM_OK) return e;
+    mean = dlm__gift_mean(s, &cells);
+    hits = dlm__gift_cells(s, mean, 1);
+    if (hits == 0) {                            /* nobody is uncertain: plain masks, */
+        for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, s->units[k].t);
+        hits = dlm__gift_cells(s, mean, 0);     /* weighed by their own levels       */
+    }
+    if (t->opt.lift.gift_masked_mean && hits > 0)
+        for (int i = 0; i < s->n_cells; i++) s->weight[i] *= (float)cells / (float)hits;
+    return DLM_OK;
+}
+
+static const dlm__method dlm__methods[DLM_METHOD_COUNT] = {
+    { 0, 0, DLM_SELECT_RANDOM,  NULL },                 /* vanilla                 */
+    { 1, 3, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* LIFT-3                  */
+    { 1, 2, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* LIFT-2                  */
+    { 1, 0, DLM_SELECT_EASIEST, dlm__choose_lift },     /* top-k                   */
+    { 1, 0, DLM_SELECT_HARDEST, dlm__choose_lift },     /* bottom-k                */
+    { 1, 0, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* random-k                */
+    { 0, 0, DLM_SELECT_RANDOM,  dlm__choose_cart },
+    { 0, 0, DLM_SELECT_RANDOM,  dlm__choose_gift },
+};
+
+/* The second view: what was masked is seen and what was seen is masked, 1/(1-t). */
+static void dlm__complement(dlm_state *s, int time_scaling)
+{
+    for (int i = 0; i < s->batch.n_out; i++) s->out_weight[i] *= 0.5f;
+    for (int k = 0; k < s->n_units; k++) {
+        dlm_unit *u = &s->units[k];
+        u->t = fmax(1.0 - u->t, 1e-3);
+        for (int i = u->cell; i < u->cell + u->n; i++) s->masked[i] = !s->masked[i];
+        dlm__weigh(s, k, time_scaling ? 0.5 * (1.0 / u->t) : 0.5);
+    }
+}
+
+/* ==[ steps ]=================================================================
+   One update, from examples: states, as many as they need, and the optimizer. */
+
+static void dlm__report_state(dlm_report *r, const dlm_state *s)
+{
+    for (int i = 0; i < s->batch.n_out; i++) {
+        const int bin = dlm__bin((double)s->out_level[i]);
+        if (s->out_weight[i] == 0.0f) continue;
+        r->loss += s->loss[i] * (double)s->out_weight[i] * s->scale;
+        r->bin_loss[bin] += s->loss[i];
+        r->bin_count[bin]++;
+        r->scored++;
+    }
+}
+
+/* The state, noised, once through the model.  To evaluate is to take the plain bound,
+   whatever the options. */
+static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
+{
+    const dlm_lift_options *o = &t->opt.lift;
+    const dlm__method *m = &dlm__methods[learn ? o->method : DLM_METHOD_VANILLA];
+    dlm_state *s = &t->state;
+    dlm_error e = DLM_OK;
+    for (int k = 0; k < s->n_units && learn && o->no_time_scaling; k++)
+        dlm__weigh(s, k, 1.0);
+    if (m->choose) e = m->choose(t, m, r);
+    if (e != DLM_OK) return e;
+    dlm_state_layout(s, 0);
+    if (learn && o->complementary) {
+        dlm__complement(s, !o->no_time_scaling);
+        dlm_state_layout(s, 1);
+    }
+    if (learn && o->one_pass && m->superset)
+        e = dlm__learn_in_one_pass(t, r);
+    else
+        e = dlm__pass(t, &s->batch, dlm_state_loss, s, learn);
+    if (e == DLM_OK) dlm__report_state(r, s);
+    return e;
+}
+
+static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.0; }
+
+/* All examples through as many passes as they need.  loss is normalised by D, the
+   tokens that could carry loss, so that it does not depend on the passes. */
+static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
+                                   dlm_noise *noise, int learn, dlm_report *r)
+{
+    const int views = 1 + t->opt.lift.complementary, unit = dlm__unit_length(&t->state);
+    dlm_state *s = &t->state;
+    dlm_error error = DLM_OK;
+    for (int k = 0; k < n; k++) {
+        r->tokens += dlm__could_carry(s, &e[k]);
+        noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
+    }
+    for (int i = 0; i < n && error == DLM_OK; i += s->n_examples) {
+        dlm__state_take(s, e + i, n - i, views);
+        noise->row = i;
+        dlm_state_noise(s, noise);
+        noise->first += s->n_units;
+        s->scale = 1.0 / (double)(r->tokens > 0 ? r->tokens : 1);
+        error = dlm__run_state(t, learn, r);
+    }
+    for (int bin = 0; bin < DLM_BINS; bin++) {
+        r->bin_loss[bin] = dlm__mean(r->bin_loss[bin], r->bin_count[bin]);
+        r->bin_gold_kept[bin] = dlm__mean(r->bin_gold_kept[bin], r->bin_kept[bin]);
+        r->bin_gold_rejected[bin] = dlm__mean(r->bin_gold_rejected[bin],
+                                              r->bin_rejected[bin]);
+    }
+    return error;
+}
+
+static dlm_noise dlm__noise(uint64_t seed, uint32_t step, int independent, double lo,
+                            double hi)
+{
+    dlm_noise noise;
+    memset(&noise, 0, sizeof noise);
+    noise.seed = seed; noise.step = step; noise.independent = independent;
+    noise.lo = lo; noise.hi = hi;
+    return noise;
+}
+
+static dlm_error dlm__check_step(const dlm_trainer *t, const dlm_example *e, int n)
+{
+    return dlm__check_examples(&t->state, e, n, 1 + t->opt.lift.complementary);
+}
+
+DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
+                                   dlm_report *report)
+{
+    dlm_report local, *r = report ? report : &local;
+    dlm_noise noise = dlm__noise(t->opt.seed, (uint32_t)t->step,
+                                 t->opt.independent_levels, (double)t->opt.level_min,
+                                 (double)t->opt.level_max);
+    dlm_error e = dlm__check_step(t, examples, n);
+    memset(r, 0, sizeof *r);
+    if (e == DLM_OK) e = dlm__run_examples(t, examples, n, &noise, 1, r);
+    return e == DLM_OK ? dlm_trainer_update(t, r) : e;
+}
+
+DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
+                                        size_t n_tokens,
+                                        int T, int B, dlm_report *report)
+{
+    if (report) memset(report, 0, sizeof *report);
+    if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
+        return dlm__fail(t->w.ctx, DLM_E_INPUT,
+                         "window: T = %d is not in 1..%d (max_seq), "
+                         "or the text has fewer tokens (%.0f)", T, t->w.c.max_seq,
+                         (double)n_tokens);
+    if (B < 1 || B > t->w.rows)
+        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)",
+                         B,
+                         t->w.rows);
+    for (int i = 0; i < B; i++) {
+        dlm_address at = dlm__address(t->opt.seed, DLM_RANDOM_DATA, (uint32_t)t->step,
+                                      (uint32_t)i, 0);
+        const double u = dlm_uniform(&at, 0);
+        t->windows[i].tokens = tokens + (size_t)(u * (double)(n_tokens - (size_t)T + 1));
+        t->windows[i].length = T;
+        t->windows[i].prompt = 0;
+    }
+    return dlm_trainer_step(t, t->windows, B, report);
+}
+
+/* Never the noise that was trained on. */
+DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
+                                       uint32_t draw, dlm_report *report)
+{
+    const double flops = t->pass_flops;
+    dlm_noise noise = dlm__noise(~t->opt.seed, draw, t->opt.independent_levels, 0.0, 0.0);
+    dlm_error e = dlm__check_step(t, examples, n);
+    memset(report, 0, sizeof *report);
+    if (e != DLM_OK) return e;
+    e = dlm__run_examples(t, examples, n, &noise, 0, report);
+    report->step = t->step;
+    report->flops = t->pass_flops - flops;
+    t->pass_flops = flops;
+    return e;
 }
 
 /* ==[ sampler ]===============================================================
@@ -7810,23 +7857,8 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
    and stratified over the samples, l positions without replacement, weight n/l.  (Nie
    et al. 2025, appendix B; integer arithmetic keeps l exactly uniform.) */
 
-typedef struct dlm__likelihood {
-    dlm_session *s;
-    const dlm__objective_kind *kind;
-    dlm__state   state;
-    double       sum;
-} dlm__likelihood;
-
-static void dlm__likelihood_score(void *user, int i, float *logits)
-{
-    const dlm__likelihood *k = (const dlm__likelihood *)user;
-    k->state.loss[i] = dlm_cross_entropy(k->s->w.ctx, logits, k->s->w.c.vocab,
-                                         k->state.targets[i], 0.0);
-}
-
 /* Masks l of the cells of unit u, weight n/l. */
-static void dlm__mask_exactly(dlm__state *s, const dlm__unit *u, uint64_t seed,
-                              int sample,
+static void dlm__mask_exactly(dlm_state *s, const dlm_unit *u, uint64_t seed, int sample,
                               int samples)
 {
     const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD, 0, (uint32_t)u->cell,
@@ -7843,21 +7875,18 @@ static void dlm__mask_exactly(dlm__state *s, const dlm__unit *u, uint64_t seed,
                                               (size_t)i)] = 1;
 }
 
-static dlm_error dlm__likelihood_sample(dlm__likelihood *k, int sample, int samples,
-                                        uint64_t seed)
+/* Adds one sample's log-likelihood to sum. */
+static dlm_error dlm__likelihood_sample(dlm_session *s, dlm_state *x, int sample,
+                                        int samples, uint64_t seed, double *sum)
 {
-    dlm__state *s = &k->state;
-    const dlm_config *c = &k->s->w.c;
-    dlm_batch b;
     dlm_error e;
-    for (int i = 0; i < s->n_units; i++)
-        dlm__mask_exactly(s, &s->units[i], seed, sample, samples);
-    dlm__layout_begin(s);
-    k->kind->layout(s, c, 0, 0);
-    b = dlm__state_batch(s);
-    e = dlm_forward(k->s, &b, dlm__likelihood_score, k);
-    for (int i = 0; e == DLM_OK && i < s->n_out; i++)
-        k->sum -= s->loss[i] * (k->kind->masks ? (double)s->out_weight[i] : 1.0);
+    if (x->objective != DLM_OBJECTIVE_AR)
+        for (int i = 0; i < x->n_units; i++)
+            dlm__mask_exactly(x, &x->units[i], seed, sample, samples);
+    dlm_state_layout(x, 0);
+    e = dlm_forward(s, &x->batch, dlm_state_loss, x);
+    for (int i = 0; e == DLM_OK && i < x->batch.n_out; i++)
+        *sum -= x->loss[i] * (double)x->out_weight[i];
     return e;
 }
 
@@ -7865,39 +7894,35 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
                                      int samples, uint64_t seed, double *nats)
 {
     dlm_ctx *ctx = s->w.ctx;
-    const dlm_example whole = { tokens, T, P, 0 };
-    dlm__arena arena = { NULL, 0 };
-    dlm__likelihood k;
-    void *block;
+    const dlm_config *c = &s->w.c;
+    const dlm_example whole = { tokens, T, P, 0, NULL };
+    dlm_state shape, *x;
     dlm_error e;
+    double sum = 0.0;
     int rows;
-    if (T < 1 || T > s->w.c.max_seq || P < 0 || P > T)
+    if (T < 1 || T > c->max_seq || P < 0 || P > T)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: T = %d, P = %d, max_seq = %d", T,
-                         P, s->w.c.max_seq);
-    e = dlm__check_text(ctx, &s->w.c, "text", 0, tokens, T);
+                         P, c->max_seq);
+    e = dlm__check_text(ctx, c, "text", 0, tokens, T);
     if (e != DLM_OK) return e;
-    if (s->w.c.pattern == DLM_PATTERN_CAUSAL) samples = 1;
+    if (c->pattern == DLM_PATTERN_CAUSAL) samples = 1;
     if (samples < 1)
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: %d samples", samples);
     *nats = 0.0;
     if (P == T) return DLM_OK;
-    memset(&k, 0, sizeof k);
-    k.s = s;
-    k.kind = &dlm__objectives[dlm__objective_of(&s->w.c)];
-    rows = dlm__rows_of(k.kind, &s->w.c, &whole, 1);
-    if (k.kind->doubled && (rows > s->w.rows || rows > s->w.slots))
+    dlm__state_prepare(&shape, ctx, c, DLM_OBJECTIVE_AUTO, 0, 1);
+    rows = dlm__rows_of(&shape, &whole);
+    if (c->pattern == DLM_PATTERN_BLOCK && (rows > s->w.rows || rows > s->w.slots))
         return dlm__fail(ctx, DLM_E_INPUT, "likelihood: needs %d slots and rows, the "
                          "session has %d and %d", rows, s->w.slots, s->w.rows);
-    dlm__state_carve(&arena, &k.state, rows, 1);
-    e = dlm__place(ctx, "likelihood", dlm__arena_bytes(&arena), NULL, &arena, &block);
+    e = dlm_state_create(&x, ctx, c, DLM_OBJECTIVE_AUTO, rows, 1, NULL);
     if (e != DLM_OK) return e;
-    dlm__state_carve(&arena, &k.state, rows, 1);
-    dlm__state_begin(&k.state, &whole);
-    dlm__state_take(&k.state, &s->w.c, dlm__unit_length(k.kind, &s->w.c));
+    dlm__state_take(x, &whole, 1, 1);
+    dlm_state_noise(x, NULL);
     for (int i = 0; i < samples && e == DLM_OK; i++)
-        e = dlm__likelihood_sample(&k, i, samples, seed);
-    dlm__release(ctx, block);
-    *nats = k.sum / samples;
+        e = dlm__likelihood_sample(s, x, i, samples, seed, &sum);
+    dlm_state_free(x);
+    *nats = sum / samples;
     return e;
 }
 
@@ -8055,6 +8080,7 @@ struct dlm_distiller {
     int                 V;          /* of the teacher                              */
     float              *targets;    /* (max_targets, V) teacher probabilities      */
     int                *target_of;  /* (rows) by cell: which row of targets        */
+    dlm_state           said;       /* the same examples as the teacher reads them */
     int                *values;     /* (rows) steps of the rounds of a block       */
     void               *block;
 };
@@ -8087,10 +8113,9 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the teacher is not causal");
     e = dlm__check_kernels(ctx, teacher);
     if (e != DLM_OK) return e;
-    if (!t->kind->doubled)
-        return dlm__fail(ctx, DLM_E_CONFIG,
-                         "distill: the trainer's objective is %s, wants "
-                         "block", t->kind->name);
+    if (t->opt.objective != DLM_OBJECTIVE_BLOCK)
+        return dlm__fail(ctx, DLM_E_CONFIG, "distill: the trainer's objective is %s, "
+                         "wants block", dlm__objective_names[t->opt.objective]);
     if (c->vocab > t->w.c.vocab || c->max_seq < t->w.c.max_seq)
         return dlm__fail(ctx, DLM_E_MISMATCH,
                          "distill: teacher of %d tokens, %d long; the "
@@ -8133,6 +8158,7 @@ static void dlm__distiller_carve(dlm__arena *a, dlm_distiller *d, size_t session
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
     d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
     d->values = dlm__push_ints(a, (size_t)d->t->w.rows);
+    dlm__state_carve(a, &d->said);
     session->size = session_bytes;
     session->base = dlm__push(a, session_bytes, 1);
 }
@@ -8156,6 +8182,8 @@ DLM_API size_t dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teache
     if (dlm__distill_resolve(t, teacher, o, &d.opt) != DLM_OK) return 0;
     d.t = (dlm_trainer *)(uintptr_t)t;
     d.V = teacher->config.vocab;
+    dlm__state_prepare(&d.said, t->w.ctx, &teacher->config, DLM_OBJECTIVE_AR, t->w.rows,
+                       t->w.seqs);
     lim = dlm__teacher_limits(t, &d.opt);
     return dlm__distiller_size(&d, dlm_session_bytes(t->w.ctx, teacher, &lim));
 }
@@ -8178,6 +8206,8 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
     if (e != DLM_OK) return e;
     prepared.t = t;
     prepared.V = teacher->config.vocab;
+    dlm__state_prepare(&prepared.said, t->w.ctx, &teacher->config, DLM_OBJECTIVE_AR,
+                       t->w.rows, t->w.seqs);
     lim = dlm__teacher_limits(t, &prepared.opt);
     session_bytes = dlm_session_bytes(t->w.ctx, teacher, &lim);
     e = dlm__place(t->w.ctx, "distiller", dlm__distiller_size(&prepared, session_bytes),
@@ -8201,8 +8231,10 @@ DLM_API void dlm_distiller_free(dlm_distiller *d)
 }
 
 /* --[ states of a rollout ]---------------------------------------------------
-   Round r of a block is the r-th of its distinct steps, in order.  In round r the cells
-   filled in at that step or later are masked. */
+   A step map says when each token was filled in.  Round r of a block is the r-th of its
+   distinct steps, in order, and in its state what was filled in at that step or later is
+   masked: a block a b c d filled in at steps 7 5 5 9 has the states
+       round 0 (step 5)  _ _ _ _      1 (step 7)  _ b c _      2 (step 9)  a b c _  */
 
 static int dlm__compare_ints(const void *a, const void *b)
 {
@@ -8223,34 +8255,32 @@ static int dlm__rounds(int *values, const int *steps, int n)
 }
 
 /* Random masks: t uniform, each cell with probability t, at least one. */
-static void dlm__random_state(dlm__state *s, const dlm__unit *u, const dlm_address *at)
+static void dlm__random_round(dlm_state *s, const dlm_unit *u, const dlm_address *at)
 {
     const double t = dlm_uniform(at, 0);
     int hits = 0;
     for (int i = 0; i < u->n; i++)
-        s->masked[u->cell + i] = dlm_uniform(at, (uint32_t)(3 + i)) < t;
-    for (int i = 0; i < u->n; i++) hits += s->masked[u->cell + i];
+        hits += s->masked[u->cell + i] = dlm_uniform(at, (uint32_t)(3 + i)) < t;
     if (hits == 0) s->masked[u->cell + (int)(dlm_uniform(at, 1) * u->n)] = 1;
 }
 
-/* Masks for every unit of the state; round < 0: a random one per block. */
-static void dlm__distill_masks(dlm_distiller *d, const int *const *steps, int first,
-                               int round)
+/* Masks for every unit of the student's state; round < 0: a random one per block. */
+static void dlm__distill_masks(dlm_distiller *d, int first, int round)
 {
-    dlm__state *s = &d->t->state;
+    dlm_state *s = &d->t->state;
     for (int k = 0; k < s->n_units; k++) {
-        const dlm__unit *u = &s->units[k];
-        const int r = u->cell - s->ex_cell[u->ex];
+        const dlm_unit *u = &s->units[k];
+        const dlm_example *e = &s->examples[u->example];
+        const int r = u->cell - s->first_cell[u->example], *map;
         const dlm_address at = dlm__address(d->t->opt.seed, DLM_RANDOM_DISTILL,
                                             (uint32_t)d->t->step,
-                                            (uint32_t)(first + u->ex), (uint32_t)r);
-        const int *map;
+                                            (uint32_t)(first + u->example), (uint32_t)r);
         int value, rounds, pick = round;
         if (d->opt.states == DLM_STATES_RANDOM) {
-            dlm__random_state(s, u, &at);
+            dlm__random_round(s, u, &at);
             continue;
         }
-        map = steps[first + u->ex] + s->ex[u->ex].prompt + r;
+        map = e->steps + e->prompt + r;
         rounds = dlm__rounds(d->values, map, u->n);
         if (round < 0) pick = (int)(dlm_uniform(&at, 0) * rounds);
         value = pick < rounds ? d->values[pick] : 0;
@@ -8262,16 +8292,16 @@ static void dlm__distill_masks(dlm_distiller *d, const int *const *steps, int fi
 /* Weights: the mean over each sample's masked cells, then the mean over rows. */
 static int dlm__distill_weights(dlm_distiller *d, double per_row)
 {
-    dlm__state *s = &d->t->state;
+    dlm_state *s = &d->t->state;
     int rows = 0;
-    for (int e = 0; e < s->n_ex; e++) {
+    for (int k = 0; k < s->n_examples; k++) {
+        const dlm_example *e = &s->examples[k];
         int n = 0;
         for (int pass = 0; pass < 2; pass++)
-            for (int i = s->ex_cell[e]; i < s->ex_cell[e + 1]; i++) {
-                const int position = s->ex[e].prompt + i - s->ex_cell[e];
+            for (int i = s->first_cell[k]; i < s->first_cell[k + 1]; i++) {
+                const int position = e->prompt + i - s->first_cell[k];
                 const int counts = s->masked[i] && position > 0
-                    && !(d->opt.exclude_stop
-                         && s->ex[e].tokens[position] == d->opt.stop);
+                    && !(d->opt.exclude_stop && e->tokens[position] == d->opt.stop);
                 if (pass == 0) n += counts;
                 else s->weight[i] = counts ? (float)(per_row / n) : 0.0f;
             }
@@ -8279,6 +8309,8 @@ static int dlm__distill_weights(dlm_distiller *d, double per_row)
     }
     return rows;
 }
+
+/* --[ a step ]----------------------------------------------------------------  */
 
 static void dlm__keep_target(void *user, int i, float *logits)
 {
@@ -8288,139 +8320,105 @@ static void dlm__keep_target(void *user, int i, float *logits)
     dlm_teacher_probs(d->t->w.ctx, row, d->V, &d->opt.divergence);
 }
 
-/* One causal pass over the finished texts; the row before a weighed cell is its target.
-   Uses the state's row arrays before the student's rows are laid out in them. */
+/* One causal pass over the finished texts, whose cells are the student's. */
 static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
 {
-    dlm__state *s = &d->t->state;
-    dlm_batch b;
-    dlm__layout_begin(s);
-    for (int e = 0; e < s->n_ex; e++) {
-        const dlm_example *x = &s->ex[e];
-        const int base = s->n_rows, rows = x->length - 1;
-        if (s->ex_cell[e] == s->ex_cell[e + 1]) continue;
-        dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
-        for (int i = 0; i < rows; i++) s->tokens[base + i] = x->tokens[i];
-        for (int i = s->ex_cell[e]; i < s->ex_cell[e + 1]; i++) {
-            if (s->weight[i] == 0.0f) continue;
-            d->target_of[i] = s->n_out;
-            s->out_rows[s->n_out++] = base + x->prompt + i - s->ex_cell[e] - 1;
-        }
-        dlm__layout_close(s, rows);
-    }
-    b = dlm__state_batch(s);
-    b.positions = NULL;
-    r->flops += dlm_forward_flops(&d->teacher->w.c, &b);
-    return dlm_forward(d->teacher, &b, dlm__keep_target, d);
+    const dlm_state *s = &d->t->state;
+    dlm_state *q = &d->said;
+    dlm__state_take(q, s->examples, s->n_examples, 1);
+    memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
+    dlm_state_layout(q, 0);
+    for (int i = 0; i < q->batch.n_out; i++) d->target_of[q->out_cell[i]] = i;
+    r->flops += dlm_forward_flops(&q->config, &q->batch);
+    return dlm_forward(d->teacher, &q->batch, dlm__keep_target, d);
 }
 
 static void dlm__distill_score(void *user, int i, float *logits)
 {
     const dlm_distiller *d = (const dlm_distiller *)user;
-    dlm_trainer *t = d->t;
-    const int V = t->w.c.vocab, cell = t->state.out_cell[i];
-    const double weight = (double)t->state.out_weight[i];
-    t->state.loss[i] = 0.0;
-    if (weight == 0.0) {
-        memset(logits, 0, (size_t)V * sizeof *logits);
-        return;
-    }
-    t->state.loss[i] = dlm_divergence(t->w.ctx, logits, d->targets
-                                      + (size_t)d->target_of[cell] * (size_t)d->V, d->V,
-                                      weight, &d->opt.divergence);
-    for (int v = d->V; v < V; v++) logits[v] = 0.0f;        /* unknown to the teacher */
-}
+    const dlm_state *s = &d->t->state;
+    const size_t target = (size_t)d->target_of[s->out_cell[i]];
+    s->loss[i] = dlm_divergence(s->ctx, logits, d->targets + target * (size_t)d->V, d->V,
+                                (double)s->out_weight[i], &d->opt.divergence);
+    for (int v = d->V; v < s->config.vocab; v++) logits[v] = 0.0f;   /* unknown to the */
+}                                                                    /* teacher        */
 
 static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 {
-    dlm_trainer *t = d->t;
-    dlm__state *s = &t->state;
-    dlm_batch b;
+    dlm_state *s = &d->t->state;
     dlm_error e = dlm__teacher_pass(d, r);
     if (e != DLM_OK) return e;
-    dlm__layout_begin(s);
-    dlm__layout_all(t, 0);
-    b = dlm__state_batch(s);
-    e = dlm__pass(t, &b, dlm__distill_score, d, 1);
-    for (int i = 0; i < s->n_out && e == DLM_OK; i++) {
+    dlm_state_layout(s, 0);
+    e = dlm_trainer_pass(d->t, &s->batch, dlm__distill_score, d);
+    for (int i = 0; i < s->batch.n_out && e == DLM_OK; i++) {
         r->loss += s->loss[i] * (double)s->out_weight[i];
-        r->scored += s->out_weight[i] > 0.0f;
+        r->scored++;
     }
     return e;
 }
 
-static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e,
-                            const int *steps)
+/* Rows that learn from example e: one, or with STATES_ALL the most rounds of a block. */
+static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e)
 {
-    const int b = d->t->w.c.block;
+    const int b = d->t->state.config.block;
     int most = 1;
     if (e->prompt == e->length) return 0;
     if (d->opt.states != DLM_STATES_ALL) return 1;
     for (int i = e->prompt; i < e->length; i += b)
-        most = dlm__max(most, dlm__rounds(d->values, steps + i,
+        most = dlm__max(most, dlm__rounds(d->values, e->steps + i,
                                           dlm__min(b, e->length - i)));
     return most;
 }
 
-static dlm_error dlm__check_steps(const dlm_distiller *d, const dlm_example *e,
-                                  const int *const *steps, int n)
+static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e, int k)
 {
-    for (int k = 0; k < n; k++)
-        if (e[k].length - e[k].prompt > d->opt.max_targets)
-            return dlm__fail(d->t->w.ctx, DLM_E_INPUT, "example %d: a response of %d "
-                             "tokens, max_targets is %d", k, e[k].length - e[k].prompt,
-                             d->opt.max_targets);
-    for (int k = 0; k < n; k++)
-        for (int i = 0; i < e[k].length; i++)
-            if (e[k].tokens[i] >= d->V)
-                return dlm__fail(d->t->w.ctx, DLM_E_INPUT,
-                                 "example %d: token %d at %d is "
-                                 "unknown to the teacher", k, e[k].tokens[i], i);
-    if (d->opt.states == DLM_STATES_RANDOM) return DLM_OK;
-    for (int k = 0; k < n; k++)
-        for (int i = e[k].prompt; i < e[k].length; i++)
-            if (steps == NULL || steps[k] == NULL || steps[k][i] < 0)
-                return dlm__fail(d->t->w.ctx, DLM_E_INPUT,
-                                 "example %d: no step map, or a "
-                                 "negative step at %d", k, i);
+    dlm_ctx *ctx = d->t->w.ctx;
+    if (e->length - e->prompt > d->opt.max_targets)
+        return dlm__fail(ctx, DLM_E_INPUT, "example %d: a response of %d tokens, "
+                         "max_targets is %d", k, e->length - e->prompt,
+                         d->opt.max_targets);
+    for (int i = 0; i < e->length; i++) {
+        if (e->tokens[i] >= d->V)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: token %d at %d is unknown to "
+                             "the teacher", k, e->tokens[i], i);
+        if (d->opt.states != DLM_STATES_RANDOM && i >= e->prompt
+            && (e->steps == NULL || e->steps[i] < 0))
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: no step map, or a negative "
+                             "step at %d", k, i);
+    }
     return DLM_OK;
 }
 
-DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples,
-                                     const int *const *steps, int n, dlm_report *report)
+DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
+                                     dlm_report *report)
 {
     dlm_report local, *r = report ? report : &local;
-    dlm_trainer *t = d->t;
-    dlm__state *s = &t->state;
+    dlm_state *s = &d->t->state;
     const int all = d->opt.states == DLM_STATES_ALL;
     double rows = 0.0, teacher_flops;
-    dlm_error e = dlm__check_examples(t, examples, n);
+    dlm_error e = dlm__check_examples(s, examples, n, 1);
     memset(r, 0, sizeof *r);
-    if (e == DLM_OK) e = dlm__check_steps(d, examples, steps, n);
     for (int i = 0; i < n && e == DLM_OK; i++) {
-        rows += dlm__most_rounds(d, &examples[i], steps ? steps[i] : NULL);
+        e = dlm__check_rollout(d, &examples[i], i);
+        if (e != DLM_OK) break;
+        rows += dlm__most_rounds(d, &examples[i]);
         r->tokens += examples[i].length - examples[i].prompt;
     }
-    for (int i = 0; i < n && e == DLM_OK; i += s->n_ex) {
-        int size = 0, cells = 0, most = 1;
-        dlm__state_begin(s, examples + i);
-        while (i + s->n_ex < n && s->n_ex < t->w.seqs) {
-            const dlm_example *x = &examples[i + s->n_ex];
-            size += dlm__rows_of(t->kind, &t->w.c, x, 1);
-            cells += x->length - x->prompt;
-            if (size > t->w.rows || cells > d->opt.max_targets) break;
-            most = dlm__max(most, dlm__most_rounds(d, x, steps ? steps[i + s->n_ex]
-                                                               : NULL));
-            dlm__state_take(s, &t->w.c, t->w.c.block);
-        }
+    s->most_cells = d->opt.max_targets;
+    for (int i = 0; i < n && e == DLM_OK; i += s->n_examples) {
+        int most = 1;
+        dlm__state_take(s, examples + i, n - i, 1);
+        for (int k = 0; k < s->n_examples; k++)
+            most = dlm__max(most, dlm__most_rounds(d, &examples[i + k]));
         for (int round = 0; round < most && e == DLM_OK; round++) {
-            dlm__distill_masks(d, steps, i, all ? round : -1);
+            dlm__distill_masks(d, i, all ? round : -1);
             if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
         }
     }
+    s->most_cells = s->rows;
     if (e != DLM_OK) return e;
     teacher_flops = r->flops;
-    e = dlm_trainer_update(t, r);
+    e = dlm_trainer_update(d->t, r);
     r->flops += teacher_flops;
     return e;
 }
@@ -9728,6 +9726,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     dlm_ctx *ctx = t->w.ctx;
     const char *step = dlm_safetensors_metadata(f, "dlm.step");
     const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
+    const char *kind = dlm__objective_names[t->opt.objective];
     const dlm_st_tensor *from[4];
     dlm__piece to[4];
     const int n = dlm__trainer_pieces(t, to);
@@ -9738,10 +9737,10 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     if (memcmp(&config, &t->m->config, sizeof config) != 0)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
                          "config");
-    if (step == NULL || objective == NULL || strcmp(objective, t->kind->name) != 0)
+    if (step == NULL || objective == NULL || strcmp(objective, kind) != 0)
         return dlm__fail(ctx, DLM_E_MISMATCH,
                          "training state: objective %s, the trainer's "
-                         "is %s", objective ? objective : "missing", t->kind->name);
+                         "is %s", objective ? objective : "missing", kind);
     if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
         return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
                          "0..2^53", step);
@@ -10160,7 +10159,7 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
     if (c->t) {
         snprintf(value, sizeof value, "%.0f", (double)c->t->step);
         dlm__put_pair(t, "dlm.step", value);
-        dlm__put_pair(t, "dlm.objective", c->t->kind->name);
+        dlm__put_pair(t, "dlm.objective", dlm__objective_names[c->t->opt.objective]);
     }
     dlm__put(t, "}");
     for (int i = 0; c->t == NULL && i < dlm_model_tensors(c->m); i++) {

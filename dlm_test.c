@@ -1705,38 +1705,38 @@ static void batch_add(test_batch *t, int T, int vocab, int pattern, int block, i
     t->start[++t->b.n_seqs] = first + T;
 }
 
-/* One more doubled row. */
-static void batch_add_doubled(test_batch *t, int P, int R, int block, int vocab)
+/* One more doubled row; the noisy copy goes on with masks up to n tokens. */
+static void batch_add_copies(test_batch *t, int P, int R, int n, int block, int mask,
+                             int vocab)
 {
-    int first = t->start[t->b.n_seqs], T = P + 2 * R;
-    for (int i = 0; i < T; i++) {
-        t->tokens[first + i] = test_below(vocab);
-        t->slots[first + i] = i;
-    }
-    dlm_keys_doubled(t->keys + first, t->positions + first, P, R, block);
-    t->start[++t->b.n_seqs] = first + T;
-}
-
-/* One more doubled row as a model of config c learns from it: the noisy copy goes on with
-   masks to the end of its last block, or of the model. */
-static void batch_add_padded(test_batch *t, const dlm_config *c, int P, int R, int vocab)
-{
-    int first = t->start[t->b.n_seqs], T = P + R, b = c->block, n = (R + b - 1) / b * b;
-    if (P + n > c->max_seq) n = c->max_seq - P;
-    dlm_keys_fill(t->keys + first, T, DLM_PATTERN_BLOCK, b, P);
+    int first = t->start[t->b.n_seqs], T = P + R;
+    dlm_keys_fill(t->keys + first, T, DLM_PATTERN_BLOCK, block, P);
     for (int i = 0; i < T + n; i++) {
         dlm_keys *k = &t->keys[first + i];
-        int block = (i - T) / b * b;
-        t->tokens[first + i] = i < T + R ? test_below(vocab) : c->mask_id;
+        int r = (i - T) / block * block;
+        t->tokens[first + i] = i < T + R ? test_below(vocab) : mask;
         t->slots[first + i] = i;
         t->positions[first + i] = i < T ? i : P + i - T;
         if (i < T) continue;
         k->lo0 = 0;
-        k->hi0 = P + block;
-        k->lo1 = T + block;
-        k->hi1 = T + (block + b < n ? block + b : n);
+        k->hi0 = P + r;
+        k->lo1 = T + r;
+        k->hi1 = T + (r + block < n ? r + block : n);
     }
     t->start[++t->b.n_seqs] = first + T + n;
+}
+
+static void batch_add_doubled(test_batch *t, int P, int R, int block, int vocab)
+{
+    batch_add_copies(t, P, R, R, block, 0, vocab);
+}
+
+/* As a model of config c learns from it: to the end of its last block, or of it. */
+static void batch_add_padded(test_batch *t, const dlm_config *c, int P, int R, int vocab)
+{
+    int b = c->block, n = (R + b - 1) / b * b;
+    batch_add_copies(t, P, R, P + n > c->max_seq ? c->max_seq - P : n, b, c->mask_id,
+                     vocab);
 }
 
 /* Looks at each row with probability share, and at one at least. */
@@ -1789,24 +1789,49 @@ static int doubled_sees(int n, int m, int P, int R, int block)
     return other_noisy ? q == r : q < r;
 }
 
-TEST(keys_doubled_shows_what_block_diffusion_says)
+/* Of the whole blocks that a state shows, up to the response's own end. */
+static void doubled_check(const dlm_state *s, int P, int R, int block)
 {
-    dlm_keys keys[64];
-    int positions[64];
+    const dlm_batch *b = &s->batch;
+    int T = P + R, n_rows = T + (R + block - 1) / block * block;
+    CHECK(b->n_seqs == 1 && b->start[1] == n_rows);
+    for (int n = 0; n < P + 2 * R; n++) {
+        const dlm_keys *k = &b->keys[n];
+        CHECK(b->positions[n] == (n < T ? n : n - R));
+        CHECK(k->hi0 <= k->lo1 || k->lo1 == k->hi1);
+        for (int m = 0; m < n_rows; m++) {
+            int seen = m < P + 2 * R ? doubled_sees(n, m, P, R, block)
+                : n >= T && (n - T) / block == (m - T) / block;
+            CHECK(ref_sees(k, m) == seen);
+        }
+    }
+}
+
+TEST(states_show_doubled_rows_as_block_diffusion_says)
+{
+    static int tokens[40];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     for (int P = 0; P <= 13; P++) {
         for (int R = 1; R <= 14; R++) {
             for (int block = 1; block <= 6; block++) {
-                dlm_keys_doubled(keys, positions, P, R, block);
+                dlm_config c = toy_config(2);
+                dlm_example e = {0};
+                dlm_state *s = NULL;
+                c.max_seq = 40;
+                c.block = block;
+                CHECK_OK(dlm_config_resolve(ctx, &c));
+                e.tokens = tokens; e.length = P + R; e.prompt = P;
                 LABEL("P %d, R %d, block %d", P, R, block);
-                for (int n = 0; n < P + 2 * R; n++) {
-                    CHECK(positions[n] == (n < P + R ? n : n - R));
-                    CHECK(keys[n].hi0 <= keys[n].lo1 || keys[n].lo1 == keys[n].hi1);
-                    for (int m = 0; m < P + 2 * R; m++)
-                        CHECK(ref_sees(&keys[n], m) == doubled_sees(n, m, P, R, block));
-                }
+                CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_AUTO, 64, 1, NULL));
+                CHECK_OK(dlm_state_take(s, &e, 1, 1));
+                dlm_state_noise(s, NULL);
+                dlm_state_layout(s, 0);
+                doubled_check(s, P, R, block);
+                dlm_state_free(s);
             }
         }
     }
+    test_close(ctx);
 }
 
 /* ==[ batches ]=============================================================== */
@@ -4704,33 +4729,50 @@ TEST(stratified_noise_levels_of_every_row_are_uniform)
     }
 }
 
-TEST(mask_tokens_masks_a_fraction_t_after_first)
+/* At one level a fraction t of the response, weighed 1/t; more at a larger rate, never
+   others; the same whatever stands beside it, but for its number in the step. */
+TEST(states_mask_a_fraction_t_of_the_response)
 {
-    enum { T = 4000, FIRST = 500 };
-    static int tokens[T], noisy[T], shorter[T];
-    static float weight[T], short_weight[T];
-    for (int i = 0; i < T; i++) tokens[i] = test_below(50);
+    enum { T = 4000, FIRST = 500, N = T - FIRST };
+    static int tokens[T];
+    static unsigned char masked[N];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = toy_config(0);
+    dlm_example e[2] = { { tokens, T, FIRST, 0, NULL },
+                         { tokens, 1000, FIRST, 0, NULL } };
+    dlm_state *s = NULL;
+    c.max_seq = T;
+    CHECK_OK(dlm_config_resolve(ctx, &c));
+    CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_AUTO, 2 * T, 0, NULL));
     for (int k = 1; k <= 10; k++) {
+        dlm_noise noise = {0};
         double t = 0.1 * k;
-        dlm_address at = { test_seed, DLM_RANDOM_MASK, (uint32_t)k, 3, 0 };
-        int masks = dlm_mask_tokens(noisy, weight, tokens, T, FIRST, t, 99, &at);
-        int counted = 0, n = T - FIRST;
+        int masks = 0;
         LABEL("t %g", t);
-        for (int i = 0; i < T; i++) {
-            int masked = noisy[i] == 99;
-            counted += masked;
-            CHECK(masked || noisy[i] == tokens[i]);
-            CHECK(!masked || i >= FIRST);
-            CHECK_CLOSE(weight[i], masked ? 1 / t : 0, 1e-6 / t);
+        noise.seed = test_seed; noise.step = (uint32_t)k; noise.lo = noise.hi = t;
+        CHECK_OK(dlm_state_take(s, e, 2, 1));
+        CHECK(s->n_examples == 2 && s->n_units == 2 && s->n_cells == N + 1000 - FIRST);
+        dlm_state_noise(s, &noise);
+        for (int i = 0; i < N; i++) {
+            masks += s->masked[i];
+            CHECK_CLOSE(s->weight[i], 1 / t, 1e-6 / t);
         }
-        CHECK(masks == counted);
-        CHECK_CLOSE(masks, n * t, 5 * sqrt(n * t * (1 - t)) + 1e-9);
-        dlm_mask_tokens(shorter, short_weight, tokens, 1000, FIRST, t, 99, &at);
-        CHECK(memcmp(shorter, noisy, 1000 * sizeof(int)) == 0);
-        at.row++;
-        dlm_mask_tokens(shorter, short_weight, tokens, T, FIRST, t, 99, &at);
-        CHECK(t > 0.95 || memcmp(shorter, noisy, sizeof noisy) != 0);
+        CHECK_CLOSE(masks, N * t, 5 * sqrt(N * t * (1 - t)) + 1e-9);
+        CHECK(t > 0.95 || memcmp(s->masked, s->masked + N, 1000 - FIRST) != 0);
+        memcpy(masked, s->masked, N);
+        dlm_state_mask(s, 0, t + 0.05);
+        for (int i = 0; i < N; i++) CHECK(s->masked[i] || !masked[i]);
+        noise.row = 1;
+        CHECK_OK(dlm_state_take(s, e, 1, 1));
+        dlm_state_noise(s, &noise);             /* as the second example was       */
+        dlm_state_mask(s, 0, t);
+        CHECK(t > 0.95 || memcmp(s->masked, masked, N) != 0);
+        noise.row = 0;
+        dlm_state_noise(s, &noise);
+        CHECK(memcmp(s->masked, masked, N) == 0);
     }
+    dlm_state_free(s);
+    test_close(ctx);
 }
 
 TEST(largest_and_second_largest_logits_are_found_wherever_they_stand)
@@ -5957,8 +5999,8 @@ TEST(report_counts_the_tokens_that_could_carry_loss)
         dlm_trainer *t = test_trainer(ctx, m, NULL);
         int tokens[10];
         bound_tokens(tokens, 10);
-        dlm_example e[3] = { { tokens, 10, 0, 0 }, { tokens, 7, 3, 0 },
-                             { tokens, 1, 0, 0 } };
+        dlm_example e[3] = { { tokens, 10, 0, 0, NULL }, { tokens, 7, 3, 0, NULL },
+                             { tokens, 1, 0, 0, NULL } };
         int64_t want = 10 - shifted + 4 + 1 - shifted, most = 0;
         for (uint32_t draw = 0; draw < 400; draw++) {
             dlm_report report;
@@ -5984,7 +6026,7 @@ TEST(training_levels_keep_to_their_range)
         dlm_trainer *t = test_trainer(ctx, m, &o);
         int tokens[10];
         bound_tokens(tokens, 10);
-        dlm_example e = { tokens, 10, 0, 0 };
+        dlm_example e = { tokens, 10, 0, 0, NULL };
         int64_t step_bins[DLM_BINS] = {0}, bins[DLM_BINS] = {0};
         for (uint32_t i = 0; i < 200; i++) {
             dlm_report report;
@@ -6076,7 +6118,7 @@ TEST(masked_objectives_weigh_the_gradient_as_the_loss)
         dlm_train_options o = {0};
         o.lr = 1e-30f;
         dlm_trainer *tr = test_trainer(ctx, m, &o);
-        dlm_example e = { tokens, BOUND_P + 1, BOUND_P, BOUND_P + 1 };
+        dlm_example e = { tokens, BOUND_P + 1, BOUND_P, BOUND_P + 1, NULL };
         for (int step = 0; step < 20; step++) {
             dlm_report report;
             CHECK_OK(dlm_trainer_step(tr, &e, 1, &report));
@@ -8243,7 +8285,7 @@ TEST(trainer_takes_examples_without_a_response)
     int text[TRAIN_TEXT];
     train_text(text);
     for (int k = 0; k < 3; k++) {
-        dlm_example e[2] = { { text, 6, 6, 0 }, { text, 1, 1, 0 } };
+        dlm_example e[2] = { { text, 6, 6, 0, NULL }, { text, 1, 1, 0, NULL } };
         dlm_report r = {0};
         train_rig a = train_open(ctx, train_kinds[k], 1, NULL);
         LABEL("%s", toy_kind_names[train_kinds[k]]);
@@ -8269,8 +8311,9 @@ TEST(examples_without_a_response_contribute_nothing)
     train_text(text);
     for (int k = 0; k < 3 * DLM_METHOD_COUNT; k++) {
         int kind = train_kinds[k % 3];
-        dlm_example e[4] = { { text, 17, 3, 0 }, { text + 9, 24, 0, 0 },
-                             { text, 6, 6, 0 }, { text, TOY_SLOTS, TOY_SLOTS, 0 } };
+        dlm_example e[4] = { { text, 17, 3, 0, NULL }, { text + 9, 24, 0, 0, NULL },
+                             { text, 6, 6, 0, NULL },
+                             { text, TOY_SLOTS, TOY_SLOTS, 0, NULL } };
         dlm_train_options o = {0};
         dlm_report x = {0}, y = {0};
         o.lift.method = (dlm_method)(k / 3);
@@ -8288,7 +8331,8 @@ TEST(examples_without_a_response_contribute_nothing)
         train_close(&b);
         o.max_rows = 8;                                  /* less than that prompt */
         a = train_open(ctx, kind, 1, &o), b = train_open(ctx, kind, 1, &o);
-        dlm_example few[2] = { { text, 4, 1, 0 }, { text, TOY_SLOTS, TOY_SLOTS, 0 } };
+        dlm_example few[2] = { { text, 4, 1, 0, NULL },
+                               { text, TOY_SLOTS, TOY_SLOTS, 0, NULL } };
         CHECK_OK(dlm_trainer_step(a.t, few, 1, &x));
         CHECK_OK(dlm_trainer_step(b.t, few, 2, &y));
         CHECK(memcmp(&x, &y, sizeof x) == 0 && train_same(&a, &b));
@@ -9018,24 +9062,27 @@ static double lift_cart(const unsigned char *masked, int T, int i, double p)
 TEST(cart_weights_and_gift_levels_are_their_formulas)
 {
     static const double probabilities[] = { 0.1, 0.3, 1 };
-    unsigned char masked[60];
+    unsigned char masked[67] = {0};
     float weight[60];
     for (int n = 0; n <= 60; n += n < 4 ? 1 : 28)
-        for (int k = 0; k < 3; k++) {
-            double p = probabilities[k];
-            for (int i = 0; i < n; i++) masked[i] = (unsigned char)test_below(2);
-            dlm_cart_weights(weight, masked, n, p);
-            LABEL("T %d, p %g", n, p);
+        for (int k = 0; k < 6; k++) {
+            double p = probabilities[k % 3];
+            int P = k < 3 ? 0 : 7;
+            for (int i = 0; i < n; i++) masked[P + i] = (unsigned char)test_below(2);
+            dlm__cart_weights(weight, masked + P, P, n, p);
+            LABEL("P %d, R %d, p %g", P, n, p);
             for (int i = 0; i < n; i++)
-                if (masked[i]) CHECK_CLOSE(weight[i], lift_cart(masked, n, i, p), 1e-6);
+                if (masked[P + i])
+                    CHECK_CLOSE(weight[i], lift_cart(masked, P + n, P + i, p), 1e-6);
+            memset(masked, 0, sizeof masked);
         }
     for (double t = 0.001; t <= 1; t += 0.111)
         for (double h = 0; h < 3; h += 0.3) {
             LABEL("t %g, entropy %g", t, h);
-            CHECK_CLOSE(dlm_gift_level(t, h, 0.8), 1 - pow(1 - t, sqrt(h) / 0.8), 1e-12);
+            CHECK_CLOSE(dlm__gift_level(t, h, 0.8), 1 - pow(1 - t, sqrt(h) / 0.8), 1e-12);
         }
-    CHECK(dlm_gift_level(1, 0.1, 0.8) == 1 && dlm_gift_level(1, 0, 0.8) == 0);
-    CHECK(dlm_gift_level(0.5, 0, 0) == 0 && dlm_gift_level(0.5, -1e-9, 0.8) == 0);
+    CHECK(dlm__gift_level(1, 0.1, 0.8) == 1 && dlm__gift_level(1, 0, 0.8) == 0);
+    CHECK(dlm__gift_level(0.5, 0, 0) == 0 && dlm__gift_level(0.5, -1e-9, 0.8) == 0);
 }
 
 /* --[ plan ]------------------------------------------------------------------
@@ -9215,21 +9262,22 @@ static void lift_check_unit(const lift_plan *p, int k, int first, int end)
 }
 
 /* With two views the masks are those of either: the rows of the first view tell. */
-static int lift_kept(const dlm__state *s, int cell, int two_views)
+static int lift_kept(const dlm_state *s, int cell, int two_views)
 {
+    const dlm_batch *b = &s->batch;
     if (!two_views) return s->masked[cell];
-    for (int i = 0; i < s->n_out && s->out_rows[i] < s->n_rows / 2; i++)
+    for (int i = 0; i < b->n_out && s->out_rows[i] < s->start[b->n_seqs / 2]; i++)
         if (s->out_cell[i] == cell) return s->out_weight[i] != 0;
     return 0;
 }
 
 /* Takes over what the trainer kept, if it may be. */
-static void lift_check_kept(lift_plan *p, const dlm__state *s)
+static void lift_check_kept(lift_plan *p, const dlm_state *s)
 {
     for (int k = 0; k < LIFT_SEQS; k++) {
         int R = p->R[k];
         for (int i = 0; i < R; i++) {
-            int kept = lift_kept(s, s->ex_cell[k] + i, p->o.lift.complementary);
+            int kept = lift_kept(s, s->first_cell[k] + i, p->o.lift.complementary);
             double ahead = p->level[k][i] - p->u[k][i];
             if (lift_blind(p, k, i)) kept = ahead > 0;           /* as it was drawn */
             p->kept[k][i] = (unsigned char)kept;
@@ -9345,9 +9393,9 @@ static void lift_check_step(dlm_ctx *ctx, dlm_model *m, reference *ref, dlm_trai
     lift_view(&rows, &p, 0, p.seen, p.weight);
     if (o->lift.complementary) lift_view(&rows, &p, 1, p.rest, p.other);
     const dlm_batch *b = lift_rows_end(&rows, &p, &c);
-    CHECK(t->state.n_rows == rows.t.start[b->n_seqs]);
-    for (int i = 0; i < t->state.n_rows; i++)
-        CHECK(t->state.tokens[i] == rows.t.tokens[i]);
+    const int n_rows = t->state.start[t->state.batch.n_seqs];
+    CHECK(n_rows == rows.t.start[b->n_seqs]);
+    for (int i = 0; i < n_rows; i++) CHECK(t->state.tokens[i] == rows.t.tokens[i]);
     lift_check_gradient(ctx, m, ref, b, &c, t->adam_m);
     for (size_t i = 0; i < m->n_params; i++) squares += pow((double)t->adam_m[i], 2);
     CHECK_CLOSE(r.grad_norm, sqrt(squares), 1e-5 * sqrt(squares));
@@ -9411,28 +9459,92 @@ TEST(lift_steps_of_every_method_follow_their_formulas)
 }
 
 /* Selection with rho = 0, then the gradient, at the masks of the vanilla step before. */
-static double lift_again_without_rho(dlm_trainer *t, const dlm_report *before)
+static double lift_again_without_rho(dlm_trainer *t)
 {
-    dlm__state *s = &t->state;
-    dlm__noise noise;
-    dlm__ce ce;
+    dlm_state *s = &t->state;
     dlm_report r;
-    memset(&noise, 0, sizeof noise);
     memset(&r, 0, sizeof r);
-    ce.ctx = t->w.ctx; ce.s = s; ce.V = t->w.c.vocab;
-    ce.scale = 1.0 / (double)before->tokens;
     for (int k = 0; k < s->n_units; k++) {
-        s->units[k].mode = (dlm_select)(k % 3);
-        s->units[k].scored = s->units[k].mode != DLM_SELECT_RANDOM;
+        s->units[k].keep = (dlm_select)(k % 3);
+        s->units[k].wanted = s->units[k].keep != DLM_SELECT_RANDOM;
     }
-    CHECK_OK(dlm__scoring_pass(t, dlm__gold_score, &ce));
-    for (int k = 0; k < s->n_units; k++) dlm__lift_refill(s, &s->units[k], &noise, &r);
-    dlm__layout_begin(s);
-    dlm__layout_all(t, 0);
-    dlm_batch b = dlm__state_batch(s);
-    CHECK_OK(dlm__pass(t, &b, dlm__ce_score, &ce, 1));
-    dlm__report_state(&r, s, ce.scale);
+    CHECK_OK(dlm__score_cells(t, dlm_state_gold));
+    for (int k = 0; k < s->n_units; k++) dlm__lift_refill(s, &s->units[k], &r);
+    dlm_state_layout(s, 0);
+    CHECK_OK(dlm_trainer_pass(t, &s->batch, dlm_state_loss, s));
+    dlm__report_state(&r, s);
     return r.loss;
+}
+
+/* What a user can write with a state is what the library runs: two steps of the trainer
+   against the same in pieces. */
+TEST(steps_are_the_public_pieces_bit_for_bit)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind++) {
+        dlm_model *m[2] = { toy_model(ctx, kind, 3), toy_model(ctx, kind, 3) };
+        dlm_trainer *t[2] = { test_trainer(ctx, m[0], NULL),
+                              test_trainer(ctx, m[1], NULL) };
+        dlm_state *s = NULL;
+        dlm_example e[LIFT_SEQS];
+        dlm_report r;
+        lift_examples(e, 17, 3);
+        CHECK_OK(dlm_state_create(&s, ctx, &m[1]->config, DLM_OBJECTIVE_AUTO, 300, 0,
+                                  NULL));
+        for (uint32_t step = 0; s && step < 2; step++) {
+            dlm_noise noise = {0};
+            double loss = 0;
+            noise.step = step;
+            noise.lo = (double)1e-3f;           /* as the options hold it          */
+            CHECK_OK(dlm_trainer_step(t[0], e, LIFT_SEQS, &r));
+            CHECK_OK(dlm_state_take(s, e, LIFT_SEQS, 1));
+            CHECK(s->n_examples == LIFT_SEQS);
+            dlm_state_noise(s, &noise);
+            dlm_state_layout(s, 0);
+            CHECK_OK(dlm_trainer_pass(t[1], &s->batch, dlm_state_loss, s));
+            for (int i = 0; i < s->batch.n_out; i++)
+                loss += s->loss[i] * (double)s->out_weight[i] * s->scale;
+            CHECK_OK(dlm_trainer_update(t[1], NULL));
+            LABEL("%s, step %d", toy_kind_names[kind], (int)step);
+            CHECK(loss == r.loss && s->batch.n_out == r.scored);
+        }
+        CHECK(!memcmp(m[0]->weights, m[1]->weights, m[0]->n_params * sizeof(float)));
+        dlm_state_free(s);
+        for (int k = 0; k < 2; k++) { dlm_trainer_free(t[k]); dlm_model_free(m[k]); }
+    }
+    test_close(ctx);
+}
+
+/* A state takes what fits and refuses what never could. */
+TEST(states_take_what_fits)
+{
+    static int tokens[TOY_SLOTS];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = toy_config(2);
+    dlm_example e[3] = { { tokens, 10, 3, 0, NULL }, { tokens, 12, 12, 0, NULL },
+                         { tokens, 9, 1, 0, NULL } };
+    dlm_state *s = NULL;
+    CHECK_OK(dlm_config_resolve(ctx, &c));
+    CHECK_ERROR(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_BLOCK, 0, 0, NULL),
+                DLM_E_CONFIG, ctx, "rows");
+    CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_BLOCK, 20, 2, NULL));
+    CHECK_OK(dlm_state_take(s, e, 3, 1));       /* 18 rows, 0 rows, no third       */
+    CHECK(s->n_examples == 2 && s->n_units == 2 && s->n_cells == 7);
+    dlm_state_noise(s, NULL);
+    dlm_state_layout(s, 0);
+    CHECK(s->batch.n_seqs == 1 && s->start[1] == 18 && s->scale == 1.0 / 7);
+    s->most_cells = 6;
+    CHECK_OK(dlm_state_take(s, e + 1, 2, 1));
+    CHECK(s->n_examples == 1 && s->n_cells == 0);
+    dlm_state_noise(s, NULL);
+    dlm_state_layout(s, 0);
+    CHECK(s->batch.n_seqs == 0 && s->batch.n_out == 0);
+    CHECK_ERROR(dlm_state_take(s, e, 0, 1), DLM_E_INPUT, ctx, "0 of them");
+    CHECK_ERROR(dlm_state_take(s, e, 1, 2), DLM_E_INPUT, ctx, "36 rows");
+    tokens[4] = -1;
+    CHECK_ERROR(dlm_state_take(s, e, 1, 1), DLM_E_INPUT, ctx, "token -1 at 4");
+    dlm_state_free(s);
+    test_close(ctx);
 }
 
 /* With rho set to 0, and at t = 1, which leaves no room for it. */
@@ -9450,7 +9562,7 @@ TEST(lift_without_extra_masks_is_vanilla_bit_for_bit)
         lift_examples(e, 13, 2);
         LABEL("%s", toy_kind_names[kind]);
         CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &want));
-        CHECK(want.scored > 0 && want.loss == lift_again_without_rho(t, &want));
+        CHECK(want.scored > 0 && want.loss == lift_again_without_rho(t));
         CHECK(memcmp(t->adam_m, t->grads, size) == 0);
         dlm_trainer_free(t);
         o.level_min = o.level_max = 1;
@@ -9487,10 +9599,10 @@ TEST(lift_scores_equal_those_of_the_learning_pass_bit_for_bit)
                 t[one] = test_trainer(ctx, m, &o);
                 CHECK_OK(dlm_trainer_step(t[one], e, LIFT_SEQS, NULL));
             }
-            const dlm__state *s = &t[1]->state;
+            const dlm_state *s = &t[1]->state;
             LABEL("%s, %s", dlm_isa_name((dlm_isa)isa), toy_kind_names[kind]);
-            CHECK(s->n_out > 15);
-            for (int i = 0; i < s->n_out; i++) {
+            CHECK(s->batch.n_out > 15);
+            for (int i = 0; i < s->batch.n_out; i++) {
                 int cell = s->out_cell[i];
                 CHECK(t[0]->state.score[cell] == s->score[cell]);
                 CHECK(s->score[cell] == (float)-s->loss[i]);
@@ -10280,19 +10392,17 @@ static void stop_write(stop_watch *w, dlm_ctx *ctx, const dlm_model *m, int P, i
 static int stop_compare(const stop_watch *w, dlm_ctx *ctx, const dlm_model *m,
                         dlm_trainer *t, const dlm_example *e, const int *steps, int step)
 {
-    dlm__state *s = &t->state;
+    dlm_state *s = &t->state;
     int rows = 0;
     for (int i = e->length; i < TOY_SLOTS; i++)
         if (w->canvas[step - 1][i] != TOY_MASK) return 0;
-    dlm__state_begin(s, e);
-    dlm__state_take(s, &m->config, m->config.block);
+    CHECK_OK(dlm_state_take(s, e, 1, 1));
+    dlm_state_noise(s, NULL);
     for (int i = e->prompt; i < e->length; i++)
         s->masked[i - e->prompt] = steps[i] >= step;
-    dlm__layout_begin(s);
-    dlm__layout_all(t, 0);
-    dlm_batch b = dlm__state_batch(s);
-    float *logits = test_logits(ctx, m, &b, 0);
-    for (int i = 0; i < b.n_out; i++) {
+    dlm_state_layout(s, 0);
+    float *logits = test_logits(ctx, m, &s->batch, 0);
+    for (int i = 0; i < s->batch.n_out; i++) {
         const int at = e->prompt + s->out_cell[i];
         const float *seen = w->logits[step - 1][at];
         if (seen[0] != seen[0]) continue;       /* of a later block                */
@@ -10464,7 +10574,6 @@ typedef struct opd_rig {
     dlm_distiller *d;
     dlm_distill_options opt;
     int            tokens[OPD_EX][TOY_SLOTS], steps[OPD_EX][TOY_SLOTS];
-    const int     *maps[OPD_EX];
     dlm_example    e[OPD_EX];
 } opd_rig;
 
@@ -10476,7 +10585,7 @@ static void opd_examples(opd_rig *r, int block, int mask)
     for (int k = 0; k < OPD_EX; k++) {
         int base = 0;
         r->e[k].length = shape[k][0]; r->e[k].prompt = shape[k][1];
-        r->e[k].tokens = r->tokens[k]; r->maps[k] = r->steps[k];
+        r->e[k].tokens = r->tokens[k]; r->e[k].steps = r->steps[k];
         for (int i = 0; i < TOY_SLOTS; i++) {
             if (i >= r->e[k].prompt && (i - r->e[k].prompt) % block == 0) base += block;
             r->tokens[k][i] = i % 7 == 6 ? OPD_STOP : test_below(OPD_V);
@@ -10583,14 +10692,14 @@ static double opd_add_row(const opd_rig *r, dlm_trainer *plain, int k,
    the state, which must be one of the rounds, or random with a mask in every block. */
 static void opd_cells(const opd_rig *r, int k, int round, unsigned char *masked)
 {
-    const dlm__state *s = &r->t->state;
+    const dlm_state *s = &r->t->state;
     const int P = r->e[k].prompt, R = r->e[k].length - P, b = r->copy->config.block;
     const int *steps = r->steps[k] + P;
     for (int a = 0; a < R; a += b) {
         int values[TOY_SLOTS], n = a + b < R ? b : R - a, hits = 0, ok = 0;
         int rounds = opd_distinct(steps + a, n, values);
         for (int i = a; i < a + n; i++)
-            hits += masked[i] = round < 0 ? s->masked[s->ex_cell[k] + i]
+            hits += masked[i] = round < 0 ? s->masked[s->first_cell[k] + i]
                 : round < rounds && steps[i] >= values[round];
         for (int v = 0; v < rounds; v++) {
             int same = 1;
@@ -10636,8 +10745,9 @@ static void opd_try_step(dlm_ctx *ctx, int block, int mask_id, dlm_distill_optio
     dlm_train_options plain_options = {0};
     plain_options.max_rows = 64;
     dlm_trainer *plain = test_trainer(ctx, r.copy, &plain_options);
-    CHECK_OK(dlm_distiller_step(r.d, r.e, o.states == DLM_STATES_RANDOM ? NULL : r.maps,
-                                OPD_EX, &report));
+    for (int k = 0; k < OPD_EX; k++)
+        if (o.states == DLM_STATES_RANDOM) r.e[k].steps = NULL;
+    CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, &report));
     double loss = opd_expect(&r, plain, &scored), largest = 0, norm = 0;
     const float *want = dlm_trainer_gradients(plain);
     for (size_t i = 0; i < r.copy->n_params; i++) {
@@ -10694,18 +10804,14 @@ TEST(distiller_passes_over_examples_without_a_response)
         dlm_distill_options o = {0};
         dlm_report x, y;
         dlm_example e[OPD_EX + 1];
-        const int *maps[OPD_EX + 1];
         o.states = (dlm_states)states;
         opd_open(&a, ctx, 4, 0, 400, o, 0);
         opd_open(&b, ctx, 4, 0, 400, o, 0);
-        for (int k = 0; k <= OPD_EX; k++) {
-            e[k] = b.e[k % OPD_EX];
-            maps[k] = b.maps[k % OPD_EX];
-        }
+        for (int k = 0; k <= OPD_EX; k++) e[k] = b.e[k % OPD_EX];
         e[OPD_EX].prompt = e[OPD_EX].length;
         LABEL("states %d", states);
-        CHECK_OK(dlm_distiller_step(a.d, a.e, a.maps, OPD_EX, &x));
-        CHECK_OK(dlm_distiller_step(b.d, e, maps, OPD_EX + 1, &y));
+        CHECK_OK(dlm_distiller_step(a.d, a.e, OPD_EX, &x));
+        CHECK_OK(dlm_distiller_step(b.d, e, OPD_EX + 1, &y));
         CHECK(x.loss > 0 && memcmp(&x, &y, sizeof x) == 0);
         opd_close(&b);
         opd_close(&a);
@@ -10723,7 +10829,6 @@ TEST(distiller_steps_do_not_depend_on_passes)
         dlm_distill_options o = {0};
         dlm_report a, b;
         dlm_example e[2][N];
-        const int *maps[2][N];
         o.states = (dlm_states)(c % 3);
         opd_open(&one, ctx, 4, 0, 400, o, 0);
         o.max_targets = OPD_MAX;
@@ -10731,12 +10836,11 @@ TEST(distiller_steps_do_not_depend_on_passes)
         for (int k = 0; k < 2 * N; k++) {
             const opd_rig *r = k < N ? &one : &many;
             e[k / N][k % N] = r->e[k % OPD_EX];
-            maps[k / N][k % N] = r->maps[k % OPD_EX];
         }
         LABEL("case %d", c);
         for (int i = 0; i < 3; i++) {
-            CHECK_OK(dlm_distiller_step(one.d, e[0], maps[0], N, &a));
-            CHECK_OK(dlm_distiller_step(many.d, e[1], maps[1], N, &b));
+            CHECK_OK(dlm_distiller_step(one.d, e[0], N, &a));
+            CHECK_OK(dlm_distiller_step(many.d, e[1], N, &b));
             CHECK_CLOSE(a.loss, b.loss, i ? 1e-3 : 1e-9);
             CHECK_CLOSE(a.grad_norm, b.grad_norm, i ? 1e-3 : 1e-5);
             CHECK(a.scored == b.scored && a.tokens == b.tokens && a.step == i + 1);
@@ -10762,11 +10866,11 @@ TEST(distiller_states_are_drawn_uniformly)
         int counts[3][4] = {{0}}, both = 0;
         o.states = (dlm_states)states;
         opd_open(&r, ctx, 4, 0, 200, o, 0);
-        const int *maps[2] = { map, map };
         dlm_example e[2] = { r.e[3], r.e[3] };
         e[0].prompt = e[1].prompt = 0;
+        e[0].steps = e[1].steps = map;
         for (int i = 0; i < 500; i++) {
-            CHECK_OK(dlm_distiller_step(r.d, e, maps, 2, NULL));
+            CHECK_OK(dlm_distiller_step(r.d, e, 2, NULL));
             for (int k = 0; k < 24; k += 4) {
                 int n = 0;
                 for (int j = 0; j < 4; j++) n += r.t->state.masked[k + j];
@@ -10806,7 +10910,7 @@ TEST(distiller_makes_the_student_say_what_the_teacher_says)
         float *kept = test_floats(r.teacher->n_params);
         memcpy(kept, r.teacher->weights, r.teacher->n_params * sizeof(float));
         for (int step = 0; step < 30; step++) {
-            CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, &report));
+            CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, &report));
             CHECK(report.loss - report.loss == 0 && report.loss > 0);
             if (step == 0) first = report.loss;
             last = report.loss;
@@ -10893,13 +10997,13 @@ TEST(distiller_refuses_bad_examples_and_forgets_them)
 {
     static opd_rig r, clean;
     static const char *const texts[] = { "example 5: length", "example 5: token",
-        "example 5", "step map", "step map", "step map", "0 of them" };
+        "example 5", "step map", "step map", "0 of them" };
     dlm_distill_options none = {0};
     dlm_report a, b;
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     opd_open(&r, ctx, 4, 0, 60, none, 0);
     opd_open(&clean, ctx, 4, 0, 60, none, 0);
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 6; i++) {
         const dlm_example kept = r.e[5];
         const int token = r.tokens[5][3], step = r.steps[5][8];
         LABEL("case %d", i);
@@ -10907,17 +11011,16 @@ TEST(distiller_refuses_bad_examples_and_forgets_them)
         if (i == 1) r.tokens[5][3] = TOY_VOCAB;
         if (i == 2) r.tokens[5][3] = TOY_MASK;              /* unknown to the teacher */
         if (i == 3) r.steps[5][8] = -1;
-        if (i == 4) r.maps[5] = NULL;
-        CHECK_ERROR(dlm_distiller_step(r.d, r.e, i == 5 ? NULL : r.maps,
-                                       i == 6 ? 0 : OPD_EX, NULL),
+        if (i == 4) r.e[5].steps = NULL;
+        CHECK_ERROR(dlm_distiller_step(r.d, r.e, i == 5 ? 0 : OPD_EX, NULL),
                     DLM_E_INPUT, ctx, texts[i]);
         CHECK(dlm_trainer_steps(r.t) == 0);
         r.e[5] = kept;
-        r.tokens[5][3] = token; r.steps[5][8] = step; r.maps[5] = r.steps[5];
+        r.tokens[5][3] = token; r.steps[5][8] = step;
     }
     LABEL("%s", "");
-    CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, &a));
-    CHECK_OK(dlm_distiller_step(clean.d, clean.e, clean.maps, OPD_EX, &b));
+    CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, &a));
+    CHECK_OK(dlm_distiller_step(clean.d, clean.e, OPD_EX, &b));
     CHECK(a.loss == b.loss && a.grad_norm == b.grad_norm && a.flops == b.flops);
     CHECK(!memcmp(r.student->weights, clean.student->weights,
                   r.student->n_params * sizeof(float)));
@@ -10936,7 +11039,7 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
     const size_t bytes = dlm_distiller_bytes(r.t, r.teacher, &o);
     CHECK(heap.last == bytes && bytes > 0);
     int calls = heap.calls;
-    CHECK_OK(dlm_distiller_step(r.d, r.e, r.maps, OPD_EX, NULL));
+    CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, NULL));
     CHECK(heap.calls == calls);
     char *block = (char *)test_malloc(bytes + 2);
     for (int lacking = 1; lacking >= 0; lacking--) {
@@ -10946,7 +11049,7 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
         CHECK_ERROR(dlm_distiller_create(&d, r.t, r.teacher, &o, &mem),
                     lacking ? DLM_E_NOMEM : DLM_OK, ctx, NULL);
         CHECK((d == NULL) == lacking);
-        if (d) CHECK_OK(dlm_distiller_step(d, r.e, r.maps, OPD_EX, NULL));
+        if (d) CHECK_OK(dlm_distiller_step(d, r.e, OPD_EX, NULL));
         dlm_distiller_free(d);
         CHECK(block[0] == 0x5A && block[bytes + 1] == 0x5A);
     }
@@ -11697,7 +11800,7 @@ static const test_case test_cases[] = {
     RUN(session_limits_are_checked_by_name),
     RUN(trainer_options_are_checked_by_name),
     RUN(keys_fill_shows_what_the_pattern_says),
-    RUN(keys_doubled_shows_what_block_diffusion_says),
+    RUN(states_show_doubled_rows_as_block_diffusion_says),
     RUN(forward_refuses_bad_batches_by_name),
     RUN(long_context_costs_only_where_it_is_used),
     RUN(batch_lanes_are_checked_in_one_go),
@@ -11758,7 +11861,7 @@ static const test_case test_cases[] = {
     RUN(sampler_refuses_a_session_too_small_for_a_step),
     RUN(noise_levels_stay_in_range_and_spread),
     RUN(stratified_noise_levels_of_every_row_are_uniform),
-    RUN(mask_tokens_masks_a_fraction_t_after_first),
+    RUN(states_mask_a_fraction_t_of_the_response),
     RUN(cross_entropy_equals_double_on_every_isa),
     RUN(losses_of_logits_that_are_not_numbers_are_not_numbers),
     RUN(largest_and_second_largest_logits_are_found_wherever_they_stand),
@@ -11858,6 +11961,8 @@ static const test_case test_cases[] = {
     RUN(lift_mode_is_drawn_from_its_weights),
     RUN(cart_weights_and_gift_levels_are_their_formulas),
     RUN(lift_steps_of_every_method_follow_their_formulas),
+    RUN(steps_are_the_public_pieces_bit_for_bit),
+    RUN(states_take_what_fits),
     RUN(lift_without_extra_masks_is_vanilla_bit_for_bit),
     RUN(lift_scores_equal_those_of_the_learning_pass_bit_for_bit),
     RUN(lift_blocks_choose_independently),

@@ -531,7 +531,6 @@ static void course_round(course *c, int round)
     const int warm = course_texts(c, round), mix = abs(c->a->mix);
     dlm_report r;
     static dlm_example ex[MOST_TEXTS];
-    const int *steps[MOST_TEXTS];
     for (int i = 0; i < c->x.n; i += c->l->p->batch) {
         int n = c->x.n - i < c->l->p->batch ? c->x.n - i : c->l->p->batch;
         const int mixed = mix && i / c->l->p->batch % mix == mix - 1;
@@ -539,13 +538,13 @@ static void course_round(course *c, int round)
         for (int k = 0; k < n; k++) {
             ex[k].tokens = x->tokens + (i + k) * SLOTS;
             ex[k].length = x->length[i + k], ex[k].prompt = x->prompt[i + k];
-            steps[k] = x->steps + (i + k) * SLOTS;
+            ex[k].steps = x->steps + (i + k) * SLOTS;
         }
         if (c->a->ce || mixed)
             bench_require(c->l->ctx, dlm_trainer_step(c->trainer, ex, n, &r));
         else
             bench_require(c->l->ctx, dlm_distiller_step(warm ? c->warm : c->distiller, ex,
-                                                        steps, n, &r));
+                                                        n, &r));
         c->r->tokens += (double)r.tokens;
         c->r->train_flops += r.flops;
         c->r->loss = r.loss;
@@ -627,47 +626,36 @@ static void measure_decoding(const lab *l, const dlm_model *m, int block, run *r
 }
 
 typedef struct infilling {                 /* one text, one token of each block masked */
-    dlm_ctx *ctx;
-    int      V, mask;
-    int      gold[SLOTS];
-    double   log_p[SLOTS];
+    dlm_state *s;
+    double     log_p[SLOTS];
 } infilling;
 
 static void infilling_score(void *user, int i, float *logits)
 {
     infilling *f = (infilling *)user;
+    const dlm_config *c = &f->s->config;
     float gold;
-    if (f->mask < f->V) logits[f->mask] = -INFINITY;
-    gold = logits[f->gold[i]];
-    f->log_p[i] = (double)gold - dlm_log_sum_exp(f->ctx, logits, f->V, NULL);
+    if (c->mask_id < c->vocab) logits[c->mask_id] = -INFINITY;
+    gold = logits[f->s->targets[i]];
+    f->log_p[i] = (double)gold - dlm_log_sum_exp(f->s->ctx, logits, c->vocab, NULL);
 }
 
 /* Lays out one text; the teacher is asked for the same tokens from their left. */
-static int infilling_batch(const lab *l, infilling *f, const dlm_model *m, int block,
-                           int i, dlm_batch *b)
+static void infilling_layout(const lab *l, dlm_state *s, int block, int i)
 {
-    static int tokens[2 * SLOTS], positions[2 * SLOTS], out[SLOTS], start[2];
-    static dlm_keys keys[2 * SLOTS];
     const texts *x = &l->held;
-    const int P = x->prompt[i], R = x->length[i] - P, *text = x->tokens + i * SLOTS;
-    const int student = m != l->teacher, shifted = m->config.shifted;
-    int n = 0;
-    memset(b, 0, sizeof *b);
-    if (student) dlm_keys_doubled(keys, positions, P, R, block);
-    else dlm_keys_fill(keys, P + R, DLM_PATTERN_CAUSAL, 1, 0);
-    for (int k = 0; k < P + 2 * R; k++) tokens[k] = text[k < P + R ? k : k - R];
-    for (int r = 0; r + block <= R; r += block) {
+    dlm_example e = {0};
+    e.tokens = x->tokens + i * SLOTS, e.length = x->length[i], e.prompt = x->prompt[i];
+    bench_require(l->ctx, dlm_state_take(s, &e, 1, 1));
+    dlm_state_noise(s, NULL);
+    memset(s->masked, 0, (size_t)s->n_cells);
+    memset(s->weight, 0, (size_t)s->n_cells * sizeof(float));
+    for (int r = 0; r + block <= s->n_cells; r += block) {
         const dlm_address at = address(l, 1, (uint32_t)r, (uint32_t)i);
         const int j = r + 1 + task_below(&at, 0, block - 2);   /* seen from both sides */
-        f->gold[n] = text[P + j];
-        out[n++] = student ? P + R + j - shifted : P + j - 1;
-        if (student) tokens[P + R + j] = m->config.mask_id;
+        s->masked[j] = 1, s->weight[j] = 1;
     }
-    start[1] = P + (1 + student) * R;
-    b->n_seqs = 1, b->start = start, b->tokens = tokens, b->keys = keys;
-    b->positions = student ? positions : NULL;
-    b->out_rows = out, b->n_out = n;
-    return n;
+    dlm_state_layout(s, 0);
 }
 
 /* Means over one token per block, neither its first nor its last.  Comparable among
@@ -679,20 +667,20 @@ static void measure_infilling(const lab *l, const dlm_model *m, run *r)
     dlm_limits limits = {0};
     dlm_session *s;
     int total = 0;
-    f.ctx = l->ctx, f.V = m->config.vocab, f.mask = m->config.mask_id;
+    bench_require(l->ctx, dlm_state_create(&f.s, l->ctx, &m->config, DLM_OBJECTIVE_AUTO,
+                                           2 * SLOTS, 1, NULL));
     limits.slots = limits.rows = 2 * SLOTS, limits.out = SLOTS;
     bench_require(l->ctx, dlm_session_create(&s, l->ctx, m, &limits, NULL));
     for (int i = 0; i < l->held.n; i++) {
-        dlm_batch b;
-        const int n = infilling_batch(l, &f, m, block, i, &b);
-        if (n == 0) continue;
-        bench_require(l->ctx, dlm_forward(s, &b, infilling_score, &f));
-        for (int k = 0; k < n; k++) {
+        infilling_layout(l, f.s, block, i);
+        bench_require(l->ctx, dlm_forward(s, &f.s->batch, infilling_score, &f));
+        for (int k = 0; k < f.s->batch.n_out; k++) {
             r->gold += exp(f.log_p[k]), r->log_gold += f.log_p[k];
             total++;
         }
     }
     r->gold /= total, r->log_gold /= total;
+    dlm_state_free(f.s);
     dlm_session_free(s);
 }
 

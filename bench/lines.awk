@@ -9,7 +9,7 @@ BEGIN {
     split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:720 " \
           "instances:480 threads:180 context:120 matmul:420 layers:400 attention:400 " \
           "config:80 parameters:330 patterns:50 work:330 block:310 " \
-          "sessions:120 objectives:350 lift:300 trainer:600 optimizer:200 sampler:800 " \
+          "sessions:120 states:400 trainer:240 optimizer:140 lift:320 steps:150 sampler:800 " \
           "likelihood:120 distill:500 json:220 tokenizers:650 safetensors:450 " \
           "checkpoints:600 llama2c:180 gradcheck:120 quantised:350 hf:400 history:35 " \
           "license:45", words, " ")

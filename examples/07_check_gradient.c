@@ -50,7 +50,11 @@ static dlm_batch make_batch(struct objective *o)
         at.row = (uint32_t)s;
         for (int i = s * T; i < s * T + T; i++)
             tokens[i] = (int)((V - 1) * dlm_uniform(&at, (uint32_t)i));
-        dlm_mask_tokens(noisy + s * T, weight, tokens + s * T, T, 0, 0.5, V - 1, &at);
+        for (int i = 0; i < T; i++) {
+            int masked = dlm_uniform(&at, (uint32_t)(ROWS + i)) < 0.5;
+            noisy[s * T + i] = masked ? V - 1 : tokens[s * T + i];
+            weight[i] = masked ? 2.0f : 0.0f;
+        }
         dlm_keys_fill(keys + s * T, T, DLM_PATTERN_FULL, 0, 0);
         for (int i = 0; i < T; i++) {
             if (weight[i] == 0.0f) continue;

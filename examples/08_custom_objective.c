@@ -31,12 +31,11 @@ static size_t make_text(void)
     return n;
 }
 
-/* ---- the objective: make a state, run the model, score rows ---- */
+/* ---- the objective: take a state, noise it, lay it out, run the model, score ---- */
 
 struct focal {
-    dlm_ctx *ctx;
-    int      vocab, target[B * T];
-    double   g, weight[B * T];
+    dlm_state *s;
+    double     g;
 };
 
 /* With p the target's probability, the loss is w (1-p)^g CE.  Its derivative is that of
@@ -44,38 +43,30 @@ struct focal {
 static void score(void *user, int i, float *logits)
 {
     struct focal *f = user;
-    int y = f->target[i];
-    double log_p = logits[y] - dlm_log_sum_exp(f->ctx, logits, f->vocab, NULL);
+    const dlm_state *s = f->s;
+    int y = s->targets[i], V = s->config.vocab;
+    double log_p = logits[y] - dlm_log_sum_exp(s->ctx, logits, V, NULL);
     double p = exp(log_p), q = 1.0 - p + 1e-9;
     double factor = pow(q, f->g) - f->g * p * pow(q, f->g - 1.0) * log_p;
-    dlm_cross_entropy(f->ctx, logits, f->vocab, y, f->weight[i] * factor);
+    double w = s->out_weight[i] * s->scale;             /* 1/t, over all tokens      */
+    dlm_cross_entropy(s->ctx, logits, V, y, w * factor);
 }
 
-static dlm_error focal_step(dlm_trainer *t, struct focal *f, int mask, size_t n, int step)
+static dlm_error focal_step(dlm_trainer *t, struct focal *f, size_t n, int step)
 {
-    static int noisy[B * T], out[B * T], start[B + 1];
-    static dlm_keys keys[B * T];
-    dlm_batch batch = {0};
+    dlm_example windows[B] = {{0}};
+    dlm_noise noise = {0};
     for (int b = 0; b < B; b++) {
         dlm_address at = {1, DLM_RANDOM_USER + 1, (uint32_t)step, (uint32_t)b, 0};
-        float weight[T];
-        const int *clean = ids + (size_t)(dlm_uniform(&at, 0) * (double)(n - T));
-        at.purpose = DLM_RANDOM_LEVEL;
-        double level = dlm_noise_level(&at, b, B, 1, 1e-3, 1.0);
-        at.purpose = DLM_RANDOM_MASK;
-        dlm_mask_tokens(noisy + b * T, weight, clean, T, 0, level, mask, &at);
-        dlm_keys_fill(keys + b * T, T, DLM_PATTERN_FULL, 0, 0);
-        start[b + 1] = (b + 1) * T;
-        for (int i = 0; i < T; i++) {
-            if (weight[i] == 0.0f) continue;
-            out[batch.n_out] = b * T + i;
-            f->target[batch.n_out] = clean[i];
-            f->weight[batch.n_out++] = (double)weight[i] / (B * T);
-        }
+        windows[b].tokens = ids + (size_t)(dlm_uniform(&at, 0) * (double)(n - T));
+        windows[b].length = T;
     }
-    batch.n_seqs = B, batch.start = start, batch.tokens = noisy, batch.keys = keys;
-    batch.out_rows = out;
-    dlm_error e = dlm_trainer_pass(t, &batch, score, f);
+    noise.seed = 1, noise.step = (uint32_t)step;
+    dlm_error e = dlm_state_take(f->s, windows, B, 1);
+    if (e) return e;
+    dlm_state_noise(f->s, &noise);                      /* masks may be changed here */
+    dlm_state_layout(f->s, 0);
+    e = dlm_trainer_pass(t, &f->s->batch, score, f);
     return e ? e : dlm_trainer_update(t, NULL);
 }
 
@@ -84,7 +75,7 @@ static dlm_error focal_step(dlm_trainer *t, struct focal *f, int mask, size_t n,
 static dlm_error run(dlm_ctx *ctx, int vocab, size_t n, double g)
 {
     static dlm_example windows[WINDOWS];
-    static struct focal f;
+    struct focal f = {0};
     dlm_model *model = NULL;
     dlm_trainer *trainer = NULL;
     dlm_config cfg = {0};
@@ -92,20 +83,23 @@ static dlm_error run(dlm_ctx *ctx, int vocab, size_t n, double g)
     dlm_report r;
     size_t n_train = n - n / 10;
 
-    f.ctx = ctx, f.vocab = vocab, f.g = g;
+    f.g = g;
     cfg.vocab = vocab, cfg.dim = 64, cfg.layers = 2, cfg.heads = 4, cfg.max_seq = T;
     cfg.pattern = DLM_PATTERN_FULL, cfg.rope_theta = 30;
     how.lr = 3e-3f, how.warmup = 100, how.max_rows = B * T;
     dlm_error e = dlm_model_create(&model, ctx, &cfg, 1, NULL);
     if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
+    if (!e) e = dlm_state_create(&f.s, ctx, &model->config, DLM_OBJECTIVE_AUTO, B * T, 0,
+                                 NULL);
     for (int step = 0; step < STEPS && !e; step++)
-        e = focal_step(trainer, &f, vocab - 1, n_train, step);
+        e = focal_step(trainer, &f, n_train, step);
     for (size_t i = 0; i < WINDOWS; i++) {
         windows[i].tokens = ids + n_train + i * (n - n_train - T) / WINDOWS;
         windows[i].length = T;
     }
     if (!e) e = dlm_trainer_evaluate(trainer, windows, WINDOWS, 0, &r);
     if (!e) printf("g = %.1f: held-out bound %.3f nats/char\n", g, r.loss);
+    dlm_state_free(f.s);
     dlm_trainer_free(trainer);
     dlm_model_free(model);
     return e;

@@ -15,7 +15,6 @@
 enum { THREADS = 2, TEXTS = 128, T = 65, UPDATE = 8, BLOCK = 4, V = 1024 };
 static int text[TEXTS][T], step[TEXTS][T];   /* what is written, and when            */
 static dlm_example ex[TEXTS];
-static const int *steps[TEXTS];
 static dlm_ctx *ctx;
 static dlm_model *teacher, *student;
 static int begin;                            /* the token that every text begins with */
@@ -60,7 +59,7 @@ static double write_texts(const dlm_model *m, int threshold, int round)
     while (!dlm_sampler_done(sm)) require(dlm_sampler_step(sm));
     for (int i = 0, last = 0; i < TEXTS; i++, rounds += last, last = 0) {
         dlm_sampler_steps(sm, i, step[i]);
-        ex[i].tokens = text[i], ex[i].prompt = 1, steps[i] = step[i];
+        ex[i].tokens = text[i], ex[i].prompt = 1, ex[i].steps = step[i];
         ex[i].length = dlm_sampler_length(sm, i), tokens += ex[i].length - 1;
         for (int k = 0; k < ex[i].length; k++) if (step[i][k] > last) last = step[i][k];
     }
@@ -111,7 +110,7 @@ static void convert(int rounds, double minutes)
         const int own = i >= warm;
         double per_step = write_texts(own ? student : teacher, own, i), loss = 0;
         for (int k = 0; k < TEXTS; k += UPDATE, loss += r.loss * UPDATE / TEXTS)
-            require(dlm_distiller_step(d[own], ex + k, steps + k, UPDATE, &r));
+            require(dlm_distiller_step(d[own], ex + k, UPDATE, &r));
         printf("%4d of %d, %s: JSD %.3f, %.2f tokens/step, %.0f s left\n", i + 1, rounds,
                own ? "own texts" : "teacher's", loss, per_step,
                (rounds - i - 1) * difftime(time(NULL), t0) / (i + 1));

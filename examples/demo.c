@@ -287,14 +287,13 @@ static dlm_error stage_infill(struct demo *d)
 static dlm_error step_student(struct demo *d, int round)
 {
     dlm_example ex[TEXTS];
-    const int *born[TEXTS];
     dlm_report own = {0}, corpus = {0};
     d->chars = d->forwards = 0.0;
     dlm_error e = write_texts(d, d->model[STUDENT], TEXTS, LENGTH,
                               (uint32_t)(round * TEXTS), ids, d->n_train);
     for (int k = 0; k < TEXTS; k++)
-        ex[k] = (dlm_example){d->canvas[k], LENGTH, GIVEN, 0}, born[k] = d->born[k];
-    if (!e) e = dlm_distiller_step(d->distiller, ex, born, TEXTS, &own);
+        ex[k] = (dlm_example){d->canvas[k], LENGTH, GIVEN, 0, d->born[k]};
+    if (!e) e = dlm_distiller_step(d->distiller, ex, TEXTS, &own);
     for (int k = 0; k < READINGS && !e; k++)
         e = dlm_trainer_step_text(d->trainer, ids, d->n_train, T, WINDOWS, &corpus);
     snprintf(d->note, sizeof d->note, "divergence %.3f  corpus %.3f  %.2f tokens/step",
@@ -357,7 +356,7 @@ static dlm_error step_sudoku(struct demo *d, int step)
     dlm_report r = {0};
     for (int k = 0; k < BATCH; k++) {
         make_puzzle(puzzles[k], (uint32_t)(step * BATCH + k), 0);
-        ex[k] = (dlm_example){puzzles[k], 2 * CELLS, CELLS, 0};
+        ex[k] = (dlm_example){puzzles[k], 2 * CELLS, CELLS, 0, NULL};
     }
     dlm_error e = dlm_trainer_step(d->trainer, ex, BATCH, &r);
     snprintf(d->note, sizeof d->note, "loss %.3f nats/cell", r.loss);
