@@ -92,8 +92,8 @@
    Weights are (out, in).  dx is the gradient of x.  x_i means &x[i*...].
 
    MEMORY                          one block per object, from the allocator or from you
-       dlm_*_bytes() says how large, for contexts, models, sessions, samplers, trainers
-       and distillers; tokenizers and files ask the allocator.  After creation a training
+       How large, dlm_ctx_bytes and dlm_model_bytes say, and every creator that is called
+       with out = NULL; tokenizers and files ask the allocator.  After creation a training
        step, a forward pass and a sampling step allocate nothing.  Threads need 300 KiB
        of stack.  An object must be freed before those it was made from (a packed
        model needs its plain one no longer).
@@ -251,10 +251,12 @@ typedef struct dlm_allocator {             /* all zero: DLM_MALLOC and DLM_FREE 
     void   *user;
 } dlm_allocator;
 
-/* Where an object shall live, for the create functions that take one: NULL asks the
-   allocator for a single block of dlm_*_bytes(); otherwise the object is placed at
-   base (any alignment), which must hold at least that.  Such an object must still be
-   freed (its threads and files are released), base is not. */
+/* Where an object shall live, for the creators that take one: NULL asks the allocator for
+   a single block; otherwise the object is placed at base (any alignment, size bytes of
+   it).  Such an object must still be freed (its threads and files are released), base is
+   not.  With out = NULL a creator checks all that it is given and makes nothing: it puts
+   the bytes that base must have into mem->size, to the byte what it would take (mem NULL:
+   it only checks). */
 typedef struct dlm_memory {
     void  *base;
     size_t size;
@@ -420,8 +422,7 @@ typedef struct dlm_model {                 /* open for reading                  
     dlm_dtype  type;                       /* packed: what it is multiplied in     */
     size_t     n_params;                   /* floats in weights                    */
     float     *weights;                    /* (n_params) one flat block; packed: NULL */
-    dlm_ctx   *ctx;                        /* where it was allocated               */
-    void      *block;                      /* private: what was allocated          */
+    dlm_ctx   *ctx;                        /* where it was made                    */
     struct dlm__packed *packed;            /* private; NULL: plain                 */
 } dlm_model;
 
@@ -435,10 +436,14 @@ typedef struct dlm_tensor {                /* one named piece of weights        
 
 /* Fills in every default, or says what is wrong (DLM_E_CONFIG). */
 DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg);
-DLM_API size_t    dlm_model_bytes(const dlm_config *cfg);      /* 0: config invalid */
+/* What a model of this config takes in ctx, from its config alone: plain (packed 0, type
+   DLM_F32), or packed in DLM_F32, DLM_BF16 or DLM_I8.  0: invalid, dlm_last_error says
+   why. */
+DLM_API size_t    dlm_model_bytes(dlm_ctx *ctx, const dlm_config *cfg, dlm_dtype type,
+                                  int packed);
 /* Fresh random weights: normal(0.02), residual outputs scaled by 1/sqrt(2L), norms 1. */
 DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
-                                   uint64_t seed, const dlm_memory *mem);
+                                   uint64_t seed, dlm_memory *mem);
 /* Weights that already exist (flash, a mapped file): n_params floats in the order of
    dlm_model_tensor, borrowed and never written unless trained. */
 DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
@@ -449,10 +454,8 @@ DLM_API void      dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out);
 /* The packed form of a plain model for ctx's kernels, type DLM_F32, DLM_BF16 or DLM_I8:
    matrices packed, vectors in f32, embeddings read from what is packed.  Sessions on any
    number of contexts of the same ISA may share it. */
-DLM_API size_t    dlm_model_packed_bytes(const dlm_ctx *ctx, const dlm_config *cfg,
-                                         dlm_dtype type);      /* 0: config invalid */
 DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
-                                 dlm_dtype type, const dlm_memory *mem);
+                                 dlm_dtype type, dlm_memory *mem);
 /* Once more from a plain model of the same config, after it was trained on, say; no
    session of it may be in a forward. */
 DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain);
@@ -514,10 +517,8 @@ typedef struct dlm_limits {                /* 0 in a field marked * = the defaul
 
 typedef struct dlm_session dlm_session;
 
-DLM_API size_t    dlm_session_bytes(const dlm_ctx *ctx, const dlm_model *m,
-                                    const dlm_limits *lim);           /* 0: invalid */
 DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_model *m,
-                                     const dlm_limits *lim, const dlm_memory *mem);
+                                     const dlm_limits *lim, dlm_memory *mem);
 DLM_API void      dlm_session_free(dlm_session *s);                    /* NULL is ok */
 /* One forward pass; score sees the logits of every out row (NULL: only fill caches). */
 DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn score,
@@ -629,10 +630,8 @@ typedef struct dlm_sampler dlm_sampler;
 /* A sampler drives a session that outlives it.  For BLOCK and CAUSAL models the
    session should be cached; each step then runs only the rows of the current block
    and the commit of a finished block rides along with the next one's first step. */
-DLM_API size_t    dlm_sampler_bytes(const dlm_session *s, const dlm_sample_options *opt);
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
-                                     const dlm_sample_options *opt,
-                                     const dlm_memory *mem);
+                                     const dlm_sample_options *opt, dlm_memory *mem);
 DLM_API void      dlm_sampler_free(dlm_sampler *sm);
 /* canvas: n_seqs rows of session.slots tokens, written in place, caller-owned, must
    stay until the end; lengths (n_seqs) tokens used of each, the rest is not looked at.
@@ -778,14 +777,13 @@ typedef struct dlm_state {                 /* open for reading; masks, weights, 
     double    *loss;                       /* cross-entropy, by dlm_state_loss     */
     int       *start, *tokens, *positions, *out_rows;    /* the batch's            */
     dlm_keys  *keys;
-    void      *block;                      /* private                              */
 } dlm_state;
 
 /* For a resolved config; AUTO is what its pattern asks for.  rows: of a pass; seqs 0: of
    so many sequences as the trainer has. */
 DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
                                    dlm_objective objective, int rows, int seqs,
-                                   const dlm_memory *mem);
+                                   dlm_memory *mem);
 DLM_API void      dlm_state_free(dlm_state *s);                        /* NULL is ok */
 /* The first examples of n that fit, `views` times each; n_examples says how many they
    are.  DLM_E_INPUT names an example that contradicts itself or could never fit. */
@@ -924,10 +922,8 @@ typedef struct dlm_report {
 
 typedef struct dlm_trainer dlm_trainer;
 
-DLM_API size_t    dlm_trainer_bytes(const dlm_ctx *ctx, const dlm_model *m,
-                                    const dlm_train_options *opt);    /* 0: invalid */
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
-                                     const dlm_train_options *opt, const dlm_memory *mem);
+                                     const dlm_train_options *opt, dlm_memory *mem);
 DLM_API void      dlm_trainer_free(dlm_trainer *t);                    /* NULL is ok */
 /* One update on n examples.  report may be NULL. */
 DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
@@ -968,7 +964,7 @@ DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates do
 enum { DLM_NEW_TOKEN = -1 };
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
                               int block, int mask_id, int shifted,
-                              const dlm_memory *mem);
+                              dlm_memory *mem);
 
 typedef enum dlm_divergence_kind {         /* p teacher, s student (methods B.7)   */
     DLM_FORWARD_KL = 0,                    /* sum p (log p - log s)                */
@@ -1018,12 +1014,9 @@ typedef struct dlm_distiller dlm_distiller;
 
 /* Joins a trainer, whose model is the student (BLOCK), with a frozen teacher (CAUSAL),
    plain or packed, of at least the same tokens.  Both outlive it. */
-DLM_API size_t    dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teacher,
-                                      const dlm_distill_options *o);
 DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
-                                       const dlm_distill_options *o,
-                                       const dlm_memory *mem);
+                                       const dlm_distill_options *o, dlm_memory *mem);
 DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL is ok */
 /* One update on n finished sequences: loss is the mean over sequences of the mean
    divergence over masked tokens.  Every example has its step map, but for RANDOM.  Its
@@ -1284,9 +1277,9 @@ DLM__INLINE int dlm__ceil_div(int a, int b) { return a / b + (a % b != 0); }
 DLM__INLINE int dlm__round_up(int a, int b) { return dlm__ceil_div(a, b) * b; }
 
 /* ==[ memory ]================================================================
-   The context, errors, and the arena.  An object is one block of memory, carved by
-   one function that runs twice: with no base it counts, with a base it places.  What
-   dlm_*_bytes() predicts and what is used can therefore not differ. */
+   The context, errors, the arena, and how objects are made.  An object is one block of
+   memory, carved by one function that runs twice: with no base it counts, with a base it
+   places.  What is predicted and what is used can therefore not differ. */
 
 enum {                              /* one, as C++20 regrets products of two       */
 #if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
@@ -1319,7 +1312,6 @@ struct dlm_ctx {
     struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
     float        *scratch;          /* packed B of the matmul that is running      */
     size_t        scratch_floats;
-    void         *block;            /* what was allocated, NULL if the user's      */
     char          error[256];
 };
 
@@ -1387,7 +1379,7 @@ static size_t dlm__arena_bytes(const dlm__arena *a)
 /* A zeroed, aligned block of `bytes` for an object called `what`; *block is what must
    be released later (NULL if the memory is the caller's). */
 static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
-                            const dlm_memory *mem, dlm__arena *arena, void **block)
+                            dlm_memory *mem, dlm__arena *arena, void **block)
 {
     void *raw;
     arena->base = NULL;
@@ -1409,6 +1401,61 @@ static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
     memset(raw, 0, bytes);
     arena->base = (char *)raw + (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
     return DLM_OK;
+}
+
+/* Places all that an object points to; runs twice on the same one. */
+typedef void (*dlm__carve_fn)(dlm__arena *a, void *object);
+
+typedef struct dlm__origin {        /* the slice before an object: where it is from */
+    dlm_ctx *ctx;                   /* a context's: itself                         */
+    void    *block;                 /* what was allocated, NULL if the user's      */
+} dlm__origin;
+
+static dlm__origin *dlm__origin_of(void *object)
+{
+    return (dlm__origin *)(void *)((char *)object - DLM__ALIGN);
+}
+
+static void *dlm__carve_whole(dlm__arena *a, dlm__carve_fn carve, void *object,
+                              size_t size)
+{
+    void *at;
+    dlm__push(a, 1, sizeof(dlm__origin));
+    at = dlm__push(a, 1, size);
+    carve(a, object);
+    return at;
+}
+
+/* Makes the object that `draft` (size) is but for what carve places; with wanted = 0 it
+   only writes what that takes into mem->size.  NULL then, and after an error: *e, which
+   may have been one before. */
+static void *dlm__make(dlm_error *e, dlm_ctx *ctx, const char *what, dlm__carve_fn carve,
+                       void *draft, size_t size, int wanted, dlm_memory *mem)
+{
+    dlm__arena a = { NULL, 0 };
+    dlm__origin *origin;
+    size_t bytes;
+    void *object, *block;
+    if (*e != DLM_OK) return NULL;
+    dlm__carve_whole(&a, carve, draft, size);
+    bytes = dlm__arena_bytes(&a);
+    if (wanted || bytes == 0) *e = dlm__place(ctx, what, bytes, mem, &a, &block);
+    else if (mem) mem->size = bytes;
+    if (!wanted || *e != DLM_OK) return NULL;
+    object = dlm__carve_whole(&a, carve, draft, size);
+    origin = dlm__origin_of(object);
+    origin->ctx = ctx == draft ? (dlm_ctx *)object : ctx;
+    origin->block = block;
+    return memcpy(object, draft, size);
+}
+
+static void dlm__unmake(void *object)
+{
+    if (object) {
+        const dlm__origin *o = dlm__origin_of(object);
+        dlm_ctx copy = *o->ctx;     /* it may be what goes                         */
+        dlm__release(&copy, o->block);
+    }
 }
 
 DLM_API const char *dlm_error_string(dlm_error e)
@@ -3227,8 +3274,15 @@ static dlm_error dlm__choose_isa(dlm_ctx *ctx)
     return DLM_OK;
 }
 
-static void dlm__ctx_carve(dlm__arena *a, dlm_ctx *ctx, int workers)
+static int dlm__workers(const dlm_ctx *c)
 {
+    return c->opt.parallel_for ? 0 : c->opt.threads - 1;
+}
+
+static void dlm__ctx_carve(dlm__arena *a, void *object)
+{
+    dlm_ctx *ctx = (dlm_ctx *)object;
+    const int workers = dlm__workers(ctx);
     ctx->scratch = dlm__push_floats(a, ctx->scratch_floats, 1);
     ctx->pool = NULL;
     if (workers == 0) return;
@@ -3270,66 +3324,40 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     return e == DLM_OK ? dlm__check_scratch(c) : e;
 }
 
-/* c is about to go away: its sentence goes to the caller. */
-static dlm_error dlm__ctx_failed(const dlm_ctx *c, dlm_error e)
+/* Of a context that cannot be, or shall not, the sentence goes to the caller. */
+static dlm_error dlm__ctx_make(dlm_ctx **out, const dlm_options *opt, dlm_memory *mem)
 {
-    if (c->opt.message && c->opt.message_size)
-        snprintf(c->opt.message, c->opt.message_size, "%s", c->error);
+    dlm_ctx c, *ctx;
+    dlm_error e = dlm__ctx_resolve(&c, opt);
+    if (e == DLM_OK && mem == NULL && c.opt.memory.base) mem = &c.opt.memory;
+    ctx = (dlm_ctx *)dlm__make(&e, &c, "context", dlm__ctx_carve, &c, sizeof c,
+                               out != NULL, mem);
+    if (e != DLM_OK && c.opt.message && c.opt.message_size)
+        snprintf(c.opt.message, c.opt.message_size, "%s", c.error);
+    if (out) *out = ctx;
     return e;
-}
-
-static int dlm__workers(const dlm_ctx *c)
-{
-    return c->opt.parallel_for ? 0 : c->opt.threads - 1;
-}
-
-static size_t dlm__ctx_size(const dlm_ctx *resolved)
-{
-    dlm__arena a = { NULL, 0 };
-    dlm_ctx c = *resolved;
-    dlm__push(&a, 1, sizeof c);
-    dlm__ctx_carve(&a, &c, dlm__workers(&c));
-    return dlm__arena_bytes(&a);
 }
 
 DLM_API size_t dlm_ctx_bytes(const dlm_options *opt)
 {
-    dlm_ctx c;
-    const dlm_error e = dlm__ctx_resolve(&c, opt);
-    if (e == DLM_OK) return dlm__ctx_size(&c);
-    (void)dlm__ctx_failed(&c, e);
-    return 0;
+    dlm_memory mem = { NULL, 0 };
+    (void)dlm__ctx_make(NULL, opt, &mem);
+    return mem.size;
 }
 
 DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
 {
-    dlm__arena arena;
-    dlm_ctx c, *ctx;
-    void *block;
-    dlm_error e = dlm__ctx_resolve(&c, opt);
-    *out = NULL;
-    if (e == DLM_OK)
-        e = dlm__place(&c, "context", dlm__ctx_size(&c),
-                       c.opt.memory.base ? &c.opt.memory : NULL, &arena, &block);
-    if (e != DLM_OK) return dlm__ctx_failed(&c, e);
-    ctx = (dlm_ctx *)dlm__push(&arena, 1, sizeof *ctx);
-    *ctx = c;
-    ctx->opt.message = NULL;
-    ctx->block = block;
-    dlm__ctx_carve(&arena, ctx, dlm__workers(ctx));
-    if (ctx->pool) dlm__pool_start(ctx->pool, dlm__workers(ctx));
-    *out = ctx;
+    const dlm_error e = dlm__ctx_make(out, opt, NULL);
+    if (e != DLM_OK) return e;
+    (*out)->opt.message = NULL;
+    if ((*out)->pool) dlm__pool_start((*out)->pool, dlm__workers(*out));
     return DLM_OK;
 }
 
 DLM_API void dlm_shutdown(dlm_ctx *ctx)
 {
-    if (ctx == NULL) return;
-    dlm__pool_stop(ctx->pool);
-    if (ctx->block) {
-        dlm_ctx copy = *ctx;        /* releasing through itself would be use after free */
-        dlm__release(&copy, copy.block);
-    }
+    if (ctx) dlm__pool_stop(ctx->pool);
+    dlm__unmake(ctx);
 }
 
 DLM_API dlm_isa dlm_active_isa(const dlm_ctx *ctx) { return ctx->opt.isa; }
@@ -4801,66 +4829,48 @@ static void dlm__init_weights(dlm_model *m, uint64_t seed)
     }
 }
 
-static void dlm__model_carve(dlm__arena *a, const dlm_config *c, int owned,
-                             dlm_model **m, float **weights)
+static void dlm__plain_carve(dlm__arena *a, void *object)
 {
-    *m = (dlm_model *)dlm__push(a, 1, sizeof **m);
-    *weights = owned ? dlm__push_floats(a, dlm__count_params(c), 1) : NULL;
+    dlm_model *m = (dlm_model *)object;
+    m->weights = dlm__push_floats(a, m->n_params, 1);
 }
 
-static size_t dlm__model_size(const dlm_config *c, int owned)
+static void dlm__wrapped_carve(dlm__arena *a, void *object)
 {
-    dlm__arena a = { NULL, 0 };
-    dlm_model *m;
-    float *w;
-    dlm__model_carve(&a, c, owned, &m, &w);
-    return dlm__arena_bytes(&a);
+    (void)a;
+    (void)object;                           /* its weights are the caller's        */
 }
 
-DLM_API size_t dlm_model_bytes(const dlm_config *cfg)
-{
-    dlm_config c = *cfg;
-    dlm_ctx scratch;
-    memset(&scratch, 0, sizeof scratch);
-    if (dlm_config_resolve(&scratch, &c) != DLM_OK) return 0;
-    return dlm__model_size(&c, 1);
-}
-
+/* carve: which form of a model this is. */
 static dlm_error dlm__model_new(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
-                                int owned, const dlm_memory *mem)
+                                dlm_dtype type, dlm__carve_fn carve, dlm_memory *mem)
 {
-    dlm_config c = *cfg;
-    dlm__arena arena;
-    dlm_model *m;
-    float *weights;
-    void *block;
-    dlm_error e = dlm_config_resolve(ctx, &c);
-    *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__place(ctx, "model", dlm__model_size(&c, owned), mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    dlm__model_carve(&arena, &c, owned, &m, &weights);
-    m->config = c;
-    m->n_params = dlm__count_params(&c);
-    m->weights = weights;
-    m->ctx = ctx;
-    m->block = block;
-    *out = m;
-    return DLM_OK;
+    dlm_model draft, *m;
+    dlm_error e;
+    memset(&draft, 0, sizeof draft);
+    draft.config = *cfg;
+    draft.type = type;
+    draft.ctx = ctx;
+    e = dlm_config_resolve(ctx, &draft.config);
+    if (e == DLM_OK) draft.n_params = dlm__count_params(&draft.config);
+    m = (dlm_model *)dlm__make(&e, ctx, "model", carve, &draft, sizeof draft, out != NULL,
+                               mem);
+    if (out) *out = m;
+    return e;
 }
 
 DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
-                                   uint64_t seed, const dlm_memory *mem)
+                                   uint64_t seed, dlm_memory *mem)
 {
-    dlm_error e = dlm__model_new(out, ctx, cfg, 1, mem);
-    if (e == DLM_OK) dlm__init_weights(*out, seed);
+    dlm_error e = dlm__model_new(out, ctx, cfg, DLM_F32, dlm__plain_carve, mem);
+    if (out && *out) dlm__init_weights(*out, seed);
     return e;
 }
 
 DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
                                  const float *weights, size_t n_params)
 {
-    dlm_error e = dlm__model_new(out, ctx, cfg, 0, NULL);
+    dlm_error e = dlm__model_new(out, ctx, cfg, DLM_F32, dlm__wrapped_carve, NULL);
     if (e != DLM_OK) return e;
     if ((*out)->n_params != n_params) {
         e = dlm__fail(ctx, DLM_E_MISMATCH, "weights: %.0f floats, the config needs %.0f",
@@ -4875,7 +4885,7 @@ DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config
 
 DLM_API void dlm_model_free(dlm_model *m)
 {
-    if (m) dlm__release(m->ctx, m->block);
+    dlm__unmake(m);
 }
 
 /* --[ matrices of a model ]---------------------------------------------------
@@ -4945,23 +4955,23 @@ static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
     return w;
 }
 
-static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_ctx *ctx, dlm_dtype type,
-                                    int rows, int cols)
+static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows, int cols)
 {
-    dlm_matrix w = dlm__plain(NULL, rows, cols, type);
+    dlm_matrix w = dlm__plain(NULL, rows, cols, m->type);
     w.packed = 1;
-    w.data = dlm__push(a, dlm_pack_bytes(ctx, type, rows, cols), 1);
+    w.data = dlm__push(a, dlm_pack_bytes(m->ctx, m->type, rows, cols), 1);
     return w;
 }
 
-static dlm_model *dlm__packed_carve(dlm__arena *a, const dlm_ctx *ctx,
-                                    const dlm_config *c, dlm_dtype type)
+static void dlm__packed_carve(dlm__arena *a, void *object)
 {
-    dlm_model *m = (dlm_model *)dlm__push(a, 1, sizeof *m);
+    dlm_model *m = (dlm_model *)object;
+    const dlm_config *c = &m->config;
     struct dlm__packed here, *p = (struct dlm__packed *)dlm__push(a, 1, sizeof *p);
     const size_t L = (size_t)c->layers;
+    m->packed = p;
     if (p == NULL) p = &here;               /* only counting                       */
-    p->k = ctx->k;
+    p->k = m->ctx->k;
     p->layers = (dlm__layer_weights *)dlm__push(a, L, sizeof *p->layers);
     for (int l = 0; l < c->layers; l++) {
         dlm__layer_weights one, *w = a->base ? &p->layers[l] : &one;
@@ -4975,44 +4985,41 @@ static dlm_model *dlm__packed_carve(dlm__arena *a, const dlm_ctx *ctx,
         for (int i = 0; i < DLM__N_PRODUCTS; i++) {
             const struct dlm__product *x = &dlm__products[i];
             *dlm__product_of(w, i) = dlm__matrix_carve(
-                a, ctx, type, x->times * dlm__dim_of(c, x->rows),
-                dlm__dim_of(c, x->cols));
+                a, m, x->times * dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
         }
     }
     p->outer.norm_out = dlm__push_floats(a, (size_t)c->dim, 1);
-    p->outer.head = dlm__matrix_carve(a, ctx, type, c->vocab, c->dim);
-    p->outer.embed = c->untied_head ? dlm__matrix_carve(a, ctx, type, c->vocab, c->dim)
+    p->outer.head = dlm__matrix_carve(a, m, c->vocab, c->dim);
+    p->outer.embed = c->untied_head ? dlm__matrix_carve(a, m, c->vocab, c->dim)
                                     : p->outer.head;
-    if (m) m->packed = p;
-    return m;
 }
 
-static size_t dlm__packed_size(const dlm_ctx *ctx, const dlm_config *c, dlm_dtype type)
+/* A packed model whose matrices are still to be packed. */
+static dlm_error dlm__packed_new(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
+                                 dlm_dtype type, dlm_memory *mem)
 {
-    dlm__arena a = { NULL, 0 };
-    dlm__packed_carve(&a, ctx, c, type);
-    return dlm__arena_bytes(&a);
-}
-
-/* The form that ctx can have of a resolved config. */
-static dlm_error dlm__check_packing(dlm_ctx *ctx, const dlm_config *c, dlm_dtype type)
-{
-    const int widest = dlm__max(dlm__max(c->dim, c->ffn), c->heads * c->head_dim);
-    dlm_error e = dlm__check_type(ctx, "packed type", type, 1);
+    dlm_config c = *cfg;
+    dlm_error e = dlm_config_resolve(ctx, &c);
+    const int widest = dlm__max(dlm__max(c.dim, c.ffn), c.heads * c.head_dim);
+    if (out) *out = NULL;
+    if (e == DLM_OK) e = dlm__check_type(ctx, "packed type", type, 1);
     if (e == DLM_OK && type == DLM_I8 && widest > DLM_I8_MOST)
         e = dlm__fail(ctx, DLM_E_CONFIG, "a model in DLM_I8: %d columns are more than %d",
                       widest, DLM_I8_MOST);
-    return e;
+    if (e != DLM_OK) return e;
+    return dlm__model_new(out, ctx, &c, type, dlm__packed_carve, mem);
 }
 
-DLM_API size_t dlm_model_packed_bytes(const dlm_ctx *ctx, const dlm_config *cfg,
-                                      dlm_dtype type)
+DLM_API size_t dlm_model_bytes(dlm_ctx *ctx, const dlm_config *cfg, dlm_dtype type,
+                               int packed)
 {
-    dlm_ctx copy = *ctx;                    /* errors are not reported from here   */
-    dlm_config c = *cfg;
-    if (dlm_config_resolve(&copy, &c) != DLM_OK
-        || dlm__check_packing(&copy, &c, type) != DLM_OK) return 0;
-    return dlm__packed_size(ctx, &c, type);
+    dlm_memory mem = { NULL, 0 };
+    if (packed) (void)dlm__packed_new(NULL, ctx, cfg, type, &mem);
+    else if (type != DLM_F32)
+        (void)dlm__fail(ctx, DLM_E_CONFIG, "a plain model: type %d is not DLM_F32",
+                        (int)type);
+    else (void)dlm__model_new(NULL, ctx, cfg, type, dlm__plain_carve, &mem);
+    return mem.size;
 }
 
 static void dlm__repack_matrix(const dlm_ctx *ctx, dlm_matrix *out, const dlm_matrix *w)
@@ -5060,26 +5067,13 @@ static dlm_error dlm__want_plain(dlm_ctx *ctx, const char *what, const dlm_model
 }
 
 DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
-                                 dlm_dtype type, const dlm_memory *mem)
+                                 dlm_dtype type, dlm_memory *mem)
 {
-    const dlm_config *c = &plain->config;
-    dlm__arena arena;
-    void *block;
     dlm_error e = dlm__want_plain(ctx, "pack", plain);
-    *out = NULL;
-    if (e == DLM_OK) e = dlm__check_packing(ctx, c, type);
-    if (e == DLM_OK)
-        e = dlm__place(ctx, "packed model", dlm__packed_size(ctx, c, type), mem, &arena,
-                       &block);
-    if (e != DLM_OK) return e;
-    *out = dlm__packed_carve(&arena, ctx, c, type);
-    (*out)->config = *c;
-    (*out)->type = type;
-    (*out)->n_params = plain->n_params;
-    (*out)->ctx = ctx;
-    (*out)->block = block;
-    dlm__repack(*out, plain);
-    return DLM_OK;
+    if (out) *out = NULL;
+    if (e == DLM_OK) e = dlm__packed_new(out, ctx, &plain->config, type, mem);
+    if (out && *out) dlm__repack(*out, plain);
+    return e;
 }
 
 DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain)
@@ -5724,7 +5718,6 @@ DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
 struct dlm_session {
     dlm__work        w;
     const dlm_model *m;
-    void            *block;
 };
 
 static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model *m,
@@ -5755,48 +5748,27 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     return e;
 }
 
-static size_t dlm__session_size(const dlm__work *limits)
+static void dlm__session_carve(dlm__arena *a, void *object)
 {
-    dlm__arena a = { NULL, 0 };
-    dlm__work w = *limits;
-    dlm__push(&a, 1, sizeof(dlm_session));
-    dlm__work_carve(&a, &w);
-    return dlm__arena_bytes(&a);
-}
-
-DLM_API size_t dlm_session_bytes(const dlm_ctx *ctx, const dlm_model *m,
-                                 const dlm_limits *lim)
-{
-    dlm_ctx copy = *ctx;            /* errors are not reported from here           */
-    dlm__work w;
-    return dlm__session_limits(&w, &copy, m, lim) == DLM_OK ? dlm__session_size(&w) : 0;
+    dlm__work_carve(a, &((dlm_session *)object)->w);
 }
 
 DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_model *m,
-                                     const dlm_limits *lim, const dlm_memory *mem)
+                                     const dlm_limits *lim, dlm_memory *mem)
 {
-    dlm__arena arena;
-    dlm__work w;
-    dlm_session *s;
-    void *block;
-    dlm_error e = dlm__session_limits(&w, ctx, m, lim);
-    *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__place(ctx, "session", dlm__session_size(&w), mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    s = (dlm_session *)dlm__push(&arena, 1, sizeof *s);
-    s->w = w;
-    s->m = m;
-    s->block = block;
-    dlm__work_carve(&arena, &s->w);
-    dlm__fill_cos_sin(&s->w);
-    *out = s;
-    return DLM_OK;
+    dlm_session draft, *s;
+    dlm_error e = dlm__session_limits(&draft.w, ctx, m, lim);
+    draft.m = m;
+    s = (dlm_session *)dlm__make(&e, ctx, "session", dlm__session_carve, &draft,
+                                 sizeof draft, out != NULL, mem);
+    if (s) dlm__fill_cos_sin(&s->w);
+    if (out) *out = s;
+    return e;
 }
 
 DLM_API void dlm_session_free(dlm_session *s)
 {
-    if (s) dlm__release(s->w.ctx, s->block);
+    dlm__unmake(s);
 }
 
 DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn score,
@@ -5843,8 +5815,9 @@ DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int strati
     return lo + (hi - lo) * u;
 }
 
-static void dlm__state_carve(dlm__arena *a, dlm_state *s)
+static void dlm__state_carve(dlm__arena *a, void *object)
 {
+    dlm_state *s = (dlm_state *)object;
     const size_t n = (size_t)s->rows, seqs = (size_t)s->seqs;
     s->first_cell = dlm__push_ints(a, seqs + 1);
     s->first_unit = dlm__push_ints(a, seqs + 1);
@@ -6201,32 +6174,23 @@ DLM_API void dlm_state_gold(void *state, int i, float *logits)
 
 DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
                                    dlm_objective objective, int rows, int seqs,
-                                   const dlm_memory *mem)
+                                   dlm_memory *mem)
 {
-    dlm__arena arena = { NULL, 0 };
-    dlm_state prepared;
-    void *block;
+    dlm_state draft, *s;
     dlm_error e = dlm__in_range(ctx, "rows", rows, 1, 1 << 26);
-    *out = NULL;
     if (e == DLM_OK) e = dlm__in_range(ctx, "seqs", seqs, 0, 1 << 20);
     if (e == DLM_OK) e = dlm__in_range(ctx, "objective", (int)objective, 0,
                                        DLM_OBJECTIVE_AR);
-    if (e != DLM_OK) return e;
-    dlm__state_prepare(&prepared, ctx, c, objective, rows, seqs);
-    dlm__push(&arena, 1, sizeof prepared);
-    dlm__state_carve(&arena, &prepared);
-    e = dlm__place(ctx, "state", dlm__arena_bytes(&arena), mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    *out = (dlm_state *)dlm__push(&arena, 1, sizeof prepared);
-    **out = prepared;
-    (*out)->block = block;
-    dlm__state_carve(&arena, *out);
-    return DLM_OK;
+    if (e == DLM_OK) dlm__state_prepare(&draft, ctx, c, objective, rows, seqs);
+    s = (dlm_state *)dlm__make(&e, ctx, "state", dlm__state_carve, &draft, sizeof draft,
+                               out != NULL, mem);
+    if (out) *out = s;
+    return e;
 }
 
 DLM_API void dlm_state_free(dlm_state *s)
 {
-    if (s) dlm__release(s->ctx, s->block);
+    dlm__unmake(s);
 }
 
 /* ==[ trainer ]===============================================================
@@ -6243,7 +6207,6 @@ struct dlm_trainer {
     dlm_example      *windows;      /* (rows) for dlm_trainer_step_text            */
     int64_t           step;
     double            pass_flops;   /* since the last update                       */
-    void             *block;
 };
 
 enum { DLM__GRAD_RUN = 4096 };
@@ -6327,8 +6290,9 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     return dlm__train_ranges(ctx, o);
 }
 
-static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
+static void dlm__trainer_carve(dlm__arena *a, void *object)
 {
+    dlm_trainer *t = (dlm_trainer *)object;
     const size_t n = t->m->n_params;
     dlm__work *w = &t->w;
     t->grads = dlm__push_floats(a, n, 1);
@@ -6342,14 +6306,14 @@ static void dlm__trainer_carve(dlm__arena *a, dlm_trainer *t)
 }
 
 /* Everything but the arrays. */
-static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_model *m,
+static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, dlm_model *m,
                                       const dlm_train_options *opt)
 {
     dlm_error e;
     memset(t, 0, sizeof *t);
     e = dlm__train_resolve(ctx, m, opt, &t->opt);
     if (e != DLM_OK) return e;
-    t->m = (dlm_model *)(uintptr_t)m;
+    t->m = m;
     dlm__state_prepare(&t->state, ctx, &m->config, t->opt.objective, t->opt.max_rows, 0);
     t->w.ctx = ctx;
     t->w.c = m->config;
@@ -6360,47 +6324,22 @@ static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, const dlm_mo
     return DLM_OK;
 }
 
-static size_t dlm__trainer_size(const dlm_trainer *prepared)
-{
-    dlm__arena a = { NULL, 0 };
-    dlm_trainer t = *prepared;
-    dlm__push(&a, 1, sizeof t);
-    dlm__trainer_carve(&a, &t);
-    return dlm__arena_bytes(&a);
-}
-
-DLM_API size_t dlm_trainer_bytes(const dlm_ctx *ctx, const dlm_model *m,
-                                 const dlm_train_options *opt)
-{
-    dlm_ctx copy = *ctx;
-    dlm_trainer t;
-    return dlm__trainer_prepare(&t, &copy, m, opt) == DLM_OK ? dlm__trainer_size(&t) : 0;
-}
-
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
-                                     const dlm_train_options *opt, const dlm_memory *mem)
+                                     const dlm_train_options *opt, dlm_memory *mem)
 {
-    dlm__arena arena;
-    dlm_trainer prepared, *t;
-    void *block;
-    dlm_error e = dlm__trainer_prepare(&prepared, ctx, m, opt);
-    *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__place(ctx, "trainer", dlm__trainer_size(&prepared), mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    t = (dlm_trainer *)dlm__push(&arena, 1, sizeof *t);
-    *t = prepared;
-    t->block = block;
-    dlm__trainer_carve(&arena, t);
-    dlm__fill_cos_sin(&t->w);
-    if (t->ema) memcpy(t->ema, m->weights, m->n_params * sizeof(float));
-    *out = t;
-    return DLM_OK;
+    dlm_trainer draft, *t;
+    dlm_error e = dlm__trainer_prepare(&draft, ctx, m, opt);
+    t = (dlm_trainer *)dlm__make(&e, ctx, "trainer", dlm__trainer_carve, &draft,
+                                 sizeof draft, out != NULL, mem);
+    if (t) dlm__fill_cos_sin(&t->w);
+    if (t && t->ema) memcpy(t->ema, m->weights, m->n_params * sizeof(float));
+    if (out) *out = t;
+    return e;
 }
 
 DLM_API void dlm_trainer_free(dlm_trainer *t)
 {
-    if (t) dlm__release(t->w.ctx, t->block);
+    dlm__unmake(t);
 }
 
 DLM_API float *dlm_trainer_gradients(dlm_trainer *t) { return t->grads; }
@@ -7062,7 +7001,6 @@ struct dlm_sampler {
     dlm_event         *trace;
     int                n_events, forwards;
     double             flops;
-    void              *block;
 };
 
 /* Orders that know their positions before they see logits run only those rows. */
@@ -7072,14 +7010,15 @@ static int dlm__order_is_blind(dlm_order o)
         || o == DLM_ORDER_FIRST_HITTING;
 }
 
-static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *w,
-                               const dlm_sample_options *o)
+static void dlm__sampler_carve(dlm__arena *a, void *object)
 {
+    dlm_sampler *sm = (dlm_sampler *)object;
+    const dlm__work *w = &sm->s->w;
     const size_t rows = (size_t)w->rows, seqs = (size_t)w->seqs;
     const size_t cells = seqs * (size_t)w->slots;
     sm->fixed = (unsigned char *)dlm__push(a, cells, 1);
     sm->remasked = (unsigned char *)dlm__push(a, cells, 1);
-    sm->unguided = dlm__push_floats(a, o && o->guidance != 0.0f ? (size_t)w->out : 0,
+    sm->unguided = dlm__push_floats(a, sm->opt.guidance != 0.0f ? (size_t)w->out : 0,
                                     (size_t)w->c.vocab);
     sm->lanes = (dlm__lane *)dlm__push(a, seqs, sizeof(dlm__lane));
     sm->cands = (dlm__candidate *)dlm__push(a, cells, sizeof(dlm__candidate));
@@ -7091,15 +7030,6 @@ static void dlm__sampler_carve(dlm__arena *a, dlm_sampler *sm, const dlm__work *
     sm->keys = (dlm_keys *)dlm__push(a, rows, sizeof(dlm_keys));
     sm->out_rows = dlm__push_ints(a, rows);
     sm->trace = (dlm_event *)dlm__push(a, 2 * cells, sizeof(dlm_event));
-}
-
-DLM_API size_t dlm_sampler_bytes(const dlm_session *s, const dlm_sample_options *opt)
-{
-    dlm__arena a = { NULL, 0 };
-    dlm_sampler sm;
-    dlm__push(&a, 1, sizeof sm);
-    dlm__sampler_carve(&a, &sm, &s->w, opt);
-    return dlm__arena_bytes(&a);
 }
 
 static dlm_error dlm__sample_floats(dlm_ctx *ctx, const dlm_sample_options *o)
@@ -7171,31 +7101,23 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
 }
 
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
-                                     const dlm_sample_options *opt, const dlm_memory *mem)
+                                     const dlm_sample_options *opt, dlm_memory *mem)
 {
-    dlm_ctx *ctx = s->w.ctx;
-    dlm__arena arena;
-    dlm_sample_options o;
-    dlm_sampler *sm;
-    void *block;
-    dlm_error e = dlm__sample_resolve(ctx, &s->w.c, opt, &o);
-    *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__place(ctx, "sampler", dlm_sampler_bytes(s, opt), mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    sm = (dlm_sampler *)dlm__push(&arena, 1, sizeof *sm);
-    sm->s = s;
-    sm->opt = o;
-    sm->c = &s->w.c;
-    sm->block = block;
-    dlm__sampler_carve(&arena, sm, &s->w, opt);
-    *out = sm;
-    return DLM_OK;
+    dlm_sampler draft, *sm;
+    dlm_error e;
+    memset(&draft, 0, sizeof draft);
+    draft.s = s;
+    draft.c = &s->w.c;
+    e = dlm__sample_resolve(s->w.ctx, draft.c, opt, &draft.opt);
+    sm = (dlm_sampler *)dlm__make(&e, s->w.ctx, "sampler", dlm__sampler_carve, &draft,
+                                  sizeof draft, out != NULL, mem);
+    if (out) *out = sm;
+    return e;
 }
 
 DLM_API void dlm_sampler_free(dlm_sampler *sm)
 {
-    if (sm) dlm__release(sm->s->w.ctx, sm->block);
+    dlm__unmake(sm);
 }
 
 /* --[ blocks ]----------------------------------------------------------------  */
@@ -7935,12 +7857,12 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
 
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
                               int block, int mask_id, int shifted,
-                              const dlm_memory *mem)
+                              dlm_memory *mem)
 {
     const int V = ar->config.vocab;
     dlm_config c = ar->config;
     dlm_error e = dlm__want_plain(ctx, "convert", ar);
-    *out = NULL;
+    if (out) *out = NULL;
     if (e != DLM_OK) return e;
     if (c.pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "convert: the model is not causal");
@@ -7950,8 +7872,8 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
     c.vocab = V + (mask_id == DLM_NEW_TOKEN);
     c.mask_id = mask_id == DLM_NEW_TOKEN ? V : mask_id;
     c.mask_is_0 = mask_id == 0;
-    e = dlm__model_new(out, ctx, &c, 1, mem);
-    if (e != DLM_OK) return e;
+    e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, mem);
+    if (out == NULL || *out == NULL) return e;
     for (int i = 0; i < dlm_model_tensors(ar); i++) {
         dlm_tensor from, to;
         dlm_model_tensor(ar, i, &from);
@@ -8076,13 +7998,13 @@ DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher
 struct dlm_distiller {
     dlm_trainer        *t;
     dlm_session        *teacher;
+    dlm_memory          place;      /* where it lives                              */
     dlm_distill_options opt;
     int                 V;          /* of the teacher                              */
     float              *targets;    /* (max_targets, V) teacher probabilities      */
     int                *target_of;  /* (rows) by cell: which row of targets        */
     dlm_state           said;       /* the same examples as the teacher reads them */
     int                *values;     /* (rows) steps of the rounds of a block       */
-    void               *block;
 };
 
 static dlm_error dlm__divergence_ranges(dlm_ctx *ctx, const dlm_divergence_options *o)
@@ -8152,82 +8074,43 @@ static dlm_limits dlm__teacher_limits(const dlm_trainer *t, const dlm_distill_op
     return lim;
 }
 
-static void dlm__distiller_carve(dlm__arena *a, dlm_distiller *d, size_t session_bytes,
-                                 dlm_memory *session)
+static void dlm__distiller_carve(dlm__arena *a, void *object)
 {
+    dlm_distiller *d = (dlm_distiller *)object;
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
     d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
     d->values = dlm__push_ints(a, (size_t)d->t->w.rows);
     dlm__state_carve(a, &d->said);
-    session->size = session_bytes;
-    session->base = dlm__push(a, session_bytes, 1);
-}
-
-static size_t dlm__distiller_size(const dlm_distiller *prepared, size_t session_bytes)
-{
-    dlm__arena a = { NULL, 0 };
-    dlm_distiller d = *prepared;
-    dlm_memory session;
-    dlm__push(&a, 1, sizeof d);
-    dlm__distiller_carve(&a, &d, session_bytes, &session);
-    return dlm__arena_bytes(&a);
-}
-
-DLM_API size_t dlm_distiller_bytes(const dlm_trainer *t, const dlm_model *teacher,
-                                   const dlm_distill_options *o)
-{
-    dlm_distiller d;
-    dlm_limits lim;
-    memset(&d, 0, sizeof d);
-    if (dlm__distill_resolve(t, teacher, o, &d.opt) != DLM_OK) return 0;
-    d.t = (dlm_trainer *)(uintptr_t)t;
-    d.V = teacher->config.vocab;
-    dlm__state_prepare(&d.said, t->w.ctx, &teacher->config, DLM_OBJECTIVE_AR, t->w.rows,
-                       t->w.seqs);
-    lim = dlm__teacher_limits(t, &d.opt);
-    return dlm__distiller_size(&d, dlm_session_bytes(t->w.ctx, teacher, &lim));
+    d->place.base = dlm__push(a, d->place.size, 1);
 }
 
 DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
-                                       const dlm_distill_options *o,
-                                       const dlm_memory *mem)
+                                       const dlm_distill_options *o, dlm_memory *mem)
 {
-    dlm_distiller prepared, *d;
-    dlm__arena arena;
-    dlm_memory session;
+    dlm_ctx *ctx = t->w.ctx;
+    dlm_distiller draft, *d;
     dlm_limits lim;
-    size_t session_bytes;
-    void *block;
     dlm_error e;
-    *out = NULL;
-    memset(&prepared, 0, sizeof prepared);
-    e = dlm__distill_resolve(t, teacher, o, &prepared.opt);
-    if (e != DLM_OK) return e;
-    prepared.t = t;
-    prepared.V = teacher->config.vocab;
-    dlm__state_prepare(&prepared.said, t->w.ctx, &teacher->config, DLM_OBJECTIVE_AR,
-                       t->w.rows, t->w.seqs);
-    lim = dlm__teacher_limits(t, &prepared.opt);
-    session_bytes = dlm_session_bytes(t->w.ctx, teacher, &lim);
-    e = dlm__place(t->w.ctx, "distiller", dlm__distiller_size(&prepared, session_bytes),
-                   mem, &arena, &block);
-    if (e != DLM_OK) return e;
-    d = (dlm_distiller *)dlm__push(&arena, 1, sizeof *d);
-    *d = prepared;
-    d->block = block;
-    dlm__distiller_carve(&arena, d, session_bytes, &session);
-    e = dlm_session_create(&d->teacher, t->w.ctx, teacher, &lim, &session);
-    if (e == DLM_OK) *out = d;
-    else dlm__release(t->w.ctx, block);
+    memset(&draft, 0, sizeof draft);
+    draft.t = t;
+    draft.V = teacher->config.vocab;
+    dlm__state_prepare(&draft.said, ctx, &teacher->config, DLM_OBJECTIVE_AR, t->w.rows,
+                       t->w.seqs);
+    e = dlm__distill_resolve(t, teacher, o, &draft.opt);
+    lim = dlm__teacher_limits(t, &draft.opt);
+    if (e == DLM_OK) e = dlm_session_create(NULL, ctx, teacher, &lim, &draft.place);
+    d = (dlm_distiller *)dlm__make(&e, ctx, "distiller", dlm__distiller_carve, &draft,
+                                   sizeof draft, out != NULL, mem);
+    if (d) e = dlm_session_create(&d->teacher, ctx, teacher, &lim, &d->place);
+    if (out) *out = d;
     return e;
 }
 
 DLM_API void dlm_distiller_free(dlm_distiller *d)
 {
-    if (d == NULL) return;
-    dlm_session_free(d->teacher);
-    dlm__release(d->t->w.ctx, d->block);
+    if (d) dlm_session_free(d->teacher);
+    dlm__unmake(d);
 }
 
 /* --[ states of a rollout ]---------------------------------------------------
@@ -9643,7 +9526,7 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
     if (e == DLM_OK && dlm__count_params(&c) > f->data_size / 2)
         e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
                       (double)dlm__count_params(&c), (double)f->data_size);
-    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, 1, NULL);
+    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
     for (int i = 0; e == DLM_OK && i < dlm_model_tensors(*out); i++) {
         dlm_tensor t;
         dlm_model_tensor(*out, i, &t);
@@ -10389,7 +10272,7 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
     if (e == DLM_OK && dlm__count_params(&c) > size / sizeof(float))
         e = dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f parameters in %.0f bytes",
                       (double)dlm__count_params(&c), (double)size);
-    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, 1, NULL);
+    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
     if (e != DLM_OK) return e;
     f.at = (const char *)data + sizeof h;
     f.end = (const char *)data + size;

@@ -1405,7 +1405,9 @@ static void config_try(dlm_ctx *ctx, const dlm_config *c, const char *text)
     CHECK(m == NULL);
     CHECK_ERROR(dlm_model_wrap(&w, ctx, c, nothing, 1), DLM_E_CONFIG, ctx, text);
     CHECK(w == NULL);
-    CHECK(dlm_model_bytes(c) == 0);
+    CHECK(dlm_model_bytes(ctx, c, DLM_F32, 0) == 0);
+    CHECK(dlm_model_bytes(ctx, c, DLM_F32, 1) == 0);
+    CHECK(strstr(dlm_last_error(ctx), text));
 }
 
 static const int config_huge = 2147483647;
@@ -1560,7 +1562,7 @@ TEST(config_refuses_more_parameters_than_can_be_counted)
         LABEL("case %d", k);
         dlm_error e = dlm_config_resolve(ctx, &c);
         CHECK(e == DLM_OK || e == DLM_E_CONFIG);
-        size_t bytes = dlm_model_bytes(&c);
+        size_t bytes = dlm_model_bytes(ctx, &c, DLM_F32, 0);
         CHECK(bytes == 0 || bytes > SIZE_MAX / (1 << 24));  /* never wrapped */
         if (k > 1) continue;                             /* 2^60 floats: too many */
         CHECK_ERROR(dlm_model_create(&m, ctx, &c, 1, NULL), DLM_E_CONFIG, ctx, NULL);
@@ -1609,7 +1611,10 @@ TEST(session_limits_are_checked_by_name)
         CHECK_ERROR(dlm_session_create(&s, ctx, m, &lim, NULL), DLM_E_CONFIG, ctx,
                     names[which]);
         CHECK(s == NULL);
-        CHECK(dlm_session_bytes(ctx, m, &lim) == 0);
+        dlm_memory mem = { NULL, 7 };
+        CHECK_ERROR(dlm_session_create(NULL, ctx, m, &lim, &mem), DLM_E_CONFIG, ctx,
+                    names[which]);
+        CHECK(mem.size == 7);
     }
     dlm_model_free(m);
     test_close(ctx);
@@ -1622,7 +1627,7 @@ static void train_try_options(dlm_ctx *ctx, dlm_model *m, const dlm_train_option
     LABEL("%s", text);
     CHECK_ERROR(dlm_trainer_create(&t, ctx, m, o, NULL), DLM_E_CONFIG, ctx, text);
     CHECK(t == NULL);
-    CHECK(dlm_trainer_bytes(ctx, m, o) == 0);
+    CHECK_ERROR(dlm_trainer_create(NULL, ctx, m, o, NULL), DLM_E_CONFIG, ctx, text);
     dlm_trainer_free(t);
 }
 
@@ -2590,11 +2595,11 @@ TEST(packing_is_checked)
     dlm_trainer *t = NULL;
     CHECK_ERROR(dlm_model_pack(&packed, ctx, m, DLM_F16, NULL), DLM_E_CONFIG, ctx,
                 "none of");
-    CHECK(packed == NULL && dlm_model_packed_bytes(ctx, &c, DLM_F16) == 0);
+    CHECK(packed == NULL && dlm_model_bytes(ctx, &c, DLM_F16, 1) == 0);
     if (TEST_NARROW)
         CHECK_ERROR(dlm_model_pack(&packed, ctx, m, DLM_I8, NULL), DLM_E_CONFIG, ctx,
                     "I8");
-    CHECK(packed == NULL && dlm_model_packed_bytes(ctx, &c, DLM_I8) == 0);
+    CHECK(packed == NULL && dlm_model_bytes(ctx, &c, DLM_I8, 1) == 0);
     if (!TEST_NARROW) {
         dlm_train_options train = {0};
         train.precision = DLM_BF16;
@@ -2702,7 +2707,7 @@ TEST(packed_model_lives_in_used_memory_and_needs_no_original)
         dlm_model *m = test_model(ctx, &c), *packed = NULL;
         const dlm_batch *b = case_batch(&t, &m->config, 0);
         size_t n = (size_t)(b->n_out * c.vocab);
-        size_t bytes = dlm_model_packed_bytes(ctx, &c, DLM_F32);
+        size_t bytes = dlm_model_bytes(ctx, &c, DLM_F32, 1);
         float *block = test_floats(bytes / sizeof(float) + 1);
         float *want = test_logits_as_is(ctx, m, b);
         dlm_memory mem = { block, bytes };
@@ -2737,15 +2742,17 @@ TEST(sessions_share_the_weights_of_a_model)
     plain = m->n_params * sizeof(float);
     for (int i = 0; i < 3; i++) {
         dlm_session *a = NULL, *b = NULL;
+        dlm_memory mem = { NULL, 0 };
         heap.sum = 0;
         dlm_model *packed = test_packed(ctx, m, types[i]);
         LABEL("type %d", (int)types[i]);
-        CHECK(heap.sum == dlm_model_packed_bytes(ctx, &c, types[i]));
+        CHECK(heap.sum == dlm_model_bytes(ctx, &c, types[i], 1));
         CHECK_CLOSE(heap.sum, plain >> i, 0.2 * (double)(plain >> i));
         heap.sum = 0;
         CHECK_OK(dlm_session_create(&a, ctx, packed, NULL, NULL));
         CHECK_OK(dlm_session_create(&b, ctx, packed, NULL, NULL));
-        CHECK(heap.sum == 2 * dlm_session_bytes(ctx, m, NULL) && heap.sum < plain);
+        CHECK_OK(dlm_session_create(NULL, ctx, m, NULL, &mem));
+        CHECK(heap.sum == 2 * mem.size && heap.sum < plain);
         dlm_session_free(a); dlm_session_free(b); dlm_model_free(packed);
     }
     dlm_model_free(m);
@@ -2765,10 +2772,11 @@ TEST(unseen_slots_do_not_matter)
         dlm_model *m = test_model(ctx, &c);
         dlm_limits lim = {0};
         lim.cached = 1;
-        size_t bytes = dlm_session_bytes(ctx, m, &lim);
-        float *block = test_floats(bytes / sizeof(float) + 16), got[2][T * V];
-        dlm_memory mem = { block, bytes };
-        memset(mem.base, 0xFF, bytes);                          /* NaN everywhere  */
+        dlm_memory mem = { NULL, 0 };
+        CHECK_OK(dlm_session_create(NULL, ctx, m, &lim, &mem));
+        float *block = test_floats(mem.size / sizeof(float) + 16), got[2][T * V];
+        mem.base = block;
+        memset(mem.base, 0xFF, mem.size);                       /* NaN everywhere  */
         dlm_session *s = NULL;
         CHECK_OK(dlm_session_create(&s, ctx, m, &lim, &mem));
         batch_clear(&t);
@@ -6342,9 +6350,7 @@ TEST(training_is_bit_identical_for_any_threads_and_order)
         for (int g = 0; g < 9; g++) {
             dlm_config c = case_config(&model_grid[g % 7], 64);
             const dlm_dtype precision = g < 7 ? DLM_F32 : test_type(DLM_BF16);
-            size_t n = dlm_model_bytes(&c) / sizeof(float);
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
-            CHECK(n > 0);
             dlm_ctx *ctx = test_open(isa, 1);
             dlm_model *m = test_model(ctx, &c);
             size_t bytes = 2 * m->n_params * sizeof(float);
@@ -8614,7 +8620,7 @@ static void heap_free(heap_objects *o)
 
 /* Everything, each in memory of its own if mem is not NULL (4 of them). */
 static dlm_error heap_make(heap_objects *o, test_heap *heap, int pattern,
-                           const dlm_memory *mem)
+                           dlm_memory *mem)
 {
     dlm_config c = heap_config(pattern);
     dlm_limits lim = heap_limits(pattern);
@@ -8658,6 +8664,15 @@ static void heap_work(heap_objects *o)
     }
 }
 
+/* What each would take, the sampler only where there is a session. */
+static void heap_sizes(const heap_objects *o, const dlm_limits *lim, dlm_memory *mem)
+{
+    CHECK_OK(dlm_model_create(NULL, o->ctx, &o->m->config, 1, &mem[0]));
+    CHECK_OK(dlm_session_create(NULL, o->ctx, o->m, lim, &mem[1]));
+    if (o->s) CHECK_OK(dlm_sampler_create(NULL, o->s, NULL, &mem[2]));
+    CHECK_OK(dlm_trainer_create(NULL, o->ctx, o->m, NULL, &mem[3]));
+}
+
 TEST(memory_predicted_equals_memory_requested)
 {
     for (int pattern = 0; pattern < 3; pattern++) {
@@ -8667,15 +8682,21 @@ TEST(memory_predicted_equals_memory_requested)
         dlm_limits lim = heap_limits(pattern);
         o.ctx = heap_open(&heap, 1);
         int calls = heap.calls;
+        dlm_memory mem[4];
         LABEL("pattern %d", pattern);
+        CHECK_OK(dlm_model_create(NULL, o.ctx, &c, 1, &mem[0]));
+        CHECK(mem[0].size == dlm_model_bytes(o.ctx, &c, DLM_F32, 0));
         CHECK_OK(dlm_model_create(&o.m, o.ctx, &c, 1, NULL));
-        CHECK(heap.last == dlm_model_bytes(&c) && heap.calls == ++calls);
+        CHECK(heap.last == mem[0].size && heap.calls == ++calls);
+        heap_sizes(&o, &lim, mem);
+        CHECK(heap.calls == calls);
         CHECK_OK(dlm_session_create(&o.s, o.ctx, o.m, &lim, NULL));
-        CHECK(heap.last == dlm_session_bytes(o.ctx, o.m, &lim) && heap.calls == ++calls);
+        CHECK(heap.last == mem[1].size && heap.calls == ++calls);
+        heap_sizes(&o, &lim, mem);
         CHECK_OK(dlm_sampler_create(&o.sm, o.s, NULL, NULL));
-        CHECK(heap.last == dlm_sampler_bytes(o.s, NULL) && heap.calls == ++calls);
+        CHECK(heap.last == mem[2].size && heap.calls == ++calls);
         CHECK_OK(dlm_trainer_create(&o.t, o.ctx, o.m, NULL, NULL));
-        CHECK(heap.last == dlm_trainer_bytes(o.ctx, o.m, NULL) && heap.calls == ++calls);
+        CHECK(heap.last == mem[3].size && heap.calls == ++calls);
         heap_free(&o);
         CHECK(heap.live == 0);
     }
@@ -8707,10 +8728,7 @@ TEST(objects_live_in_memory_of_exactly_the_predicted_size)
         float *block[4];
         dlm_limits lim = heap_limits(pattern);
         CHECK_OK(heap_make(&o, &heap, pattern, NULL));
-        mem[0].size = dlm_model_bytes(&o.m->config);
-        mem[1].size = dlm_session_bytes(o.ctx, o.m, &lim);
-        mem[2].size = dlm_sampler_bytes(o.s, NULL);
-        mem[3].size = dlm_trainer_bytes(o.ctx, o.m, NULL);
+        heap_sizes(&o, &lim, mem);
         heap_free(&o);
         for (int i = 0; i < 4; i++) {
             block[i] = test_floats(mem[i].size / sizeof(float) + 32);
@@ -9722,8 +9740,11 @@ TEST(lift_steps_do_not_depend_on_threads_or_passes)
         free(lift_run(k % 4, c, 1, 1e-30f, 0, r[2]));
         free(lift_run(k % 4, c, 1, 1e-30f, rows, r[3]));
         dlm_config config = toy_config(k % 4);
+        dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+        const size_t half = dlm_model_bytes(ctx, &config, DLM_F32, 0) / 2;
+        test_close(ctx);
         LABEL("%s, %s", toy_kind_names[k % 4], c->name);
-        CHECK(memcmp(one, two, dlm_model_bytes(&config) / 2) == 0);
+        CHECK(half > 0 && memcmp(one, two, half) == 0);
         CHECK(memcmp(r[0], r[1], sizeof r[0]) == 0);
         for (int step = 0; step < LIFT_STEPS; step++) {
             const dlm_report *a = &r[2][step], *b = &r[3][step];
@@ -10933,7 +10954,8 @@ static void opd_try_create(dlm_trainer *t, const dlm_model *teacher,
     dlm_distiller *d = (dlm_distiller *)t;
     LABEL("%s", text);
     CHECK_ERROR(dlm_distiller_create(&d, t, teacher, o, NULL), want, test_ctx, text);
-    CHECK(d == NULL && dlm_distiller_bytes(t, teacher, o) == 0);
+    CHECK(d == NULL);
+    CHECK_ERROR(dlm_distiller_create(NULL, t, teacher, o, NULL), want, test_ctx, text);
 }
 
 /* Every wrong value alone; the last three with reverse KL. */
@@ -11036,9 +11058,11 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
     static opd_rig r;
     dlm_ctx *ctx = heap_open(&heap, 1);
     opd_open(&r, ctx, 4, 0, 200, o, 0);
-    const size_t bytes = dlm_distiller_bytes(r.t, r.teacher, &o);
-    CHECK(heap.last == bytes && bytes > 0);
+    const size_t bytes = heap.last;
     int calls = heap.calls;
+    dlm_memory size = { NULL, 0 };
+    CHECK_OK(dlm_distiller_create(NULL, r.t, r.teacher, &o, &size));
+    CHECK(size.size == bytes && bytes > 0 && heap.calls == calls);
     CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, NULL));
     CHECK(heap.calls == calls);
     char *block = (char *)test_malloc(bytes + 2);

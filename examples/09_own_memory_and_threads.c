@@ -30,13 +30,11 @@ static void *take(void *user, size_t size)
 
 static void keep(void *user, void *ptr) { (void)user, (void)ptr; }
 
-static dlm_memory place(const char *what, size_t bytes)
+static void place(const char *what, dlm_memory *m)   /* size: what was asked for      */
 {
-    dlm_memory m;
-    m.base = take(NULL, bytes), m.size = bytes;
-    printf("  %-10s %9lu bytes%s\n", what, (unsigned long)bytes,
-           m.base ? "" : "  do not fit");
-    return m;
+    m->base = take(NULL, m->size);
+    printf("  %-10s %9lu bytes%s\n", what, (unsigned long)m->size,
+           m->base ? "" : "  do not fit");
 }
 
 /* ---- threads: worker w runs the jobs w, w + WORKERS, ... ---- */
@@ -92,13 +90,13 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
     dlm_config cfg = {0};
     dlm_train_options how = {0};
     dlm_report r = {0};
-    dlm_memory mem;
     char why[256] = "";                      /* for a context that fails             */
 
     used = 0;
     printf("%s\n", name);
     options.message = why, options.message_size = sizeof why;
-    options.memory = place("context", dlm_ctx_bytes(&options));
+    options.memory.size = dlm_ctx_bytes(&options);
+    place("context", &options.memory);
     dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
     if (!e) e = dlm_encode(tok, text, strlen(text), ids, sizeof text, &n);
@@ -106,12 +104,13 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
     cfg.vocab = e ? 0 : dlm_tokenizer_vocab(tok);
     cfg.dim = 64, cfg.layers = 2, cfg.heads = 2, cfg.max_seq = T;
     how.max_rows = 8 * T;
-    mem = place("model", dlm_model_bytes(&cfg));
+    dlm_memory mem = {0};                    /* a creator without out only asks      */
+    if (!e) e = dlm_model_create(NULL, ctx, &cfg, 1, &mem);
+    if (!e) place("model", &mem);
     if (!e) e = dlm_model_create(&model, ctx, &cfg, 1, &mem);
-    if (!e) {
-        mem = place("trainer", dlm_trainer_bytes(ctx, model, &how));
-        e = dlm_trainer_create(&trainer, ctx, model, &how, &mem);
-    }
+    if (!e) e = dlm_trainer_create(NULL, ctx, model, &how, &mem);
+    if (!e) place("trainer", &mem);
+    if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, &mem);
     for (int step = 0; step < STEPS && !e; step++)
         e = dlm_trainer_step_text(trainer, ids, n, T, 8, &r);
     if (!e) {
