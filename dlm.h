@@ -44,7 +44,9 @@
        api                         types and prototypes, each with its contract
        platform memory random cpu  the ground: compiler, arenas, addressed bits, tables
        kernels instances           every inner loop once, compiled per instruction set
-       threads context matmul      jobs, a small pool; packed and blocked products
+       threads                     jobs, a small pool
+       options                     names, defaults and ranges of all options; the resolver
+       context matmul              what all work is done with; packed, blocked products
        layers attention            forward and backward of each, side by side
        config parameters patterns  what a model is: sizes, the weight table, key ranges
        work block                  activations, a batch; one block up and down, passes
@@ -402,7 +404,7 @@ typedef struct dlm_config {                /* 0 in a field marked * = the defaul
                                               never emitted and in no text; = vocab (no
                                               token) is allowed when causal        */
     int   mask_is_0;                       /* 1: the mask is token 0, mask_id stays 0 */
-    int   pattern;                         /* a dlm_pattern; * = BLOCK             */
+    dlm_pattern pattern;                   /* 0 is BLOCK                           */
     int   block;                           /* * = 8: tokens in a block (pattern BLOCK) */
     int   shifted;                         /* row i-1 predicts token i; 0: row i.
                                               Always 1 when causal                 */
@@ -451,6 +453,10 @@ DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config
 DLM_API void      dlm_model_free(dlm_model *m);                        /* NULL is ok */
 DLM_API int       dlm_model_tensors(const dlm_model *m);     /* how many; packed: 0  */
 DLM_API void      dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out);
+/* All of it as text, a line each: form, type, parameters, bytes and the fields of the
+   config.  Writes at most size - 1 bytes and a zero; returns the bytes there are without
+   the zero (out may be NULL to ask). */
+DLM_API size_t    dlm_describe(const dlm_model *m, char *out, size_t size);
 /* The packed form of a plain model for ctx's kernels, type DLM_F32, DLM_BF16 or DLM_I8:
    matrices packed, vectors in f32, embeddings read from what is packed.  Sessions on any
    number of contexts of the same ISA may share it. */
@@ -882,9 +888,9 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     float    beta1, beta2, adam_eps;       /* * = 0.9, 0.99, 1e-8 (at least 1e-15) */
     float    weight_decay;                 /* decoupled; on matrices only; times lr at
                                               most 1                               */
-    float    clip;                         /* * = 1: largest global gradient norm  */
-    int      no_clip;                      /* 1: never clip (norms above 1e18 are: f32
-                                              must hold the squares)               */
+    float    clip;                         /* * = 1: largest global gradient norm.
+                                              INFINITY, or whatever is above 1e18: never,
+                                              up to 1e18, whose square f32 still holds */
     float    ema;                          /* decay of averaged weights; 0: none   */
     float    level_min, level_max;         /* noise levels of training are uniform in
                                               this range (BD3-LM's clipped schedule);
@@ -3203,6 +3209,137 @@ static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
                   &loop);
 }
 
+/* ==[ options ]===============================================================
+   One table per option struct: what a field is called, what its 0 stands for, and what it
+   may be.  One resolver fills in and checks them all; the table of dlm_config is also
+   what checkpoints and dlm_describe list.  What depends on other fields is said where the
+   struct is used. */
+
+typedef struct dlm__option {
+    const char *name;
+    size_t      offset, size;       /* an enum may be smaller than an int          */
+    int         real;               /* a float; else an int or an enum             */
+    double      preset, lo, hi;     /* 0 becomes the preset, which is in lo .. hi  */
+} dlm__option;
+
+#define DLM__FIELD(f) #f, offsetof(DLM__OF, f), sizeof(((DLM__OF *)0)->f)
+#define DLM__INT(f, preset, lo, hi) { DLM__FIELD(f), 0, preset, lo, hi }
+#define DLM__REAL(f, preset, lo, hi) { DLM__FIELD(f), 1, preset, lo, hi }
+#define DLM__FLAG(f) DLM__INT(f, 0, 0, 1)
+#define DLM__END { NULL, 0, 0, 0, 0, 0, 0 }
+
+/* In the order of the files, which have DLM__OLD_FIELDS at least; what has been added
+   since is in those where it is not 0. */
+enum { DLM__OLD_FIELDS = 17 };
+#define DLM__OF dlm_config
+static const dlm__option dlm__config_options[] = {
+    DLM__INT(vocab, 0, 2, 1 << 22),         DLM__INT(dim, 0, 1, 65536),
+    DLM__INT(layers, 0, 1, 1024),           DLM__INT(heads, 0, 1, 1024),
+    DLM__INT(max_seq, 0, 1, 1 << 20),       DLM__INT(mask_id, 0, INT_MIN, INT_MAX),
+    DLM__INT(pattern, 0, 0, DLM_PATTERN_CAUSAL),
+    DLM__INT(block, 8, 1, 1 << 20),         DLM__FLAG(shifted),
+    DLM__INT(kv_heads, 0, 1, 1024),         DLM__INT(head_dim, 0, 2, DLM__MAX_D),
+    DLM__INT(ffn, 0, 1, 1 << 20),           DLM__FLAG(untied_head),
+    DLM__FLAG(no_qk_norm),                  DLM__FLAG(qkv_bias),
+    DLM__REAL(rope_theta, 10000, 0, 1e12),  DLM__REAL(norm_eps, 1e-6, 0, 1),
+    DLM__FLAG(mask_is_0),                   DLM__END
+};
+#undef DLM__OF
+
+#define DLM__OF dlm_limits
+static const dlm__option dlm__limits_options[] = {
+    DLM__INT(seqs, 1, 1, 1 << 20),          DLM__INT(slots, 0, 1, 1 << 22),
+    DLM__INT(rows, 0, 0, INT_MAX / 2),      DLM__INT(out, 0, 0, INT_MAX / 2),
+    DLM__FLAG(cached),                      DLM__END
+};
+#undef DLM__OF
+
+#define DLM__OF dlm_sample_options
+static const dlm__option dlm__sample_options[] = {
+    DLM__INT(steps, 0, 0, INT_MAX),         DLM__INT(block, 0, 0, 1 << 20),
+    DLM__FLAG(absolute_blocks),             DLM__INT(order, 0, 0, DLM_ORDER_COUNT - 1),
+    DLM__REAL(threshold, 0.9, 0, 1),        DLM__FLAG(left_first),
+    DLM__REAL(entropy_bound, 0.35, 0, 1e6), DLM__REAL(temperature, 0, 0, 1e4),
+    DLM__INT(top_k, 0, 0, INT_MAX),         DLM__REAL(top_p, 0, 0, 1),
+    DLM__REAL(min_p, 0, 0, 1),              DLM__FLAG(gumbel),
+    DLM__REAL(guidance, 0, 0, 1e3),         DLM__REAL(remask_below, 0, 0, 1),
+    DLM__END
+};
+#undef DLM__OF
+
+#define DLM__MOST_NORM 1e18f        /* of gradients whose squares f32 still holds  */
+#define DLM__OF dlm_train_options
+static const dlm__option dlm__train_options[] = {
+    DLM__INT(max_rows, 0, 0, 1 << 26),      DLM__INT(objective, 0, 0, DLM_OBJECTIVE_AR),
+    DLM__REAL(lr, 1e-3, 0, 1e3),            DLM__INT(warmup, 0, 0, INT_MAX),
+    DLM__INT(total, 0, 0, INT_MAX),         DLM__INT(schedule, 0, 0, DLM_SCHEDULE_COSINE),
+    DLM__REAL(lr_min, 0, 0, 1e3),           DLM__REAL(beta1, 0.9, 0, 0.999999),
+    DLM__REAL(beta2, 0.99, 0, 0.999999),    DLM__REAL(adam_eps, 1e-8, 1e-15, 1),
+    DLM__REAL(weight_decay, 0, 0, 100),     DLM__REAL(clip, 1, 0, DLM__MOST_NORM),
+    DLM__REAL(ema, 0, 0, 0.9999999),        DLM__REAL(level_min, 1e-3, 1e-4, 1),
+    DLM__REAL(level_max, 1, 1e-4, 1),       DLM__FLAG(independent_levels),
+    DLM__INT(lift.method, 0, 0, DLM_METHOD_COUNT - 1),
+    DLM__INT(lift.policy, 0, 0, DLM_POLICY_REVERSED),
+    DLM__REAL(lift.H, 3, 0, 1e6),
+    DLM__FLAG(lift.rho_code_form),          DLM__FLAG(lift.one_pass),
+    DLM__FLAG(lift.complementary),          DLM__FLAG(lift.no_time_scaling),
+    DLM__REAL(lift.cart_p, 0.1, 0, 1),      DLM__FLAG(lift.cart_time_scaling),
+    DLM__FLAG(lift.gift_masked_mean),       DLM__END
+};
+#undef DLM__OF
+
+#define DLM__OF dlm_distill_options
+static const dlm__option dlm__distill_options[] = {
+    DLM__INT(max_targets, 0, 0, 1 << 26),   DLM__INT(states, 0, 0, DLM_STATES_ALL),
+    DLM__REAL(divergence.weight, 0.5, 0, 1), DLM__INT(divergence.kind, 0, 0, DLM_JSD),
+    DLM__INT(divergence.sparse, 0, 0, INT_MAX),
+    DLM__REAL(divergence.temperature, 1, 0, 1e4),
+    DLM__INT(divergence.top_k, 0, 0, 1000000000),
+    DLM__REAL(divergence.top_p, 0, 0, 1),   DLM__REAL(divergence.min_p, 0, 0, 1),
+    DLM__FLAG(exclude_stop),                DLM__END
+};
+#undef DLM__OF
+
+static double dlm__get_option(const dlm__option *o, const void *from)
+{
+    const char *at = (const char *)from + o->offset;
+    int whole = 0;
+    if (o->real) return (double)*(const float *)(const void *)at;
+    memcpy(&whole, at, o->size);    /* little-endian where enums are short         */
+    return whole;
+}
+
+static void dlm__set_option(const dlm__option *o, void *to, double value)
+{
+    const float real = (float)value;
+    const int whole = o->real ? 0 : (int)value;
+    memcpy((char *)to + o->offset, o->real ? (const void *)&real : &whole, o->size);
+}
+
+static dlm_error dlm__in_range(dlm_ctx *ctx, const char *name, int value, int lo, int hi)
+{
+    if (value >= lo && value <= hi) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d is not in %d..%d", name, value, lo, hi);
+}
+
+/* what: goes before the names.  Ends of ranges are floats where the field is one. */
+static dlm_error dlm__resolve(dlm_ctx *ctx, const char *what, const dlm__option *list,
+                              void *options)
+{
+    for (const dlm__option *o = list; o->name; o++) {
+        const double lo = o->real ? (double)(float)o->lo : o->lo;
+        const double hi = o->real ? (double)(float)o->hi : o->hi;
+        const int digits = o->real ? 6 : 10;
+        double value = dlm__get_option(o, options);
+        if (value == 0.0) dlm__set_option(o, options, o->preset);
+        value = dlm__get_option(o, options);
+        if (!(value >= lo && value <= hi))      /* NaN is in no range              */
+            return dlm__fail(ctx, DLM_E_CONFIG, "%s%s: %.*g is not in %.*g..%.*g", what,
+                             o->name, digits, value, digits, lo, digits, hi);
+    }
+    return DLM_OK;
+}
+
 /* ==[ context ]===============================================================
    Choosing the kernels, reading options, making and releasing the context. */
 
@@ -3315,8 +3452,8 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
     dlm_error e;
     memset(c, 0, sizeof *c);
     if (opt) c->opt = *opt;
-    if (c->opt.threads < 0 || c->opt.threads > 1024)
-        return dlm__fail(c, DLM_E_CONFIG, "threads: %d is not 0..1024", c->opt.threads);
+    e = dlm__in_range(c, "threads", c->opt.threads, 0, 1024);
+    if (e != DLM_OK) return e;
     if (!c->opt.allocator.alloc != !c->opt.allocator.release)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     c->opt.threads = dlm__min(dlm__max(c->opt.threads, 1), dlm__cores());
@@ -4525,12 +4662,9 @@ DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
    Defaults and checks of a dlm_config.  After this section a config is complete and
    its sizes do not overflow. */
 
-static dlm_error dlm__in_range(dlm_ctx *ctx, const char *name, int value, int lo, int hi)
-{
-    if (value >= lo && value <= hi) return DLM_OK;
-    return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d is not in %d..%d", name, value, lo, hi);
-}
+static size_t dlm__count_params(const dlm_config *c);
 
+/* Defaults that depend on other fields. */
 static void dlm__config_defaults(dlm_config *c)
 {
     if (c->kv_heads == 0) c->kv_heads = c->heads;
@@ -4538,36 +4672,7 @@ static void dlm__config_defaults(dlm_config *c)
     if (c->ffn == 0 && c->dim > 0 && c->dim <= 65536)
         c->ffn = dlm__round_up(8 * c->dim / 3, 32);
     if (c->mask_id == 0 && c->mask_is_0 == 0 && c->vocab > 0) c->mask_id = c->vocab - 1;
-    if (c->block == 0) c->block = 8;
-    if (c->rope_theta == 0.0f) c->rope_theta = 10000.0f;
-    if (c->norm_eps == 0.0f) c->norm_eps = 1e-6f;
     if (c->pattern == DLM_PATTERN_CAUSAL) c->shifted = 1;
-}
-
-static size_t dlm__count_params(const dlm_config *c);
-
-static dlm_error dlm__config_ranges(dlm_ctx *ctx, const dlm_config *c)
-{
-    const struct { const char *name; int value, lo, hi; } fields[] = {
-        { "vocab", c->vocab, 2, 1 << 22 },    { "dim", c->dim, 1, 65536 },
-        { "layers", c->layers, 1, 1024 },     { "heads", c->heads, 1, 1024 },
-        { "max_seq", c->max_seq, 1, 1 << 20 }, { "kv_heads", c->kv_heads, 1, c->heads },
-        { "head_dim", c->head_dim, 2, DLM__MAX_D }, { "ffn", c->ffn, 1, 1 << 20 },
-        { "pattern", c->pattern, DLM_PATTERN_BLOCK, DLM_PATTERN_CAUSAL },
-        { "block", c->block, 1, 1 << 20 },    { "shifted", c->shifted, 0, 1 },
-        { "untied_head", c->untied_head, 0, 1 }, { "no_qk_norm", c->no_qk_norm, 0, 1 },
-        { "qkv_bias", c->qkv_bias, 0, 1 },
-        /* vocab itself: no token, a mark on the canvas of a causal model */
-        { "mask_is_0", c->mask_is_0, 0, 1 },
-        { "mask_id", c->mask_id, !c->mask_is_0,
-          c->mask_is_0 ? 0 : dlm__max(c->vocab, 0) - (c->pattern != DLM_PATTERN_CAUSAL) },
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        dlm_error e = dlm__in_range(ctx, fields[i].name, fields[i].value, fields[i].lo,
-                                    fields[i].hi);
-        if (e != DLM_OK) return e;
-    }
-    return DLM_OK;
 }
 
 DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
@@ -4575,7 +4680,10 @@ DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
     dlm_config c = *cfg;
     dlm_error e;
     dlm__config_defaults(&c);
-    e = dlm__config_ranges(ctx, &c);
+    e = dlm__resolve(ctx, "", dlm__config_options, &c);
+    if (e == DLM_OK)        /* vocab: no token, a mark on the canvas of a causal model */
+        e = dlm__in_range(ctx, "mask_id", c.mask_id, !c.mask_is_0, c.mask_is_0 ? 0
+                          : c.vocab - (c.pattern != DLM_PATTERN_CAUSAL));
     if (e != DLM_OK) return e;
     if (c.heads % c.kv_heads != 0)
         return dlm__fail(ctx, DLM_E_CONFIG, "kv_heads: %d does not divide heads = %d",
@@ -4583,12 +4691,6 @@ DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
     if (c.head_dim % 2 != 0)
         return dlm__fail(ctx, DLM_E_CONFIG, "head_dim: %d is odd; rotary turns pairs",
                          c.head_dim);
-    if (!(c.rope_theta > 0.0f && c.rope_theta < 1e12f))
-        return dlm__fail(ctx, DLM_E_CONFIG, "rope_theta: %g is not in (0, 1e12)",
-                         (double)c.rope_theta);
-    if (!(c.norm_eps > 0.0f && c.norm_eps < 1.0f))
-        return dlm__fail(ctx, DLM_E_CONFIG, "norm_eps: %g is not in (0, 1)",
-                         (double)c.norm_eps);
     if (dlm__count_params(&c) == 0)
         return dlm__fail(ctx, DLM_E_CONFIG, "the parameters of this config overflow");
     *cfg = c;
@@ -5086,6 +5188,27 @@ DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain)
                          "and the plain form of one config");
     dlm__repack(packed, plain);
     return DLM_OK;
+}
+
+DLM_API size_t dlm_describe(const dlm_model *m, char *out, size_t size)
+{
+    static const char *const patterns[] = { "block", "full", "causal" };
+    const int packed = m->packed != NULL;
+    char text[1024];                        /* some twenty lines of at most 35 bytes */
+    size_t n = (size_t)snprintf(
+        text, sizeof text,
+        "form        %s, %s\nparameters  %.0f\nbytes       %.0f\npattern     %s\n",
+        packed ? "packed" : "plain",
+        m->type == DLM_F32 ? "f32" : m->type == DLM_BF16 ? "bf16" : "int8",
+        (double)m->n_params,
+        (double)dlm_model_bytes(m->ctx, &m->config, m->type, packed),
+        patterns[m->config.pattern]);
+    for (const dlm__option *o = dlm__config_options; o->name; o++)
+        if (o->offset != offsetof(dlm_config, pattern))
+            n += (size_t)snprintf(text + n, sizeof text - n, "%-11s %.*g\n", o->name,
+                                  o->real ? 6 : 10, dlm__get_option(o, &m->config));
+    if (size > 0) snprintf(out, size, "%s", text);
+    return n;
 }
 
 /* ==[ patterns ]==============================================================
@@ -5730,18 +5853,15 @@ static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model
     if (lim) d = *lim;
     w->ctx = ctx;
     w->c = m->config;
-    if (d.seqs == 0) d.seqs = 1;
     if (d.slots == 0) d.slots = m->config.max_seq;
-    e = dlm__in_range(ctx, "limits.seqs", d.seqs, 1, 1 << 20);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "limits.slots", d.slots, 1, 1 << 22);
+    e = dlm__resolve(ctx, "limits.", dlm__limits_options, &d);
     if (e != DLM_OK) return e;
     if ((double)d.seqs * (d.slots + DLM__CHUNK) > INT_MAX / 2)
         return dlm__fail(ctx, DLM_E_CONFIG, "limits: %d seqs of %d slots are too many",
                          d.seqs, d.slots);
     if (d.rows == 0) d.rows = d.seqs * d.slots;
     if (d.out == 0) d.out = d.rows;
-    e = dlm__in_range(ctx, "limits.rows", d.rows, 1, INT_MAX / 2);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
+    e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
     if (e == DLM_OK) e = dlm__check_kernels(ctx, m);
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
     w->cached = d.cached != 0;
@@ -6210,27 +6330,24 @@ struct dlm_trainer {
 };
 
 enum { DLM__GRAD_RUN = 4096 };
-#define DLM__MOST_NORM 1e18f        /* of gradients whose squares f32 still holds  */
 
-static dlm_error dlm__train_ranges(dlm_ctx *ctx, const dlm_train_options *o)
+/* What fields ask of each other and of the model. */
+static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
+                                  const dlm_train_options *o)
 {
-    const struct { const char *name; float value, lo, hi; } fields[] = {
-        { "lr", o->lr, 0.0f, 1e3f },            { "lr_min", o->lr_min, 0.0f, 1e3f },
-        { "beta1", o->beta1, 0.0f, 0.999999f }, { "beta2", o->beta2, 0.0f, 0.999999f },
-        { "adam_eps", o->adam_eps, 1e-15f, 1.0f },
-        { "weight_decay", o->weight_decay, 0.0f, 100.0f },
-        { "clip", o->clip, 0.0f, DLM__MOST_NORM },
-        { "ema", o->ema, 0.0f, 0.9999999f },
-        { "level_min", o->level_min, 1e-4f, 1.0f },
-        { "level_max", o->level_max, o->level_min, 1.0f },
-        { "lift.H", o->lift.H, 0.0f, 1e6f },
-        { "lift.cart_p", o->lift.cart_p, 0.0f, 1.0f },
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-        if (!(fields[i].value >= fields[i].lo && fields[i].value <= fields[i].hi))
-            return dlm__fail(ctx, DLM_E_CONFIG, "%s: %g is not in %g..%g", fields[i].name,
-                             (double)fields[i].value, (double)fields[i].lo,
-                             (double)fields[i].hi);
+    const int ar = o->objective == DLM_OBJECTIVE_AR;
+    if (ar != (m->config.pattern == DLM_PATTERN_CAUSAL))
+        return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
+                         " together, in a model of their own");
+    if (ar && (o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary))
+        return dlm__fail(ctx, DLM_E_CONFIG,
+                         "lift.method: ar has no masks to choose from");
+    if (o->lift.one_pass && o->lift.complementary)
+        return dlm__fail(ctx, DLM_E_CONFIG,
+                         "lift.one_pass and lift.complementary exclude each other");
+    if (!(o->level_min <= o->level_max))
+        return dlm__fail(ctx, DLM_E_CONFIG, "level_max: %g is below level_min, %g",
+                         (double)o->level_max, (double)o->level_min);
     if (!(o->lr * o->weight_decay <= 1.0f))
         return dlm__fail(ctx, DLM_E_CONFIG, "weight_decay: %g times lr is more than 1: "
                          "weights would turn over", (double)o->weight_decay);
@@ -6247,47 +6364,16 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
     dlm_error e;
     memset(o, 0, sizeof *o);
     if (opt) *o = *opt;
-    e = dlm__in_range(ctx, "objective", (int)o->objective, 0, DLM_OBJECTIVE_AR);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "schedule", (int)o->schedule, 0,
-                                       DLM_SCHEDULE_COSINE);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "warmup", o->warmup, 0, INT_MAX);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "total", o->total, 0, INT_MAX);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "max_rows", o->max_rows, 0, 1 << 26);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.method", (int)o->lift.method, 0,
-                                       DLM_METHOD_COUNT - 1);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.policy", (int)o->lift.policy, 0,
-                                       DLM_POLICY_REVERSED);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "lift.complementary", o->lift.complementary,
-                                       0,
-                                       1);
+    if (o->clip > DLM__MOST_NORM) o->clip = DLM__MOST_NORM;
+    e = dlm__resolve(ctx, "", dlm__train_options, o);
     if (e == DLM_OK) e = dlm__check_type(ctx, "precision", o->precision, 0);
     if (e == DLM_OK) e = dlm__want_plain(ctx, "trainer", m);
     if (e != DLM_OK) return e;
     if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
-    if ((o->objective == DLM_OBJECTIVE_AR) != (m->config.pattern == DLM_PATTERN_CAUSAL))
-        return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
-                         " together, in a model of their own");
-    if ((o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary)
-        && o->objective == DLM_OBJECTIVE_AR)
-        return dlm__fail(ctx, DLM_E_CONFIG, "lift.method: %s has no masks to choose from",
-                         dlm__objective_names[o->objective]);
-    if (o->lift.one_pass && o->lift.complementary)
-        return dlm__fail(ctx, DLM_E_CONFIG,
-                         "lift.one_pass and lift.complementary exclude "
-                         "each other");
     if (o->max_rows == 0)
         o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
             * (1 + (o->objective == DLM_OBJECTIVE_BLOCK));
-    if (o->lr == 0.0f) o->lr = 1e-3f;
-    if (o->beta1 == 0.0f) o->beta1 = 0.9f;
-    if (o->beta2 == 0.0f) o->beta2 = 0.99f;
-    if (o->adam_eps == 0.0f) o->adam_eps = 1e-8f;
-    if (o->clip == 0.0f) o->clip = 1.0f;
-    if (o->level_min == 0.0f) o->level_min = 1e-3f;
-    if (o->level_max == 0.0f) o->level_max = 1.0f;
-    if (o->lift.H == 0.0f) o->lift.H = 3.0f;
-    if (o->lift.cart_p == 0.0f) o->lift.cart_p = 0.1f;
-    return dlm__train_ranges(ctx, o);
+    return dlm__train_check(ctx, m, o);
 }
 
 static void dlm__trainer_carve(dlm__arena *a, void *object)
@@ -6486,7 +6572,7 @@ static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
 {
     const double norm = dlm__gradient_norm(t), lr = dlm__learning_rate(&t->opt, t->step);
-    const double limit = t->opt.no_clip ? (double)DLM__MOST_NORM : (double)t->opt.clip;
+    const double limit = (double)t->opt.clip;
     const double clip = norm > limit ? limit / norm : 1.0;
     if (norm - norm == 0.0)                                 /* neither NaN nor inf */
         dlm__adam_run(t, lr, clip);
@@ -7032,21 +7118,6 @@ static void dlm__sampler_carve(dlm__arena *a, void *object)
     sm->trace = (dlm_event *)dlm__push(a, 2 * cells, sizeof(dlm_event));
 }
 
-static dlm_error dlm__sample_floats(dlm_ctx *ctx, const dlm_sample_options *o)
-{
-    const struct { const char *name; float value, hi; } fields[] = {
-        { "threshold", o->threshold, 1.0f },     { "temperature", o->temperature, 1e4f },
-        { "entropy_bound", o->entropy_bound, 1e6f }, { "top_p", o->top_p, 1.0f },
-        { "min_p", o->min_p, 1.0f },             { "guidance", o->guidance, 1e3f },
-        { "remask_below", o->remask_below, 1.0f },
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-        if (!(fields[i].value >= 0.0f && fields[i].value <= fields[i].hi))
-            return dlm__fail(ctx, DLM_E_CONFIG, "%s: %g is not in 0..%g", fields[i].name,
-                             (double)fields[i].value, (double)fields[i].hi);
-    return DLM_OK;
-}
-
 static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list,
                                     int n,
                                     int vocab)
@@ -7076,13 +7147,7 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     dlm_error e;
     memset(o, 0, sizeof *o);
     if (opt) *o = *opt;
-    e = dlm__in_range(ctx, "steps", o->steps, 0, INT_MAX);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "block", o->block, 0, 1 << 20);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "order", (int)o->order, 0,
-                                       DLM_ORDER_COUNT - 1);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "top_k", o->top_k, 0, INT_MAX);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "left_first", o->left_first, 0, 1);
-    if (e == DLM_OK) e = dlm__sample_floats(ctx, o);
+    e = dlm__resolve(ctx, "", dlm__sample_options, o);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "suppress", o->suppress, o->n_suppress,
                                             c->vocab);
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
@@ -7095,8 +7160,6 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
         return dlm__fail(ctx, DLM_E_CONFIG, "guidance: the model has no mask token");
     if (o->block == 0) o->block = c->pattern == DLM_PATTERN_FULL ? 1 << 20 : c->block;
     if (c->pattern == DLM_PATTERN_CAUSAL) o->block = 1;
-    if (o->threshold == 0.0f) o->threshold = 0.9f;
-    if (o->entropy_bound == 0.0f) o->entropy_bound = 0.35f;
     return DLM_OK;
 }
 
@@ -8007,21 +8070,6 @@ struct dlm_distiller {
     int                *values;     /* (rows) steps of the rounds of a block       */
 };
 
-static dlm_error dlm__divergence_ranges(dlm_ctx *ctx, const dlm_divergence_options *o)
-{
-    const struct { const char *name; float value, hi; } fields[] = {
-        { "weight", o->weight, 1.0f }, { "temperature", o->temperature, 1e4f },
-        { "top_p", o->top_p, 1.0f },   { "min_p", o->min_p, 1.0f },
-        { "top_k", (float)o->top_k, 1e9f },
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-        if (!(fields[i].value >= 0.0f && fields[i].value <= fields[i].hi))
-            return dlm__fail(ctx, DLM_E_CONFIG, "divergence.%s: %g is not in 0..%g",
-                             fields[i].name, (double)fields[i].value,
-                             (double)fields[i].hi);
-    return DLM_OK;
-}
-
 static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *teacher,
                                       const dlm_distill_options *opt,
                                       dlm_distill_options *o)
@@ -8031,10 +8079,13 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     dlm_error e;
     memset(o, 0, sizeof *o);
     if (opt) *o = *opt;
+    e = dlm__resolve(ctx, "", dlm__distill_options, o);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.sparse", o->divergence.sparse, 0,
+                                       c->vocab);
+    if (e == DLM_OK) e = dlm__check_kernels(ctx, teacher);
+    if (e != DLM_OK) return e;
     if (c->pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the teacher is not causal");
-    e = dlm__check_kernels(ctx, teacher);
-    if (e != DLM_OK) return e;
     if (t->opt.objective != DLM_OBJECTIVE_BLOCK)
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the trainer's objective is %s, "
                          "wants block", dlm__objective_names[t->opt.objective]);
@@ -8046,15 +8097,6 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     if (o->max_targets == 0)
         o->max_targets = dlm__min(t->w.rows, dlm__max(dlm__min(t->w.c.max_seq, 1024),
                                                       (1 << 24) / c->vocab));
-    e = dlm__in_range(ctx, "max_targets", o->max_targets, 1, 1 << 26);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "states", (int)o->states, 0, DLM_STATES_ALL);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.kind", (int)o->divergence.kind, 0,
-                                       DLM_JSD);
-    if (e == DLM_OK) e = dlm__in_range(ctx, "divergence.sparse", o->divergence.sparse, 0,
-                                       c->vocab);
-    if (e != DLM_OK) return e;
-    e = dlm__divergence_ranges(ctx, &o->divergence);
-    if (e != DLM_OK) return e;
     if ((o->divergence.kind == DLM_REVERSE_KL || o->divergence.kind == DLM_MIXED_KL)
         && (o->divergence.top_k > 0 || o->divergence.top_p > 0.0f
             || o->divergence.min_p > 0.0f))
@@ -9404,45 +9446,25 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, f
    Our own files: the config as metadata strings "dlm.<field>", the tokenizer as
    "dlm.tokenizer", tensors by their Hugging Face names. */
 
-typedef struct dlm__field {
-    const char *name;
-    size_t      offset;
-    int         is_float, is_rare;  /* rare: not written while 0; older files lack it */
-} dlm__field;
-#define DLM__INT(f) { "dlm." #f, offsetof(dlm_config, f), 0, 0 }
-#define DLM__RARE(f) { "dlm." #f, offsetof(dlm_config, f), 0, 1 }
-#define DLM__FLOAT(f) { "dlm." #f, offsetof(dlm_config, f), 1, 0 }
-static const dlm__field dlm__config_fields[] = {
-    DLM__INT(vocab), DLM__INT(dim), DLM__INT(layers), DLM__INT(heads), DLM__INT(max_seq),
-    DLM__INT(mask_id), DLM__INT(pattern), DLM__INT(block), DLM__INT(shifted),
-    DLM__INT(kv_heads), DLM__INT(head_dim), DLM__INT(ffn), DLM__INT(untied_head),
-    DLM__INT(no_qk_norm), DLM__INT(qkv_bias), DLM__FLOAT(rope_theta),
-    DLM__FLOAT(norm_eps), DLM__RARE(mask_is_0),
-};
-#undef DLM__INT
-#undef DLM__RARE
-#undef DLM__FLOAT
-enum { DLM__N_FIELDS = sizeof dlm__config_fields / sizeof *dlm__config_fields };
-
 static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safetensors *f)
 {
     memset(c, 0, sizeof *c);
-    for (int i = 0; i < DLM__N_FIELDS; i++) {
-        const dlm__field *field = &dlm__config_fields[i];
-        const char *text = dlm_safetensors_metadata(f, field->name);
-        char *at = (char *)c + field->offset;
-        int64_t v = 0;
-        int sound;
-        if (text == NULL && field->is_rare) continue;
+    for (int i = 0; dlm__config_options[i].name; i++) {
+        const dlm__option *field = &dlm__config_options[i];
+        const char *text;
+        char key[32];
+        int64_t whole = 0;
+        float real = 0.0f;
+        snprintf(key, sizeof key, "dlm.%s", field->name);
+        text = dlm_safetensors_metadata(f, key);
+        if (text == NULL && i >= DLM__OLD_FIELDS) continue;
         if (text == NULL)
             return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: no metadata \"%s\": not a "
-                             "file of dlm_save", field->name);
-        sound = field->is_float ? dlm__float_from(text, (float *)(void *)at)
-            : dlm__int_from(text, -1, INT_MAX, &v);
-        if (!field->is_float) *(int *)(void *)at = (int)v;
-        if (!sound)
-            return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"",
-                             field->name, text);
+                             "file of dlm_save", key);
+        if (field->real ? !dlm__float_from(text, &real)
+                        : !dlm__int_from(text, -1, INT_MAX, &whole))
+            return dlm__fail(ctx, DLM_E_FORMAT, "checkpoint: %s is \"%.40s\"", key, text);
+        dlm__set_option(field, c, field->real ? (double)real : (double)whole);
     }
     return dlm_config_resolve(ctx, c);
 }
@@ -10016,14 +10038,15 @@ typedef struct dlm__content {
 
 static void dlm__put_config(dlm__text *t, const dlm_config *c)
 {
-    for (int i = 0; i < DLM__N_FIELDS; i++) {
-        const dlm__field *f = &dlm__config_fields[i];
-        const char *at = (const char *)c + f->offset;
-        char value[32];
-        if (f->is_rare && *(const int *)(const void *)at == 0) continue;
-        if (f->is_float) dlm__float_text(value, *(const float *)(const void *)at);
-        else snprintf(value, sizeof value, "%d", *(const int *)(const void *)at);
-        dlm__put_pair(t, f->name, value);
+    for (int i = 0; dlm__config_options[i].name; i++) {
+        const dlm__option *f = &dlm__config_options[i];
+        const double x = dlm__get_option(f, c);
+        char key[32], value[32];
+        if (x == 0.0 && i >= DLM__OLD_FIELDS) continue;
+        snprintf(key, sizeof key, "dlm.%s", f->name);
+        if (f->real) dlm__float_text(value, (float)x);
+        else snprintf(value, sizeof value, "%.0f", x);
+        dlm__put_pair(t, key, value);
     }
 }
 

@@ -1453,8 +1453,8 @@ TEST(config_refuses_contradictions_by_name)
     TRY((c.heads = 16, c.kv_heads = 0), "head_dim"); /* 1: odd                    */
     TRY(c.mask_id = -1, "mask_id");
     TRY(c.mask_id = TOY_VOCAB, "mask_id");
-    TRY(c.pattern = 3, "pattern");
-    TRY(c.pattern = -1, "pattern");
+    TRY(memset(&c.pattern, 3, 1), "pattern");
+    TRY(memset(&c.pattern, 255, sizeof c.pattern), "pattern");
     TRY(c.rope_theta = -1, "rope_theta");
     TRY(c.rope_theta = NAN, "rope_theta");
     TRY(c.rope_theta = INFINITY, "rope_theta");
@@ -1465,13 +1465,16 @@ TEST(config_refuses_contradictions_by_name)
 #undef TRY
 
 /* Sizes that are allowed one by one and overflow together. */
-/* Every whole number of every option at the ends of int: taken or refused with a word,
-   and nothing overflows on the way (make san would stop).  The objects are small, so that
-   what is taken is made, or is honestly too large. */
-#define INTS(type, field) (int)offsetof(type, field)
+static const dlm__option *const option_tables[] = {
+    dlm__config_options, dlm__limits_options, dlm__sample_options, dlm__train_options,
+    dlm__distill_options
+};
 
+/* Every option at the ends of int (or of float) and around its range: taken, or refused
+   with its name, and nothing overflows on the way (make san would stop).  The objects are
+   small, so that what is taken is made, or is honestly too large. */
 static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teacher,
-                        int which, int at, int value)
+                        int which, const dlm__option *o, double value)
 {
     dlm_config c = m->config;
     dlm_limits lim = {0};
@@ -1486,7 +1489,7 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     dlm_distiller *d = NULL;
     dlm_error e = DLM_OK;
     train.max_rows = 64;
-    memcpy((char *)options[which] + at, &value, sizeof value);
+    dlm__set_option(o, options[which], value);
     if (which == 0 && value > 1) e = dlm_config_resolve(ctx, &c);
     else if (which == 0) e = dlm_model_create(&fresh, ctx, &c, 1, NULL);
     else if (which < 3) e = dlm_session_create(&s, ctx, m, &lim, NULL);
@@ -1494,39 +1497,22 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     if (which > 2) e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train,
                                           NULL);
     if (which > 3 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
-    LABEL("struct %d, byte %d, value %d", which, at, value);
+    value = dlm__get_option(o, options[which]);              /* rounded to float   */
+    LABEL("struct %d, %s = %g", which, o->name, value);
     CHECK(e == DLM_OK || e == DLM_E_CONFIG || e == DLM_E_NOMEM || e == DLM_E_MISMATCH);
+    const double lo = o->real ? (float)o->lo : o->lo, hi = o->real ? (float)o->hi : o->hi;
+    if (value != 0 && !(value >= lo && value <= hi)
+        && strcmp(o->name, "clip") != 0)                 /* above: never             */
+        CHECK_ERROR(e, DLM_E_CONFIG, ctx, o->name);
+    if (value == o->preset && value != 0) CHECK_OK(e);
     dlm_distiller_free(d); dlm_trainer_free(t); dlm_sampler_free(sm);
     dlm_session_free(s); dlm_model_free(fresh);
 }
 
-TEST(options_at_the_ends_of_int_are_taken_or_refused)
+TEST(options_are_taken_in_their_range_and_refused_outside_by_name)
 {
-    static const int values[] = { INT_MIN, INT_MIN + 1, -1, 0, 1, INT_MAX - 1, INT_MAX };
-    static const struct { int which, at; } ints[] = {
-        { 0, INTS(dlm_config, vocab) }, { 0, INTS(dlm_config, dim) },
-        { 0, INTS(dlm_config, layers) }, { 0, INTS(dlm_config, heads) },
-        { 0, INTS(dlm_config, max_seq) }, { 0, INTS(dlm_config, mask_id) },
-        { 0, INTS(dlm_config, mask_is_0) }, { 0, INTS(dlm_config, pattern) },
-        { 0, INTS(dlm_config, block) }, { 0, INTS(dlm_config, shifted) },
-        { 0, INTS(dlm_config, kv_heads) }, { 0, INTS(dlm_config, head_dim) },
-        { 0, INTS(dlm_config, ffn) }, { 0, INTS(dlm_config, untied_head) },
-        { 0, INTS(dlm_config, no_qk_norm) }, { 0, INTS(dlm_config, qkv_bias) },
-        { 1, INTS(dlm_limits, seqs) }, { 1, INTS(dlm_limits, slots) },
-        { 1, INTS(dlm_limits, rows) }, { 1, INTS(dlm_limits, out) },
-        { 1, INTS(dlm_limits, cached) },
-        { 2, INTS(dlm_sample_options, steps) }, { 2, INTS(dlm_sample_options, block) },
-        { 2, INTS(dlm_sample_options, top_k) },
-        { 2, INTS(dlm_sample_options, n_suppress) },
-        { 2, INTS(dlm_sample_options, n_stop) },
-        { 3, INTS(dlm_train_options, max_rows) }, { 3, INTS(dlm_train_options, warmup) },
-        { 3, INTS(dlm_train_options, total) },
-        { 3, INTS(dlm_train_options, lift.complementary) },
-        { 4, INTS(dlm_distill_options, max_targets) },
-        { 4, INTS(dlm_distill_options, stop) },
-        { 4, INTS(dlm_distill_options, divergence.sparse) },
-        { 4, INTS(dlm_distill_options, divergence.top_k) },
-    };
+    static const double values[] = { INT_MIN, INT_MIN + 1.0, -1, 0, 1, INT_MAX - 1.0,
+                                     INT_MAX };
     test_heap heap = {0};
     dlm_options o = {0};
     dlm_ctx *ctx = NULL;
@@ -1539,9 +1525,14 @@ TEST(options_at_the_ends_of_int_are_taken_or_refused)
     CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
     c.pattern = DLM_PATTERN_CAUSAL;
     CHECK_OK(dlm_model_create(&teacher, ctx, &c, 1, NULL));
-    for (size_t i = 0; i < sizeof ints / sizeof *ints; i++)
-        for (size_t k = 0; k < sizeof values / sizeof *values; k++)
-            options_try(ctx, m, teacher, ints[i].which, ints[i].at, values[k]);
+    for (int which = 0; which < 5; which++)
+        for (const dlm__option *at = option_tables[which]; at->name; at++) {
+            const double ends[] = { at->preset, at->lo, at->hi, 2 * at->hi, NAN };
+            for (size_t k = 0; k < sizeof values / sizeof *values; k++)
+                options_try(ctx, m, teacher, which, at, values[k]);
+            for (int k = 0; k < 3 + 2 * at->real; k++)
+                options_try(ctx, m, teacher, which, at, ends[k]);
+        }
     dlm_model_free(m); dlm_model_free(teacher);
     dlm_shutdown(ctx);
     CHECK(heap.live == 0);
@@ -1590,6 +1581,38 @@ TEST(config_fills_in_the_documented_defaults)
     c.pattern = DLM_PATTERN_CAUSAL;
     CHECK_OK(dlm_config_resolve(ctx, &c));
     CHECK(c.shifted == 1);
+    test_close(ctx);
+}
+
+TEST(describe_lists_form_and_every_field_and_keeps_to_its_room)
+{
+    static const char plain[] =
+        "form        plain, f32\nparameters  %lu\nbytes       %lu\npattern     causal\n"
+        "vocab       9\ndim         8\nlayers      1\nheads       2\n"
+        "max_seq     1048576\nmask_id     8\nblock       8\nshifted     1\n"
+        "kv_heads    2\nhead_dim    4\n"
+        "ffn         32\nuntied_head 0\nno_qk_norm  0\nqkv_bias    0\n"
+        "rope_theta  30.5\nnorm_eps    1e-06\nmask_is_0   0\n";
+    char want[1024], got[1024];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = test_config(9, 8, 1, 2, 1 << 20);
+    c.pattern = DLM_PATTERN_CAUSAL;
+    c.rope_theta = 30.5f;
+    dlm_model *m = test_model(ctx, &c), *packed = NULL;
+    CHECK_OK(dlm_model_pack(&packed, ctx, m, DLM_F32, NULL));
+    snprintf(want, sizeof want, plain, (unsigned long)m->n_params,
+             (unsigned long)dlm_model_bytes(ctx, &c, DLM_F32, 0));
+    CHECK(dlm_describe(m, got, sizeof got) == strlen(want) && !strcmp(got, want));
+    CHECK(dlm_describe(m, NULL, 0) == strlen(want));
+    memset(got, '#', sizeof got);
+    CHECK(dlm_describe(m, got, 20) == strlen(want));
+    CHECK(strlen(got) == 19 && !strncmp(got, want, 19) && got[20] == '#');
+    dlm_describe(packed, got, sizeof got);
+    CHECK(!strncmp(got, "form        packed, f32\n", 24));
+    snprintf(want, sizeof want, "\nbytes       %lu\n",
+             (unsigned long)dlm_model_bytes(ctx, &c, DLM_F32, 1));
+    CHECK(strstr(got, want) != NULL);
+    dlm_model_free(packed); dlm_model_free(m);
     test_close(ctx);
 }
 
@@ -1669,7 +1692,6 @@ TEST(trainer_options_are_checked_by_name)
         TRY(m, o.weight_decay = NAN, "weight_decay");
         TRY(m, o.clip = NAN, "clip");
         TRY(m, o.clip = -1, "clip");
-        TRY(m, o.clip = 1e19f, "clip");
         TRY(m, o.level_min = -0.1f, "level_min");
         TRY(m, o.level_min = NAN, "level_min");
         TRY(m, o.level_max = 1.5f, "level_max");
@@ -2000,7 +2022,7 @@ static dlm_config case_config(const model_case *g, int max_seq)
     dlm_config c = test_config(g->vocab, g->dim, g->layers, g->heads, max_seq);
     c.kv_heads = g->kv_heads; c.head_dim = g->head_dim; c.ffn = g->ffn;
     c.untied_head = g->untied; c.no_qk_norm = g->no_qk_norm; c.qkv_bias = g->bias;
-    c.pattern = g->pattern; c.block = g->block; c.shifted = g->shifted;
+    c.pattern = (dlm_pattern)g->pattern; c.block = g->block; c.shifted = g->shifted;
     c.rope_theta = g->theta; c.norm_eps = g->eps;
     return c;
 }
@@ -4973,7 +4995,7 @@ static void bound_tokens(int *tokens, int n)
 static dlm_model *bound_model(dlm_ctx *ctx, int pattern, int block, int shifted)
 {
     dlm_config c = test_config(BOUND_V, 8, 1, 2, 16);
-    c.pattern = pattern; c.block = block; c.shifted = shifted; c.ffn = 12;
+    c.pattern = (dlm_pattern)pattern; c.block = block; c.shifted = shifted; c.ffn = 12;
     return test_model(ctx, &c);
 }
 
@@ -5402,7 +5424,7 @@ static void ref_adam_step(ref_adam *a, const float *g, size_t n, const char *dec
     double squares = 0, b1 = a->o->beta1, b2 = a->o->beta2, clip = a->o->clip;
     for (size_t i = 0; i < n; i++) squares += (double)g[i] * g[i];
     *norm = sqrt(squares);
-    double shrink = !a->o->no_clip && *norm > clip ? clip / *norm : 1;
+    double shrink = *norm > clip ? clip / *norm : 1;
     a->step++;
     for (size_t i = 0; i < n; i++) {
         double gi = g[i] * shrink;
@@ -5461,11 +5483,10 @@ TEST(adamw_update_equals_double_reference_on_every_isa)
             dlm_model *m = test_model(ctx, &c);
             dlm_train_options o = {0};
             o.lr = 0.02f; o.beta1 = 0.8f; o.beta2 = 0.95f; o.adam_eps = 1e-5f;
-            o.clip = 0.5f;
-            o.no_clip = !(i & 1);
+            o.clip = i & 1 ? 0.5f : INFINITY;
             o.weight_decay = i & 2 ? 0.3f : 0;
             o.ema = 0.7f;
-            LABEL("no_clip %d, decay %g, %s", o.no_clip, (double)o.weight_decay,
+            LABEL("clip %g, decay %g, %s", (double)o.clip, (double)o.weight_decay,
                   dlm_isa_name((dlm_isa)isa));
             adam_compare(ctx, m, &o);
             dlm_model_free(m);
@@ -5535,7 +5556,7 @@ TEST(gradient_norm_is_right_for_all_finite_gradients_on_every_isa)
             double squares = 0;
             const uint64_t kept = test_state;
             const float size = sizes[k % 7], other = k / 7 % 2 ? size : 1.0f;
-            o.no_clip = k >= 14;
+            if (k >= 14) o.clip = INFINITY;
             LABEL("%g and %g, %s", (double)size, (double)other,
                   dlm_isa_name((dlm_isa)isa));
             for (int threads = 1; threads <= 2; threads++) {
@@ -5829,7 +5850,7 @@ TEST(by_hand_updates_equal_those_of_dlm)
     dlm_model *m = hand_model(ctx);
     dlm_train_options o = {0};
     o.lr = 0.01f;
-    o.no_clip = 1;
+    o.clip = INFINITY;
     dlm_trainer *t = test_trainer(ctx, m, &o);
     for (int n = 1; n <= 4; n++) {
         for (int i = 0; i < HAND_WEIGHTS; i++) {
@@ -5912,7 +5933,7 @@ static void run_examples(dlm_example *e, int n, int vocab)
 TEST(untrained_models_lose_ln_v_nats_per_token)
 {
     enum { ROWS = 8, T = 64, V = 50, DRAWS = 400 };
-    static const int patterns[] = {
+    static const dlm_pattern patterns[] = {
         DLM_PATTERN_BLOCK, DLM_PATTERN_FULL, DLM_PATTERN_CAUSAL };
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
     for (int p = 0; p < 3; p++) {
@@ -8596,7 +8617,7 @@ typedef struct heap_objects {
 static dlm_config heap_config(int pattern)
 {
     dlm_config c = test_config(21, 24, 2, 4, 32);
-    c.kv_heads = 2; c.pattern = pattern; c.qkv_bias = 1;
+    c.kv_heads = 2; c.pattern = (dlm_pattern)pattern; c.qkv_bias = 1;
     return c;
 }
 
@@ -8873,7 +8894,7 @@ static dlm_train_options lift_options(dlm_lift_options lift, float least, float 
 {
     dlm_train_options o = {0};
     o.lr = o.beta1 = 1e-30f;
-    o.no_clip = 1;
+    o.clip = INFINITY;
     o.seed = test_seed;
     o.level_min = least; o.level_max = most;
     o.lift = lift;
@@ -10631,7 +10652,7 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
         r->student->weights[i] *= 1 + 0.5f * test_float();
     CHECK_OK(dlm_model_create(&r->copy, ctx, &r->student->config, 1, NULL));
     memcpy(r->copy->weights, r->student->weights, r->copy->n_params * sizeof(float));
-    train.no_clip = 1; train.max_rows = max_rows; train.seed = 5;
+    train.clip = INFINITY; train.max_rows = max_rows; train.seed = 5;
     r->t = test_trainer(ctx, r->student, &train);
     CHECK_OK(dlm_distiller_create(&r->d, r->t, r->teacher, &o, NULL));
     if (!r->d) { printf("no distiller: %s\n", dlm_last_error(ctx)); exit(1); }
@@ -11818,9 +11839,10 @@ static const test_case test_cases[] = {
     RUN(model_starts_with_the_documented_distribution),
     RUN(config_refuses_absurd_sizes_by_name),
     RUN(config_refuses_contradictions_by_name),
-    RUN(options_at_the_ends_of_int_are_taken_or_refused),
+    RUN(options_are_taken_in_their_range_and_refused_outside_by_name),
     RUN(config_refuses_more_parameters_than_can_be_counted),
     RUN(config_fills_in_the_documented_defaults),
+    RUN(describe_lists_form_and_every_field_and_keeps_to_its_room),
     RUN(session_limits_are_checked_by_name),
     RUN(trainer_options_are_checked_by_name),
     RUN(keys_fill_shows_what_the_pattern_says),

@@ -1619,7 +1619,7 @@ static void pace_open(pace *x, dlm_ctx *ctx, dlm_pattern pattern, int dim, int T
     dlm_train_options o = {0};
     memset(x, 0, sizeof *x);
     cfg.vocab = 64, cfg.dim = dim, cfg.layers = dim > 96 ? 6 : 4, cfg.heads = dim / 24;
-    cfg.max_seq = T, cfg.pattern = (int)pattern;
+    cfg.max_seq = T, cfg.pattern = pattern;
     for (uint32_t i = 0; i < SPEED_TEXT; i++) text[i] = (int)(dlm_uniform(&at, i) * 63);
     x->ctx = ctx, x->text = text, x->T = T, x->B = B;
     o.max_rows = 2 * B * T, o.lift.method = method;

@@ -60,7 +60,7 @@ static void generation_open(generation *g, const setup *as)
     cfg.vocab = s->vocab, cfg.dim = s->dim, cfg.layers = s->layers;
     cfg.heads = s->heads, cfg.kv_heads = s->kv_heads, cfg.ffn = s->ffn;
     cfg.untied_head = s->untied;
-    cfg.max_seq = g->T, cfg.pattern = (int)as->pattern, cfg.block = as->block;
+    cfg.max_seq = g->T, cfg.pattern = as->pattern, cfg.block = as->block;
     limits.cached = as->cached;
     opt.block = as->block;
     opt.steps = as->steps;

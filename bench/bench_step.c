@@ -91,7 +91,7 @@ static void run_open(run *r, const shape *s, int B, dlm_pattern pattern, int thr
     dlm_train_options opt = {0};
     cfg.vocab = s->vocab, cfg.dim = s->dim, cfg.layers = s->layers;
     cfg.heads = s->heads, cfg.kv_heads = s->kv_heads, cfg.ffn = s->ffn;
-    cfg.max_seq = s->T, cfg.pattern = (int)pattern;
+    cfg.max_seq = s->T, cfg.pattern = pattern;
     opt.precision = precision;
     opt.max_rows = 2 * B * s->T;           /* a doubled batch still is one pass    */
     if (pattern != DLM_PATTERN_BLOCK) opt.max_rows = B * s->T;

@@ -69,7 +69,7 @@ static void save(const char *path, int vocab, int mask, int max_seq, dlm_pattern
                                              strlen(corpus)));
     cfg.vocab = corpus ? dlm_tokenizer_vocab(tok) : vocab, cfg.mask_id = mask;
     cfg.dim = 16, cfg.layers = 1, cfg.heads = 2, cfg.max_seq = max_seq;
-    cfg.pattern = (int)pattern;
+    cfg.pattern = pattern;
     require(dlm_model_create(&m, ctx, &cfg, 1, NULL));
     require(dlm_save(ctx, path, m, tok));
     snprintf(name, sizeof name, "%s.train", path);
@@ -153,6 +153,9 @@ absent out.st 12_convert; absent out.txt gen
 for name in 01_first_program 06_matmul_only 10_likelihood demo; do
     says 2 'usage: ' $name block.st
 done
+
+says 0 'form        packed, f32' 03_sample -v block.st 'the ' 10
+says 0 'pattern     block' 13_continue -v block.st 'the ' 10
 
 # --[ examples ]-----------------------------------------------------------------------
 for file in missing empty folder three pieces llama.bin bare.st; do

@@ -1,7 +1,8 @@
 /* 03_sample.c - load a checkpoint and let it continue a prompt, block by block.
 
    Build:  cc -O2 -I.. 03_sample.c -o sample -lm -pthread
-   Run:    ./sample [checkpoint] [prompt] [length]       (02_train_text.c makes one)
+   Run:    ./sample [-v] [checkpoint] [prompt] [length]       (02_train_text.c makes one)
+           -v says first what model it is
    See:    the text, then how many tokens each forward pass filled in, and tokens/s. */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
@@ -51,6 +52,8 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, int T, int n_pro
 
 int main(int argc, char **argv)
 {
+    const int describe = argc > 1 && !strcmp(argv[1], "-v");
+    argc -= describe, argv += describe;
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
     const char *prompt = argc > 2 ? argv[2] : "the ";
     char why[256] = "";                      /* where the library has no words yet   */
@@ -62,7 +65,7 @@ int main(int argc, char **argv)
     dlm_options options = {0};
 
     if (argc > 4 || (argc > 1 && argv[1][0] == '-')) {
-        puts("usage: sample [checkpoint] [prompt] [length]");
+        puts("usage: sample [-v] [checkpoint] [prompt] [length]");
         return strcmp(argv[1], "--help") ? 2 : 0;
     }
     options.message = why, options.message_size = sizeof why;
@@ -73,6 +76,10 @@ int main(int argc, char **argv)
     if (!e && !tok) {
         snprintf(why, sizeof why, "%s holds no tokenizer", path);
         e = DLM_E_MISMATCH;
+    }
+    if (!e && describe) {
+        dlm_describe(model, text, sizeof text);
+        printf("%s\n", text);
     }
     if (!e) e = dlm_encode(tok, prompt, strlen(prompt), canvas, MAX, &n);
     if (!e) {                                /* the canvas: the prompt, then masks   */

@@ -37,7 +37,7 @@ static dlm_error train(dlm_model **model, dlm_ctx *ctx, int vocab, dlm_pattern p
     dlm_config cfg = {0};
     dlm_train_options how = {0};
     cfg.vocab = vocab, cfg.dim = 64, cfg.layers = 2, cfg.heads = 4, cfg.max_seq = T;
-    cfg.pattern = (int)pattern, cfg.rope_theta = 30;
+    cfg.pattern = pattern, cfg.rope_theta = 30;
     how.lr = 3e-3f, how.warmup = 100;
     dlm_error e = dlm_model_create(model, ctx, &cfg, 1, NULL);
     if (!e) e = dlm_trainer_create(&trainer, ctx, *model, &how, NULL);

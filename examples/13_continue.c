@@ -2,8 +2,9 @@
    and thresholds: how much faster is it to believe the model, and what does it cost?
 
    Build:  cc -O2 -I.. 13_continue.c -o continue -lm -pthread
-   Run:    ./continue MODEL.safetensors ["beginning"] [tokens]
+   Run:    ./continue [-v] MODEL.safetensors ["beginning"] [tokens]
            MODEL.safetensors is what 12_convert wrote; a text may begin with nothing.
+           -v says first what model it is.
    See:    six continuations.  A pass of the model fills in all tokens of a block that it
            is sure of: without a threshold one, with 0.9 or 0.7 often more. */
 #define _POSIX_C_SOURCE 200112L              /* clock_gettime under -std=c99         */
@@ -68,6 +69,8 @@ static dlm_error go_on(const writer *w, const int *prompt, int given, int length
 
 int main(int argc, char **argv)
 {
+    const int describe = argc > 1 && !strcmp(argv[1], "-v");
+    argc -= describe, argv += describe;
     static const float temperatures[] = {0, 1}, thresholds[] = {0, 0.9f, 0.7f};
     const char *beginning = argc > 2 ? argv[2] : "Once upon a time";
     int tokens = argc > 3 ? atoi(argv[3]) : 128, begins = 0, prompt[MAX_TOKENS];
@@ -77,7 +80,7 @@ int main(int argc, char **argv)
     char why[256] = "";                      /* where the library has no words yet   */
     dlm_options options = {0};
     if (argc < 2 || argc > 4 || argv[1][0] == '-') {
-        puts("usage: continue MODEL.safetensors [\"beginning\"] [tokens]");
+        puts("usage: continue [-v] MODEL.safetensors [\"beginning\"] [tokens]");
         return argc > 1 && !strcmp(argv[1], "--help") ? 0 : 2;
     }
     options.message = why, options.message_size = sizeof why;
@@ -85,6 +88,11 @@ int main(int argc, char **argv)
     if (!e) e = dlm_load(&loaded, &w.tok, w.ctx, argv[1]);
     if (!e) e = dlm_model_pack(&w.model, w.ctx, loaded, DLM_F32, NULL);  /* fast */
     dlm_model_free(loaded);
+    if (!e && describe) {
+        char about[1024];
+        dlm_describe(w.model, about, sizeof about);
+        printf("%s\n", about);
+    }
     if (!e && w.tok == NULL) {
         snprintf(why, sizeof why, "%s holds no tokenizer", argv[1]);
         e = DLM_E_MISMATCH;
