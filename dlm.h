@@ -8414,23 +8414,11 @@ static int dlm__utf8_get(const char *text, size_t size, size_t *i, uint32_t *out
 /* Code point to UTF-8; returns the bytes written, at most 4. */
 static size_t dlm__utf8_put(char *out, uint32_t c)
 {
-    if (c < 0x80) { out[0] = (char)c; return 1; }
-    if (c < 0x800) {
-        out[0] = (char)(0xC0 | c >> 6);
-        out[1] = (char)(0x80 | (c & 0x3F));
-        return 2;
-    }
-    if (c < 0x10000) {
-        out[0] = (char)(0xE0 | c >> 12);
-        out[1] = (char)(0x80 | (c >> 6 & 0x3F));
-        out[2] = (char)(0x80 | (c & 0x3F));
-        return 3;
-    }
-    out[0] = (char)(0xF0 | c >> 18);
-    out[1] = (char)(0x80 | (c >> 12 & 0x3F));
-    out[2] = (char)(0x80 | (c >> 6 & 0x3F));
-    out[3] = (char)(0x80 | (c & 0x3F));
-    return 4;
+    static const unsigned char first[] = { 0, 0xC0, 0xE0, 0xF0 };
+    const size_t more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    for (size_t k = more; k > 0; k--, c >>= 6) out[k] = (char)(0x80 | (c & 0x3F));
+    out[0] = (char)(first[more] | c);
+    return more + 1;
 }
 
 /* The value of a hexadecimal digit, -1 when it is none. */
@@ -8512,47 +8500,9 @@ static uint64_t dlm__json_count(dlm__json *j)
 }
 
 /* --[ numbers ]---------------------------------------------------------------
-   The C library reads and writes numbers as the locale wants them, files have the form
-   of JSON wherever they come from.  A float is held exactly as decimal digits, digit i
-   standing for 10^(39 - i); its power of two is school arithmetic on them. */
-
-enum { DLM__WHOLE = 40, DLM__DIGITS = 240 };
-
-static void dlm__decimal_double(unsigned char *d)
-{
-    int carry = 0;
-    for (int i = DLM__DIGITS; i-- > 0; carry = carry >= 10) {
-        carry += 2 * d[i];
-        d[i] = (unsigned char)(carry % 10);
-    }
-}
-
-/* What falls off the end leaves a mark there: more than nothing. */
-static void dlm__decimal_halve(unsigned char *d)
-{
-    int rest = 0;
-    for (int i = 0; i < DLM__DIGITS; i++) {
-        rest = 10 * (rest & 1) + d[i];
-        d[i] = (unsigned char)(rest / 2);
-    }
-    d[DLM__DIGITS - 1] = (unsigned char)(d[DLM__DIGITS - 1] | (rest & 1));
-}
-
-/* What is before the point; 10^8 and more may be less than it is. */
-static uint32_t dlm__decimal_whole(const unsigned char *d)
-{
-    uint32_t v = 0;
-    for (int i = 0; i < DLM__WHOLE && v < 100000000; i++) v = 10 * v + d[i];
-    return v;
-}
-
-/* 1 when the digits from place i on round up: more than half, or half and odd before. */
-static int dlm__decimal_up(const unsigned char *d, int i, int odd)
-{
-    if (d[i] != 5) return d[i] > 5;
-    while (++i < DLM__DIGITS) if (d[i]) return 1;
-    return odd;
-}
+   Files have the numbers of JSON wherever they come from.  The C library reads and
+   writes them exactly, but with the point of the locale, which may be a comma, and may
+   be several bytes; and it takes " +1", "0x10" and "nan", which JSON has not. */
 
 static int dlm__digits(const char **p, const char *end)
 {
@@ -8579,55 +8529,56 @@ static const char *dlm__number_end(const char *p, const char *end)
     return p;
 }
 
-/* The digits at p; what is too large becomes INT64_MAX. */
-static int64_t dlm__whole_from(const char *p)
+/* 1 when the whole text is one. */
+static int dlm__is_number(const char *text)
 {
-    int64_t v = 0;
-    for (; *p >= '0' && *p <= '9'; p++) {
-        if (v > (INT64_MAX - 9) / 10) return INT64_MAX;
-        v = 10 * v + (*p - '0');
-    }
-    return v;
+    const char *end = text + strlen(text);
+    return dlm__number_end(text, end) == end;
+}
+
+/* What stands between the digits of 0.5 here, in out. */
+enum { DLM__NUMBER = 32, DLM__NUMBER_MOST = 255 };
+static const char *dlm__point(char out[DLM__NUMBER])
+{
+    snprintf(out, DLM__NUMBER, "%.1f", 0.5);
+    out[strlen(out) - 1] = '\0';
+    return out + 1;
 }
 
 /* The whole text as an integer in [least, most]; 0 when it is none. */
 static int dlm__int_from(const char *text, int64_t least, int64_t most, int64_t *out)
 {
-    const int minus = *text == '-';
-    const int64_t v = dlm__whole_from(text + minus);
-    const char *end = text + strlen(text);
-    *out = minus ? -v : v;
-    return strcspn(text, ".eE") == (size_t)(end - text)
-        && dlm__number_end(text, end) == end && *out >= least && *out <= most;
+    char *end;
+    *out = strtoll(text, &end, 10);
+    return dlm__is_number(text) && *end == '\0' && *out >= least && *out <= most;
 }
 
-/* The whole text as the nearest float, of two the even one; 0 when it is none. */
+/* The whole text (up to 255 bytes) as the nearest float, of two the even one; 0 when it
+   is none. */
 static int dlm__float_from(const char *text, float *out)
 {
-    unsigned char d[DLM__DIGITS] = { 0 };
-    const char *p = text + (*text == '-'), *end = text + strlen(text);
-    const char *point = p + strcspn(p, ".eE"), *power = p + strcspn(p, "eE");
-    const int sign = power < end && (power[1] == '+' || power[1] == '-');
-    int64_t shift = power < end ? dlm__whole_from(power + 1 + sign) : 0, i;
-    int e = 0;
-    double v;
-    if (dlm__number_end(text, end) != end) return 0;
-    if (shift > INT64_MAX / 4) shift = INT64_MAX / 4;
-    i = DLM__WHOLE - (point - p) - (sign && power[1] == '-' ? -shift : shift);
-    for (; p < power; p++) {                    /* digit *p stands at place i      */
-        if (*p == '.') continue;
-        if (*p != '0' && i < 0) return 0;
-        if (*p != '0' && i < DLM__DIGITS) d[i] = (unsigned char)(*p - '0');
-        else if (*p != '0') d[DLM__DIGITS - 1] |= 1;
-        i++;
-    }
-    for (; dlm__decimal_whole(d) >= 1U << 24; e++) dlm__decimal_halve(d);
-    for (; dlm__decimal_whole(d) < 1U << 23 && e > -149; e--) dlm__decimal_double(d);
-    i = dlm__decimal_whole(d);
-    v = ldexp((double)(i + dlm__decimal_up(d, DLM__WHOLE, (int)i & 1)), e);
-    if (v > FLT_MAX) return 0;
-    *out = (float)(*text == '-' ? -v : v);
-    return 1;
+    char room[DLM__NUMBER], local[DLM__NUMBER_MOST + DLM__NUMBER];
+    const size_t whole = strcspn(text, ".");
+    if (!dlm__is_number(text) || strlen(text) > DLM__NUMBER_MOST) return 0;
+    snprintf(local, sizeof local, "%.*s%s%s", (int)whole, text,
+             text[whole] ? dlm__point(room) : "", text[whole] ? text + whole + 1 : "");
+    *out = strtof(local, NULL);
+    return fabsf(*out) <= FLT_MAX;
+}
+
+/* The printf form %.9g, from which every finite float can be read again. */
+DLM__MAYBE_UNUSED static void dlm__float_text(char out[DLM__NUMBER], float x)
+{
+    char room[DLM__NUMBER], *at, *e;
+    const char *point = dlm__point(room);
+    const size_t n = strlen(point);
+    DLM_ASSERT(fabsf(x) <= FLT_MAX);
+    snprintf(out, DLM__NUMBER, "%.9g", (double)x);
+    at = strstr(out, point);
+    if (at) memmove(at + 1, at + n, strlen(at + n) + 1);
+    if (at) *at = '.';
+    e = strchr(out, 'e');                       /* some write e-007: two will do   */
+    if (e && e[2] == '0' && e[4]) memmove(e + 2, e + 3, strlen(e + 3) + 1);
 }
 
 static void dlm__json_skip(dlm__json *j, int depth);
@@ -9960,40 +9911,6 @@ static size_t dlm__json_quote(char *out, const char *text)
     return n + 1;
 }
 
-/* The printf form %.9g, from which every finite float can be read again; out (24). */
-static void dlm__float_text(char *out, float x)
-{
-    unsigned char d[DLM__DIGITS] = { 0 };
-    int e, first = x == 0.0f ? DLM__WHOLE - 1 : 0, last, point, i = DLM__WHOLE;
-    DLM_ASSERT(fabsf(x) <= FLT_MAX);
-    for (uint32_t m = (uint32_t)ldexp(frexp(fabsf(x), &e), 24); m; m /= 10)
-        d[--i] = (unsigned char)(m % 10);
-    for (e -= 24; e > 0; e--) dlm__decimal_double(d);
-    for (; e < 0; e++) dlm__decimal_halve(d);
-    while (x != 0.0f && d[first] == 0) first++;
-    last = i = first + 8;
-    if (dlm__decimal_up(d, i + 1, d[i] & 1)) {
-        for (; d[i] == 9; i--) d[i] = 0;
-        d[i]++;
-        first = i < first ? i : first;
-    }
-    while (last > first && d[last] == 0) last--;
-    e = DLM__WHOLE - 1 - first;                 /* the power of the first digit    */
-    point = e < -4 || e > 8 ? first + 1 : DLM__WHOLE;
-    if (signbit(x)) *out++ = '-';
-    for (i = dlm__min(first, point - 1); i < point || i <= last; i++) {
-        if (i == point) *out++ = '.';
-        *out++ = (char)('0' + d[i]);
-    }
-    if (point != DLM__WHOLE) {
-        *out++ = 'e';
-        *out++ = e < 0 ? '-' : '+';
-        *out++ = (char)('0' + abs(e) / 10);
-        *out++ = (char)('0' + abs(e) % 10);
-    }
-    *out = '\0';
-}
-
 typedef struct dlm__text { char *out; size_t n; } dlm__text;
 
 static void dlm__put(dlm__text *t, const char *s)
@@ -10041,7 +9958,7 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
     for (int i = 0; dlm__config_options[i].name; i++) {
         const dlm__option *f = &dlm__config_options[i];
         const double x = dlm__get_option(f, c);
-        char key[32], value[32];
+        char key[32], value[DLM__NUMBER];
         if (x == 0.0 && i >= DLM__OLD_FIELDS) continue;
         snprintf(key, sizeof key, "dlm.%s", f->name);
         if (f->real) dlm__float_text(value, (float)x);

@@ -7306,10 +7306,11 @@ TEST(numbers_in_files_are_what_the_c_library_would_write_and_read)
         { "99999999999999999999999", 0, 0 }, { "1.0", 0, 0 }, { "1e3", 0, 0 },
         { "07", 0, 0 }, { "", 0, 0 }, { "-", 0, 0 }, { "+1", 0, 0 }, { "1 ", 0, 0 }
     };
+    char digits[300] = "";
     float x, y = 0, z;
     int64_t v = 0;
     for (int k = 0; k < 3000; k++) {
-        char ours[24], theirs[64];
+        char ours[DLM__NUMBER], theirs[64];
         x = number_float(k);
         dlm__float_text(ours, x);
         snprintf(theirs, sizeof theirs, "%.9g", (double)x);
@@ -7337,6 +7338,16 @@ TEST(numbers_in_files_are_what_the_c_library_would_write_and_read)
     CHECK(dlm__float_from("16777217.00000000000000000000000000000000000000000000001", &y)
           && y == 16777218.0f);
     CHECK(dlm__float_from("1e-99999999999999999999", &y) && y == 0);
+    LABEL("long ones");
+    memset(digits, '0', sizeof digits);
+    memcpy(digits, "1.5", 3);
+    digits[255] = 0;
+    CHECK(dlm__float_from(digits, &y) && y == 1.5f);
+    digits[254] = 'e';                     /* no number; and one that is too long  */
+    CHECK(!dlm__float_from(digits, &y));
+    digits[254] = digits[255] = '0';
+    digits[256] = 0;
+    CHECK(!dlm__float_from(digits, &y));
 }
 
 /* Under a locale with another decimal point, of one byte or two, the numbers in a file
@@ -7360,6 +7371,13 @@ TEST(checkpoint_does_not_depend_on_the_locale)
     setlocale(LC_NUMERIC, "C");
     CHECK_OK(dlm_load(&back, NULL, ctx, path));
     if (m && back) CHECK(memcmp(&m->config, &back->config, sizeof m->config) == 0);
+    if (m && there) CHECK(memcmp(&m->config, &there->config, sizeof m->config) == 0);
+    test_file f = file_read(path), g;
+    if (m) CHECK_OK(dlm_save(ctx, path, m, NULL));
+    g = file_read(path);
+    CHECK(file_equal(&f, &g));
+    free(f.data);
+    free(g.data);
     dlm_model_free(there);
     dlm_model_free(m);
     dlm_model_free(back);
