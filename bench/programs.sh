@@ -67,7 +67,7 @@ static void save(const char *path, int vocab, int mask, int max_seq, dlm_pattern
     char name[64];
     if (corpus) require(dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, corpus,
                                              strlen(corpus)));
-    cfg.vocab = corpus ? dlm_tokenizer_vocab(tok) : vocab, cfg.mask_id = mask;
+    cfg.vocab = corpus ? tok->vocab : vocab, cfg.mask_id = mask;
     cfg.dim = 16, cfg.layers = 1, cfg.heads = 2, cfg.max_seq = max_seq;
     cfg.pattern = pattern;
     require(dlm_model_create(&m, ctx, &cfg, 1, NULL));

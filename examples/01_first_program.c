@@ -40,7 +40,7 @@ int main(int argc, char **argv)
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
     if (!e) e = dlm_encode(tok, text, strlen(text), ids, sizeof text, &n);
 
-    cfg.vocab = e ? 0 : dlm_tokenizer_vocab(tok);
+    cfg.vocab = e ? 0 : tok->vocab;
     cfg.dim = 64, cfg.layers = 2, cfg.heads = 4, cfg.max_seq = T;
     cfg.pattern = DLM_PATTERN_FULL;           /* every character sees every other   */
     cfg.rope_theta = 10;                      /* few positions, so short waves      */
@@ -55,7 +55,7 @@ int main(int argc, char **argv)
         int length = (int)strlen(forms[f]);
         for (int i = 0; i < length && !e; i++) {
             const char *c = forms[f] + i;
-            canvas[i] = dlm_tokenizer_mask(tok);
+            canvas[i] = tok->mask;
             if (*c != '_') e = dlm_encode(tok, c, 1, canvas + i, 1, &n);
         }
         if (!e) e = dlm_sample(ctx, model, canvas, length, NULL);

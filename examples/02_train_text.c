@@ -130,7 +130,7 @@ static void open_model(dlm_model **model, dlm_tokenizer **tok, const char *path,
     dlm_config cfg = {0};
     if (!resumed) {
         require(dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, text, size));
-        cfg.vocab = dlm_tokenizer_vocab(*tok), cfg.max_seq = T, cfg.block = 8;
+        cfg.vocab = (*tok)->vocab, cfg.max_seq = T, cfg.block = 8;
         cfg.dim = 160, cfg.layers = 3, cfg.heads = 5, cfg.ffn = 480, cfg.rope_theta = 100;
         require(dlm_model_create(model, ctx, &cfg, 1, NULL));
     } else {

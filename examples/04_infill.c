@@ -19,7 +19,7 @@ static dlm_error read_form(const dlm_tokenizer *tok, const char *form, int *canv
     while (*form && *T < MAX) {
         size_t size = strcspn(form, "_"), n = 1;
         if (size == 0) {
-            canvas[*T] = dlm_tokenizer_mask(tok);
+            canvas[*T] = tok->mask;
             size = 1;
         } else {
             size_t room = (size_t)(MAX - *T);

@@ -30,7 +30,7 @@ static dlm_error train(dlm_ctx *ctx, dlm_model **model, dlm_tokenizer **tok)
 
     dlm_error e = dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
     if (!e) e = dlm_encode(*tok, text, strlen(text), ids, sizeof text, &n);
-    cfg.vocab = e ? 0 : dlm_tokenizer_vocab(*tok);
+    cfg.vocab = e ? 0 : (*tok)->vocab;
     cfg.dim = 64, cfg.layers = 2, cfg.heads = 4, cfg.max_seq = T;
     cfg.pattern = DLM_PATTERN_FULL;          /* every character sees every other     */
     cfg.rope_theta = 10;                     /* few positions, so short waves        */

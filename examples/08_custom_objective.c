@@ -120,8 +120,8 @@ int main(int argc, char **argv)
     dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, size);
     if (!e) e = dlm_encode(tok, text, size, ids, size, &n);
-    if (!e) e = run(ctx, dlm_tokenizer_vocab(tok), n, 0.0);
-    if (!e) e = run(ctx, dlm_tokenizer_vocab(tok), n, 1.0);
+    if (!e) e = run(ctx, tok->vocab, n, 0.0);
+    if (!e) e = run(ctx, tok->vocab, n, 1.0);
     if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
                    *why ? why : dlm_last_error(ctx));
     dlm_tokenizer_free(tok);

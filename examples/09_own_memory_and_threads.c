@@ -101,7 +101,7 @@ static dlm_error run(const char *name, dlm_options options, uint32_t *sum)
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, text, strlen(text));
     if (!e) e = dlm_encode(tok, text, strlen(text), ids, sizeof text, &n);
 
-    cfg.vocab = e ? 0 : dlm_tokenizer_vocab(tok);
+    cfg.vocab = e ? 0 : tok->vocab;
     cfg.dim = 64, cfg.layers = 2, cfg.heads = 2, cfg.max_seq = T;
     how.max_rows = 8 * T;
     dlm_memory mem = {0};                    /* a creator without out only asks      */

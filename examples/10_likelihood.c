@@ -89,7 +89,7 @@ int main(int argc, char **argv)
     if (!e) e = dlm_encode(tok, text, size, ids, size, &n);
     limits.slots = 2 * T;                    /* blocks: sentence and its noisy copy  */
     for (int m = 0; m < 2; m++) {
-        if (!e) e = train(&model[m], ctx, dlm_tokenizer_vocab(tok), patterns[m], n);
+        if (!e) e = train(&model[m], ctx, tok->vocab, patterns[m], n);
         if (!e) e = dlm_session_create(&session[m], ctx, model[m], &limits, NULL);
     }
     if (!e) printf("bits per character\n%-48s %8s %8s\n", "", "AR", "BLOCK <=");

@@ -132,7 +132,7 @@ int main(int argc, char **argv)
     options.message = why, options.message_size = sizeof why;
     dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, alphabet, 17);
-    if (!e) cfg.vocab = dlm_tokenizer_vocab(tok);
+    if (!e) cfg.vocab = tok->vocab;
     cfg.pattern = DLM_PATTERN_FULL, cfg.max_seq = T, cfg.dim = 64;
     cfg.layers = 3, cfg.heads = 4;
     for (int k = 0; k < 3 && !e; k++) {

@@ -128,13 +128,13 @@ static dlm_tokenizer *open_teacher(const char *path, const char *pieces)
     if (n >= 4 && strcmp(path + n - 4, ".bin") == 0) {
         require(dlm_load_llama2c(&teacher, ctx, path));
         require(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES, pieces));
-        begin = dlm_tokenizer_stop(tok);
+        begin = tok->stop;
     } else {
         require(dlm_load(&teacher, &tok, ctx, path));
         if (tok == NULL) refuse(path, "holds no tokenizer");
         require(dlm_encode(tok, " ", 1, &begin, 1, &one));
     }
-    if (dlm_tokenizer_vocab(tok) > teacher->config.vocab)
+    if (tok->vocab > teacher->config.vocab)
         refuse(pieces, "has more tokens than the model knows");
     if (teacher->config.pattern != DLM_PATTERN_CAUSAL)
         refuse(path, "is no autoregressive model");

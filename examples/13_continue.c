@@ -29,7 +29,7 @@ static double seconds(void)
 static dlm_error go_on(const writer *w, const int *prompt, int given, int length,
                        float temperature, float threshold)
 {
-    const int stop = dlm_tokenizer_stop(w->tok);
+    const int stop = w->tok->stop;
     static int canvas[MAX_TOKENS];
     static char text[16 * MAX_TOKENS];
     dlm_limits limits = {0};
@@ -97,8 +97,8 @@ int main(int argc, char **argv)
         snprintf(why, sizeof why, "%s holds no tokenizer", argv[1]);
         e = DLM_E_MISMATCH;
     }
-    if (!e && dlm_tokenizer_mask(w.tok) >= dlm_tokenizer_vocab(w.tok))
-        prompt[begins++] = dlm_tokenizer_stop(w.tok);    /* pieces: it begins a text  */
+    if (!e && w.tok->mask >= w.tok->vocab)
+        prompt[begins++] = w.tok->stop;          /* pieces: it begins a text   */
     if (!e) e = dlm_encode(w.tok, beginning, strlen(beginning), prompt + begins,
                            MAX_TOKENS - 1, &n);
     if (!e) {

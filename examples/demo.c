@@ -92,7 +92,7 @@ static dlm_error stage_text(struct demo *d)
     if (!e) e = dlm_encode(d->tok, text, size, ids, size, &d->n);
     d->n_train = d->n - d->n / 10;
     if (!e) printf("%.72s...\n%d characters, %d different; the last tenth is held out\n",
-                   text, (int)d->n, dlm_tokenizer_vocab(d->tok) - 2);
+                   text, (int)d->n, d->tok->vocab - 2);
     return e;
 }
 
@@ -116,10 +116,10 @@ static dlm_error make(struct demo *d, const struct phase *p, int steps)
     dlm_model **m = &d->model[p->which], *teacher = d->model[TEACHER];
     dlm_error e;
     forget(d, p->which);
-    if (p->which == TEACHER) cfg.vocab = dlm_tokenizer_vocab(d->tok);
+    if (p->which == TEACHER) cfg.vocab = d->tok->vocab;
     if (p->which != STUDENT) e = dlm_model_create(m, d->ctx, &cfg, 1, NULL);
     else                                     /* shifted: it keeps its habit          */
-        e = dlm_convert(m, d->ctx, teacher, BLOCK, dlm_tokenizer_mask(d->tok), 1, NULL);
+        e = dlm_convert(m, d->ctx, teacher, BLOCK, d->tok->mask, 1, NULL);
     if (e) return e;
     if (p->which == LIFTED)
         memcpy((*m)->weights, d->model[PLAIN]->weights, (*m)->n_params * sizeof(float));
@@ -198,7 +198,7 @@ static void draw_text(const struct demo *d, int step)
     if (d->live) printf("\r");
     else printf("%3d  ", step);
     for (int i = 0; i < WATCHED; i++) {
-        const int masked = d->canvas[0][i] == dlm_tokenizer_mask(d->tok);
+        const int masked = d->canvas[0][i] == d->tok->mask;
         dlm_decode(d->tok, &d->canvas[0][i], 1, c, sizeof c);
         if (d->live) printf("\033[38;5;%dm", masked ? 240 : ramp[d->born[0][i] % 8]);
         printf("%s%s", masked ? "." : c, d->live ? "\033[0m" : "");
@@ -272,7 +272,7 @@ static dlm_error stage_infill(struct demo *d)
         for (size_t i = 0; i < n; i++) line[i] = forms[f][i] == '_' ? ' ' : forms[f][i];
         e = dlm_encode(d->tok, line, n, canvas, T, &n);
         for (size_t i = 0; i < n; i++)
-            if (forms[f][i] == '_') canvas[i] = dlm_tokenizer_mask(d->tok);
+            if (forms[f][i] == '_') canvas[i] = d->tok->mask;
         if (!e) e = dlm_sample(d->ctx, d->model[STUDENT], canvas, (int)n, NULL);
         dlm_decode(d->tok, canvas, n, line, sizeof line);
         if (!e) printf("%s\n%s\n", forms[f], line);
