@@ -56,8 +56,9 @@
        lift steps                  choosing masks: LIFT, CART, GIFT; one update
        sampler likelihood          filling in a canvas; scoring a text
        distill                     OPDLM: teacher, divergences, step maps
-       json tokenizers             a reader; bytes, characters, scored pieces
-       safetensors checkpoints     files
+       json files                  a reader; whole files, written or left alone
+       tokenizers                  bytes, characters, scored pieces
+       safetensors checkpoints     models and training states on disk
        llama2c                     models of another program
        gradcheck                   finite differences
        history license
@@ -1107,17 +1108,27 @@ typedef struct dlm_st_tensor {
     size_t         count, bytes;           /* elements; what they take             */
     const void    *data;                   /* (bytes) little-endian, maybe unaligned,
                                               inside the file's memory             */
+    int            used;                   /* private: a model had a use for it    */
 } dlm_st_tensor;
 
-typedef struct dlm_safetensors dlm_safetensors;
+typedef struct dlm_safetensors {           /* open for reading                     */
+    int            count;
+    dlm_st_tensor *tensors;                /* (count) sorted by name               */
+    const char    *data;                   /* (bytes) theirs, one behind the other */
+    size_t         bytes;
+    dlm_ctx       *ctx;                    /* where it was allocated               */
+    struct dlm__pair *meta;                /* private: (n_meta)                    */
+    int            n_meta;
+    int64_t       *dims;                   /* private: where the next shape goes,  */
+    char          *text, *text_end;        /* and the next string                  */
+    struct dlm__file *file;                /* private: all of it, if opened here   */
+} dlm_safetensors;
 
 /* data (size) is borrowed and must stay until close.  As the format wants, the header
    begins with '{' (spaces may follow it) and the tensors fill the rest without a hole. */
 DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
                                         const void *data, size_t size);
 DLM_API void      dlm_safetensors_close(dlm_safetensors *f);           /* NULL is ok */
-DLM_API int       dlm_safetensors_count(const dlm_safetensors *f);
-DLM_API const dlm_st_tensor *dlm_safetensors_get(const dlm_safetensors *f, int i);
 DLM_API const dlm_st_tensor *dlm_safetensors_find(const dlm_safetensors *f,
                                                   const char *name);   /* or NULL    */
 /* A string of __metadata__, unescaped; NULL when absent. */
@@ -1148,6 +1159,8 @@ DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
 /* As parse, from a file: mapped where the platform can, else read. */
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path);
+/* Weights that are not finite are not saved (DLM_E_INPUT, with tensor and place): the
+   last sound file stays. */
 DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok /* or NULL */);
 DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
@@ -8625,6 +8638,253 @@ static void dlm__json_skip(dlm__json *j, int depth)
     }
 }
 
+/* ==[ files ]=================================================================
+   Whole files.  Reading maps them where that can be.  Writing puts a file beside its
+   target, under a name that nobody else has, and renames it when it is safely there: a
+   reader sees the old file or the new one. */
+
+typedef struct dlm__file { void *data; size_t size; int mapped; } dlm__file;
+
+#ifndef DLM_NO_STDIO
+
+#include <errno.h>
+
+enum { DLM__PATH = 4096 };
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef DLM__MAY_MAP
+#define DLM__MAY_MAP 1              /* the tests ask for what happens without      */
+#endif
+
+/* POSIX hides these under -std=c99, C++ compilers never do. */
+#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
+extern FILE   *fdopen(int fd, const char *mode);
+extern int     fileno(FILE *file);
+extern int     fsync(int fd);
+extern int     fchmod(int fd, mode_t mode);
+extern ssize_t readlink(const char *path, char *out, size_t size);
+#endif
+
+/* The mode of what is at path, -1 where nothing is, -2 when it is no regular file. */
+static int dlm__file_mode(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st) != 0) return -1;
+    return S_ISREG(st.st_mode) ? (int)(st.st_mode & 0777) : -2;
+}
+
+/* Does not block: what would wait for a writer, a FIFO, is not a regular file. */
+static FILE *dlm__open_old(const char *path)
+{
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (fd >= 0 && f == NULL) close(fd);
+    return f;
+}
+
+/* Some network file systems map nothing: then it is read. */
+static void *dlm__map(FILE *f, size_t size)
+{
+    void *at = DLM__MAY_MAP ? mmap(NULL, size, PROT_READ, MAP_PRIVATE, fileno(f), 0)
+                            : MAP_FAILED;
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static void dlm__unmap(void *at, size_t size) { munmap(at, size); }
+
+/* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */
+static int dlm__follow_links(char *path)
+{
+    for (int hops = 0; hops < 40; hops++) {
+        char link[DLM__PATH], *slash = strrchr(path, '/');
+        const ssize_t n = readlink(path, link, sizeof link);
+        char *from = slash && n > 0 && link[0] != '/' ? slash + 1 : path;
+        if (n < 0) return 1;
+        if (n >= DLM__PATH - (from - path)) return 0;
+        memcpy(from, link, (size_t)n);
+        from[n] = '\0';
+    }
+    return 0;
+}
+
+/* A file that was not there before, as private as the one that it shall replace. */
+static FILE *dlm__open_new(const char *path, int mode)
+{
+    const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, mode < 0 ? 0666 : 0600);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (fd >= 0 && mode >= 0) (void)fchmod(fd, (mode_t)mode);   /* not on every disk */
+    if (fd >= 0 && f == NULL) {
+        close(fd);
+        remove(path);
+    }
+    return f;
+}
+
+static int dlm__to_disk(FILE *f) { return fsync(fileno(f)) == 0; }
+
+/* The name is safe once its folder is; some file systems cannot promise it. */
+static int dlm__rename_file(const char *from, char *to)
+{
+    char *slash = strrchr(to, '/');
+    int fd;
+    if (rename(from, to) != 0) return 0;
+    if (slash) slash[slash == to] = '\0';
+    fd = open(slash ? to : ".", O_RDONLY);
+    if (fd >= 0) {
+        (void)fsync(fd);
+        close(fd);
+    }
+    return 1;
+}
+
+#else                               /* no maps and no links                        */
+
+static FILE *dlm__open_old(const char *path) { return fopen(path, "rb"); }
+static void *dlm__map(FILE *f, size_t size) { (void)f; (void)size; return NULL; }
+static void dlm__unmap(void *at, size_t size) { (void)at; (void)size; }
+static int dlm__follow_links(char *path) { (void)path; return 1; }
+
+#if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
+
+#ifdef __cplusplus
+extern "C"
+#endif
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to,
+                                                unsigned long flags);
+
+static int dlm__file_mode(const char *path)
+{
+    struct _stati64 st;
+    if (_stati64(path, &st) != 0) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? 0 : -2;
+}
+
+static FILE *dlm__open_new(const char *path, int mode)
+{
+    const int fd = _open(path, _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY,
+                         _S_IREAD | _S_IWRITE);
+    FILE *f = fd < 0 ? NULL : _fdopen(fd, "wb");
+    (void)mode;
+    if (fd >= 0 && f == NULL) {
+        _close(fd);
+        remove(path);
+    }
+    return f;
+}
+
+static int dlm__to_disk(FILE *f) { return _commit(_fileno(f)) == 0; }
+
+/* rename does not replace here; this does (1), and returns when it is on disk (8). */
+static int dlm__rename_file(const char *from, char *to)
+{
+    return MoveFileExA(from, to, 1 | 8) != 0;
+}
+
+#else                               /* C alone has neither modes nor "only if new" */
+
+static int dlm__file_mode(const char *path) { (void)path; return -1; }
+
+static FILE *dlm__open_new(const char *path, int mode)
+{
+    FILE *f = fopen(path, "rb");
+    (void)mode;
+    if (f == NULL) return fopen(path, "wb");
+    fclose(f);
+    errno = EEXIST;
+    return NULL;
+}
+
+static int dlm__to_disk(FILE *f) { (void)f; return 1; }
+static int dlm__rename_file(const char *from, char *to) { return rename(from, to) == 0; }
+
+#endif
+#endif /* POSIX */
+
+static void dlm__close_file(dlm_ctx *ctx, dlm__file *f)
+{
+    if (f->mapped) dlm__unmap(f->data, f->size);
+    else dlm__release(ctx, f->data);
+    memset(f, 0, sizeof *f);
+}
+
+static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
+{
+    FILE *in = dlm__open_old(path);
+    const int regular = dlm__file_mode(path) != -2;
+    long n = -1;
+    int sound;
+    memset(f, 0, sizeof *f);
+    if (in == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
+    if (regular && fseek(in, 0, SEEK_END) == 0) n = ftell(in);
+    if (n > 0) {
+        f->size = (size_t)n;
+        f->data = dlm__map(in, f->size);
+        f->mapped = f->data != NULL;
+        if (!f->mapped) f->data = dlm__alloc(ctx, f->size);
+    }
+    sound = f->mapped || (f->data && fseek(in, 0, SEEK_SET) == 0
+                          && fread(f->data, 1, f->size, in) == f->size);
+    fclose(in);
+    if (sound) return DLM_OK;
+    dlm__close_file(ctx, f);
+    return !regular ? dlm__fail(ctx, DLM_E_IO, "%s is not a regular file", path)
+        : n == 0 ? dlm__fail(ctx, DLM_E_IO, "%s is empty", path)
+        : dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
+}
+
+/* Lets go of a file that was read, if it could be opened; e, which came of its bytes,
+   then gets the path in front of its sentence. */
+static dlm_error dlm__read_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm_error e)
+{
+    char text[sizeof ctx->error];
+    if (f->data == NULL) return e;
+    dlm__close_file(ctx, f);
+    if (e == DLM_OK) return e;
+    memcpy(text, ctx->error, sizeof text);
+    return dlm__fail(ctx, e, "%.120s: %.130s", path, text);
+}
+
+/* write puts the content into a stream, and says 1 when all of it is there. */
+typedef int (*dlm__write_fn)(FILE *f, const void *content);
+
+static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__write_fn write_to,
+                                 const void *content)
+{
+    char target[DLM__PATH], beside[DLM__PATH + 24];
+    const int mode = dlm__file_mode(path);
+    FILE *f = NULL;
+    int ok;
+    if (mode == -2)
+        return dlm__fail(ctx, DLM_E_IO, "%s is not a regular file: it stays as it is",
+                         path);
+    if (strlen(path) >= sizeof target)
+        return dlm__fail(ctx, DLM_E_IO, "cannot create a file with so long a path");
+    memcpy(target, path, strlen(path) + 1);
+    if (!dlm__follow_links(target))
+        return dlm__fail(ctx, DLM_E_IO, "cannot follow the links of %s", path);
+    for (int i = 0; f == NULL && i < 1000; i++) {
+        snprintf(beside, sizeof beside, "%s.%d.part", target, i);
+        f = dlm__open_new(beside, mode);
+        if (f == NULL && errno != EEXIST) break;
+    }
+    if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot create %s", beside);
+    ok = write_to(f, content) && fflush(f) == 0 && dlm__to_disk(f);
+    ok = fclose(f) == 0 && ok;
+    if (ok && dlm__rename_file(beside, target)) return DLM_OK;
+    remove(beside);
+    return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
+}
+
+#endif /* !DLM_NO_STDIO */
+
 /* ==[ tokenizers ]============================================================
    Text to ids and back.  An id stands for a piece of text, some bytes: any one byte, a
    character of a corpus, or a scored piece of another program.  ids of characters: by
@@ -8811,6 +9071,7 @@ static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
     n = dlm__list_chars(&set, NULL);
     e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n, 4 * (size_t)n);
     if (e == DLM_OK) dlm__list_chars(&set, *out);
+    if (e == DLM_OK) (*out)->text[(*out)->size] = '\0';
     dlm__release(ctx, set.bits);
     return e;
 }
@@ -8957,6 +9218,21 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
     return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
 }
 
+#ifndef DLM_NO_STDIO
+
+DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     dlm_tokenizer_kind kind, const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
+    *out = NULL;
+    if (e == DLM_OK)
+        e = dlm_tokenizer_create(out, ctx, kind, (const char *)file.data, file.size);
+    return dlm__read_file(ctx, path, &file, e);
+}
+
+#endif /* !DLM_NO_STDIO */
+
 DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
 {
     if (t) dlm__release(t->ctx, t);
@@ -9025,24 +9301,6 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
 
 typedef struct dlm__pair { const char *key, *value; } dlm__pair;
 
-/* The bytes of a whole file: mapped, or read into memory from the allocator. */
-typedef struct dlm__file { void *data; size_t size; int mapped; } dlm__file;
-
-struct dlm_safetensors {
-    dlm_ctx       *ctx;
-    int            n, n_meta;
-    dlm_st_tensor *tensors;         /* (n) sorted by name                          */
-    unsigned char *asked;           /* (n) 1: dlm__read_tensor had a use for it    */
-    dlm__pair     *meta;            /* (n_meta)                                    */
-    int64_t       *dims;            /* shapes, one behind the other                */
-    size_t         dims_used;
-    char          *text;            /* strings, unescaped, each with its zero      */
-    size_t         text_used, text_size;
-    const char    *data;            /* after the header                            */
-    size_t         data_size;
-    dlm__file      file;            /* all of it, when it was opened here          */
-};
-
 static const struct { const char *name; size_t size; } dlm__dtypes[DLM_DTYPE_COUNT] = {
     { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
     { "I16", 2 }, { "I8", 1 }, { "U8", 1 }, { "BOOL", 1 }, { "", 0 },
@@ -9056,38 +9314,37 @@ static dlm_error dlm__bad_header(dlm_ctx *ctx, const char *name, const char *wha
 /* The next string, kept.  It is shorter than in the header, where it has quotes. */
 static const char *dlm__st_string(dlm_safetensors *f, dlm__json *j)
 {
-    char *text = f->text + f->text_used;
-    f->text_used += dlm__json_string(j, text, f->text_size - f->text_used) + 1;
+    char *text = f->text;
+    f->text += dlm__json_string(j, text, (size_t)(f->text_end - text)) + 1;
     return text;
 }
 
-static dlm_error dlm__st_dtype(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
+/* Says what is wrong with it, NULL: nothing; as does the next. */
+static const char *dlm__st_dtype(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
 {
     int i = 0;
     t->type = dlm__st_string(f, j);
-    if (j->bad) return dlm__bad_header(f->ctx, t->name, "dtype is not a string");
     while (i < DLM_DTYPE_OTHER && strcmp(t->type, dlm__dtypes[i].name) != 0) i++;
     t->dtype = (dlm_dtype)i;
-    return DLM_OK;
+    return j->bad ? "dtype is not a string" : NULL;
 }
 
-static dlm_error dlm__st_shape(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
+static const char *dlm__st_shape(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *t)
 {
     int count = 0;
     t->count = 1;
-    t->dims = f->dims + f->dims_used;
+    t->dims = f->dims;
     dlm__json_want(j, '[');
     while (dlm__json_next(j, ']', &count)) {
         const uint64_t d = dlm__json_count(j);
         if (j->bad) break;
         if (d > INT64_MAX || (d != 0 && t->count > SIZE_MAX / 16 / d))
-            return dlm__bad_header(f->ctx, t->name, "its shape overflows");
-        f->dims[f->dims_used++] = (int64_t)d;
+            return "its shape overflows";
+        *f->dims++ = (int64_t)d;
         t->n_dims++;
         t->count *= (size_t)d;
     }
-    if (j->bad) return dlm__bad_header(f->ctx, t->name, "shape is not a list of sizes");
-    return DLM_OK;
+    return j->bad ? "shape is not a list of sizes" : NULL;
 }
 
 /* One entry, j behind its key.  begin and end are relative to the data. */
@@ -9097,17 +9354,17 @@ static dlm_error dlm__st_entry(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *
     char key[32];
     uint64_t begin = 1, end = 0;
     int count = 0, seen = 0;
-    dlm_error e = DLM_OK;
+    const char *wrong = NULL;
     dlm__json_want(j, '{');
-    while (e == DLM_OK && dlm__json_key(j, key, sizeof key, &count)) {
+    while (wrong == NULL && dlm__json_key(j, key, sizeof key, &count)) {
         int k = 0;
         while (k < 3 && strcmp(key, keys[k]) != 0) k++;
         if (k < 3 && seen >> k & 1) return dlm__bad_header(f->ctx, key, "there twice");
         seen |= 1 << k;
         if (k == 0) {
-            e = dlm__st_dtype(f, j, t);
+            wrong = dlm__st_dtype(f, j, t);
         } else if (k == 1) {
-            e = dlm__st_shape(f, j, t);
+            wrong = dlm__st_shape(f, j, t);
         } else if (k == 2) {
             dlm__json_want(j, '[');
             begin = dlm__json_count(j);
@@ -9118,13 +9375,13 @@ static dlm_error dlm__st_entry(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *
             dlm__json_skip(j, 0);
         }
     }
-    if (e != DLM_OK) return e;
-    if (j->bad || (seen & 7) != 7)
-        return dlm__bad_header(f->ctx, t->name, "wants dtype, shape and data_offsets");
-    if (begin > end || end > f->data_size)
+    if (wrong == NULL && (j->bad || (seen & 7) != 7))
+        wrong = "wants dtype, shape and data_offsets";
+    if (wrong) return dlm__bad_header(f->ctx, t->name, wrong);
+    if (begin > end || end > f->bytes)
         return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.80s: bytes [%.0f, %.0f) "
                          "of %.0f", t->name, (double)begin, (double)end,
-                         (double)f->data_size);
+                         (double)f->bytes);
     t->bytes = (size_t)(end - begin);
     t->data = f->data + begin;
     if (t->dtype != DLM_DTYPE_OTHER && t->bytes != t->count * dlm__dtypes[t->dtype].size)
@@ -9156,7 +9413,7 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
     j.p = header; j.end = header + size; j.bad = 0;
     dlm__json_want(&j, '{');
     while (e == DLM_OK && dlm__json_next(&j, '}', &count)) {
-        dlm_st_tensor *t = &f->tensors[f->n];
+        dlm_st_tensor *t = &f->tensors[f->count];
         memset(t, 0, sizeof *t);
         t->name = dlm__st_string(f, &j);
         dlm__json_want(&j, ':');
@@ -9166,7 +9423,7 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
                        : dlm__st_metadata(f, &j);
         } else {
             e = dlm__st_entry(f, &j, t);
-            f->n++;
+            f->count++;
         }
     }
     if (e != DLM_OK) return e;
@@ -9194,19 +9451,19 @@ static int dlm__by_place(const void *a, const void *b)
 static dlm_error dlm__st_check_places(dlm_safetensors *f)
 {
     const char *at = f->data;
-    qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_place);
-    for (int i = 0; i < f->n; i++) {
+    qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, dlm__by_place);
+    for (int i = 0; i < f->count; i++) {
         const dlm_st_tensor *t = &f->tensors[i];
         if ((const char *)t->data != at)
             return dlm__bad_header(f->ctx, t->name, (const char *)t->data < at
                                    ? "overlaps another tensor" : "a hole before it");
         at += t->bytes;
     }
-    if (at != f->data + f->data_size)
+    if (at != f->data + f->bytes)
         return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.0f bytes behind the last "
-                         "tensor", (double)(f->data + f->data_size - at));
-    qsort(f->tensors, (size_t)f->n, sizeof *f->tensors, dlm__by_name);
-    for (int i = 1; i < f->n; i++)
+                         "tensor", (double)(f->data + f->bytes - at));
+    qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, dlm__by_name);
+    for (int i = 1; i < f->count; i++)
         if (strcmp(f->tensors[i - 1].name, f->tensors[i].name) == 0)
             return dlm__bad_header(f->ctx, f->tensors[i].name, "there twice");
     return DLM_OK;
@@ -9217,32 +9474,29 @@ static dlm_error dlm__st_check_places(dlm_safetensors *f)
 static dlm_safetensors *dlm__st_new(dlm_ctx *ctx, const char *header, size_t size)
 {
     size_t braces = 0, colons = 0, sizes = 0;
-    dlm_safetensors head, *f = &head;
     dlm__arena arena = { NULL, 0 };
+    dlm_safetensors f, *out;
     for (size_t i = 0; i < size; i++) {
         braces += header[i] == '{';
         colons += header[i] == ':';
         sizes += header[i] == ',' || header[i] == '[';
     }
-    memset(&head, 0, sizeof head);
-    for (int pass = 0; pass < 2; pass++) {
-        dlm__push(&arena, 1, sizeof *f);
-        f->tensors = (dlm_st_tensor *)dlm__push(&arena, braces, sizeof *f->tensors);
-        f->asked = (unsigned char *)dlm__push(&arena, braces, 1);
-        f->meta = (dlm__pair *)dlm__push(&arena, colons, sizeof *f->meta);
-        f->dims = (int64_t *)dlm__push(&arena, sizes, sizeof *f->dims);
-        f->text = (char *)dlm__push(&arena, size + 1, 1);
-        if (pass == 1) break;
-        arena.base = arena.used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, arena.used);
-        if (arena.base == NULL) return NULL;
-        arena.used = 0;
-        f = (dlm_safetensors *)(void *)arena.base;
-        memset(f, 0, sizeof *f);
+    memset(&f, 0, sizeof f);
+    for (;;) {
+        out = (dlm_safetensors *)dlm__push(&arena, 1, sizeof f);
+        f.tensors = (dlm_st_tensor *)dlm__push(&arena, braces, sizeof *f.tensors);
+        f.meta = (dlm__pair *)dlm__push(&arena, colons, sizeof *f.meta);
+        f.dims = (int64_t *)dlm__push(&arena, sizes, sizeof *f.dims);
+        f.text = (char *)dlm__push(&arena, size + 1, 1);
+        f.file = (dlm__file *)dlm__push(&arena, 1, sizeof *f.file);
+        if (arena.base) break;
+        if (!dlm__arena_take(ctx, &arena)) return NULL;
     }
-    memset(f->asked, 0, braces);
-    f->ctx = ctx;
-    f->text_size = size + 1;
-    return f;
+    memset(f.file, 0, sizeof *f.file);
+    f.text_end = f.text + size + 1;
+    f.ctx = ctx;
+    *out = f;
+    return out;
 }
 
 DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
@@ -9258,16 +9512,14 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
                          (double)size);
     memcpy(&header, data, 8);
     if (header > size - 8 || header > 100000000)
-        return dlm__fail(ctx, DLM_E_FORMAT,
-                         "safetensors: header of %.0f bytes in a file of "
-                         "%.0f", (double)header, (double)size);
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: header of %.0f bytes in a file "
+                         "of %.0f", (double)header, (double)size);
     if (header == 0 || *text != '{')
-        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: the header does not begin with "
-                         "'{'");
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: a header must begin with '{'");
     f = dlm__st_new(ctx, text, (size_t)header);
     if (f == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "safetensors: cannot allocate");
     f->data = text + header;
-    f->data_size = size - 8 - (size_t)header;
+    f->bytes = size - 8 - (size_t)header;
     e = dlm__st_walk(f, text, (size_t)header);
     if (e == DLM_OK) e = dlm__st_check_places(f);
     if (e == DLM_OK) *out = f;
@@ -9275,23 +9527,13 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
     return e;
 }
 
-DLM_API int dlm_safetensors_count(const dlm_safetensors *f) { return f->n; }
-
-DLM_API const dlm_st_tensor *dlm_safetensors_get(const dlm_safetensors *f, int i)
-{
-    return i >= 0 && i < f->n ? &f->tensors[i] : NULL;
-}
-
 DLM_API const dlm_st_tensor *dlm_safetensors_find(const dlm_safetensors *f,
                                                   const char *name)
 {
-    int lo = 0, hi = f->n;
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (strcmp(f->tensors[mid].name, name) < 0) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo < f->n && strcmp(f->tensors[lo].name, name) == 0 ? &f->tensors[lo] : NULL;
+    dlm_st_tensor wanted;
+    wanted.name = name;
+    return (const dlm_st_tensor *)bsearch(&wanted, f->tensors, (size_t)f->count,
+                                          sizeof wanted, dlm__by_name);
 }
 
 DLM_API const char *dlm_safetensors_metadata(const dlm_safetensors *f, const char *key)
@@ -9300,6 +9542,31 @@ DLM_API const char *dlm_safetensors_metadata(const dlm_safetensors *f, const cha
         if (strcmp(f->meta[i].key, key) == 0) return f->meta[i].value;
     return NULL;
 }
+
+DLM_API void dlm_safetensors_close(dlm_safetensors *f)
+{
+    if (f == NULL) return;
+#ifndef DLM_NO_STDIO
+    dlm__close_file(f->ctx, f->file);
+#endif
+    dlm__release(f->ctx, f);
+}
+
+#ifndef DLM_NO_STDIO
+
+DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
+                                       const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
+    *out = NULL;
+    if (e == DLM_OK) e = dlm_safetensors_parse(out, ctx, file.data, file.size);
+    if (e != DLM_OK) return dlm__read_file(ctx, path, &file, e);
+    *(*out)->file = file;
+    return DLM_OK;
+}
+
+#endif /* !DLM_NO_STDIO */
 
 /* --[ widening ]--------------------------------------------------------------  */
 
@@ -9380,7 +9647,7 @@ static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
     const dlm_st_tensor *t = dlm_safetensors_find(f, want->name);
     if (t == NULL)
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", want->name);
-    f->asked[t - f->tensors] = 1;
+    f->tensors[t - f->tensors].used = 1;
     if (t->n_dims != n_dims || t->dims[0] != want->rows
         || (n_dims == 2 && t->dims[1] != want->cols))
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s has %d dimensions [%.0f, "
@@ -9394,8 +9661,8 @@ static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
 /* Names the first tensor of the file that the model has no use for. */
 static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f)
 {
-    for (int i = 0; i < f->n; i++)
-        if (!f->asked[i])
+    for (int i = 0; i < f->count; i++)
+        if (!f->tensors[i].used)
             return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.80s is not part of this "
                              "model", f->tensors[i].name);
     return DLM_OK;
@@ -9449,9 +9716,9 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
 {
     dlm_config c;
     dlm_error e = dlm__config_from(&c, ctx, f);
-    if (e == DLM_OK && dlm__count_params(&c) > f->data_size / 2)
+    if (e == DLM_OK && dlm__count_params(&c) > f->bytes / 2)
         e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
-                      (double)dlm__count_params(&c), (double)f->data_size);
+                      (double)dlm__count_params(&c), (double)f->bytes);
     if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
     for (int i = 0; e == DLM_OK && i < dlm_model_tensors(*out); i++) {
         dlm_tensor t;
@@ -9487,41 +9754,50 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
    The flat arrays of a trainer, as they are. */
 
 typedef struct dlm__array {
-    const char *name;
-    float      *data;
-    size_t      count;
-    float       least;              /* no sound value is below                     */
+    char   name[64];
+    float *data;
+    size_t count;
+    int    cols;                    /* more than 1: a matrix                       */
+    float  least;                   /* no sound value is below                     */
 } dlm__array;
 
-static dlm__array dlm__array_of(const char *name, float *data, size_t count, float least)
+/* Array i of a file: a tensor of the model m or, t not NULL, what the state of t consists
+   of; 0: there are no more. */
+static int dlm__array_at(const dlm_model *m, const dlm_trainer *t, int i, dlm__array *a)
 {
-    dlm__array p;
-    p.name = name; p.data = data; p.count = count; p.least = least;
-    return p;
-}
-
-/* out (4); returns how many. */
-static int dlm__trainer_arrays(const dlm_trainer *t, dlm__array *out)
-{
-    const size_t n = t->m->n_params;
-    out[0] = dlm__array_of("weights", t->m->weights, n, -FLT_MAX);
-    out[1] = dlm__array_of("adam.m", t->adam_m, n, -FLT_MAX);
-    out[2] = dlm__array_of("adam.v", t->adam_v, n, 0.0f);   /* a mean of squares   */
-    out[3] = dlm__array_of("ema", t->ema, n, -FLT_MAX);
-    return t->ema ? 4 : 3;
+    static const char *const names[] = { "weights", "adam.m", "adam.v", "ema" };
+    memset(a, 0, sizeof *a);
+    a->least = -FLT_MAX;
+    if (t) {
+        float *const state[] = { m->weights, t->adam_m, t->adam_v, t->ema };
+        if (i >= 4 || state[i] == NULL) return 0;
+        snprintf(a->name, sizeof a->name, "%s", names[i]);
+        a->data = state[i];
+        a->count = m->n_params;
+        if (i == 2) a->least = 0.0f;            /* a mean of squares               */
+    } else {
+        dlm_tensor x;
+        if (i >= dlm_model_tensors(m)) return 0;
+        dlm_model_tensor(m, i, &x);
+        memcpy(a->name, x.name, sizeof a->name);
+        a->data = x.data;
+        a->count = (size_t)x.rows * (size_t)x.cols;
+        a->cols = x.cols;
+    }
+    return 1;
 }
 
 /* data (count), maybe unaligned: finite, and no mean of squares below zero, whose root
    would be NaN in an update that reports finite gradients. */
-static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const dlm__array *p,
-                                  const void *data)
+static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const char *what,
+                                  const dlm__array *a, const void *data)
 {
-    for (size_t i = 0; i < p->count; i++) {
+    for (size_t i = 0; i < a->count; i++) {
         float x;
         memcpy(&x, (const char *)data + i * sizeof x, sizeof x);
-        if (!(x >= p->least && x <= FLT_MAX))
-            return dlm__fail(ctx, code, "training state: %s[%.0f] is %g", p->name,
-                             (double)i, (double)x);
+        if (!(x >= a->least && x <= FLT_MAX))
+            return dlm__fail(ctx, code, "%s: %s[%.0f] is %g", what, a->name, (double)i,
+                             (double)x);
     }
     return DLM_OK;
 }
@@ -9537,8 +9813,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
     const char *kind = dlm__objective_names[t->opt.objective];
     const dlm_st_tensor *from[4];
-    dlm__array to[4];
-    const int n = dlm__trainer_arrays(t, to);
+    dlm__array to;
     dlm_config config;
     int64_t steps;
     dlm_error e = dlm__config_from(&config, ctx, f);
@@ -9547,21 +9822,22 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
                          "config");
     if (step == NULL || objective == NULL || strcmp(objective, kind) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH,
-                         "training state: objective %s, the trainer's "
-                         "is %s", objective ? objective : "missing", kind);
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, the "
+                         "trainer's is %s", objective ? objective : "missing",
+                         kind);
     if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
         return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
                          "0..2^53", step);
-    for (int i = 0; i < n; i++) {
-        from[i] = dlm_safetensors_find(f, to[i].name);
-        if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to[i].count)
+    for (int i = 0; dlm__array_at(t->m, t, i, &to); i++) {
+        from[i] = dlm_safetensors_find(f, to.name);
+        if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to.count)
             return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
-                             "%.0f floats", to[i].name, (double)to[i].count);
-        e = dlm__check_array(ctx, DLM_E_FORMAT, &to[i], from[i]->data);
+                             "%.0f floats", to.name, (double)to.count);
+        e = dlm__check_array(ctx, DLM_E_FORMAT, "training state", &to, from[i]->data);
         if (e != DLM_OK) return e;
     }
-    for (int i = 0; i < n; i++) memcpy(to[i].data, from[i]->data, from[i]->bytes);
+    for (int i = 0; dlm__array_at(t->m, t, i, &to); i++)
+        memcpy(to.data, from[i]->data, from[i]->bytes);
     t->step = steps;
     memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
     return DLM_OK;
@@ -9578,332 +9854,77 @@ DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size
 
 #ifndef DLM_NO_STDIO
 
-/* --[ reading files ]---------------------------------------------------------  */
+/* --[ saving ]----------------------------------------------------------------
+   The header is written twice by the same calls, the first time only to count. */
 
-#include <errno.h>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#ifndef DLM__MAY_MAP
-#define DLM__MAY_MAP 1              /* the tests ask for what happens without      */
-#endif
-
-static int dlm__read_all(int fd, char *out, size_t size)
-{
-    while (size > 0) {
-        const ssize_t n = read(fd, out, size);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return 0;
-        out += n;
-        size -= (size_t)n;
-    }
-    return 1;
-}
-
-/* Some network file systems map nothing: then it is read. */
-static int dlm__take_file(dlm_ctx *ctx, int fd, dlm__file *f)
-{
-    f->data = DLM__MAY_MAP ? mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0)
-        : MAP_FAILED;
-    f->mapped = f->data != MAP_FAILED;
-    if (f->mapped) return 1;
-    f->data = dlm__alloc(ctx, f->size);
-    return f->data && dlm__read_all(fd, (char *)f->data, f->size);
-}
-
-static void dlm__close_file(dlm_ctx *ctx, dlm__file *f)
-{
-    if (f->mapped) munmap(f->data, f->size);
-    else dlm__release(ctx, f->data);
-    memset(f, 0, sizeof *f);
-}
-
-/* Does not block: what would wait for a writer, a FIFO, is not a regular file. */
-static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
-{
-    struct stat st;
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY);
-    dlm_error e = DLM_OK;
-    memset(f, 0, sizeof *f);
-    if (fd < 0) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))
-        e = dlm__fail(ctx, DLM_E_IO, "%s is not a regular file", path);
-    else if (st.st_size <= 0 || (uint64_t)st.st_size > SIZE_MAX / 2)
-        e = dlm__fail(ctx, DLM_E_IO, "%s is %s", path, st.st_size > 0 ? "too large"
-                      : "empty");
-    f->size = e == DLM_OK ? (size_t)st.st_size : 0;
-    if (e == DLM_OK && !dlm__take_file(ctx, fd, f))
-        e = dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
-    if (e != DLM_OK) dlm__close_file(ctx, f);
-    close(fd);
-    return e;
-}
-
-#else
-
-static void dlm__close_file(dlm_ctx *ctx, dlm__file *f)
-{
-    dlm__release(ctx, f->data);
-    memset(f, 0, sizeof *f);
-}
-
-static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
-{
-    FILE *in = fopen(path, "rb");
-    long n = -1;
-    int read = 0;
-    memset(f, 0, sizeof *f);
-    if (in == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot open %s", path);
-    if (fseek(in, 0, SEEK_END) == 0) n = ftell(in);
-    if (n > 0 && fseek(in, 0, SEEK_SET) == 0) f->data = dlm__alloc(ctx, (size_t)n);
-    f->size = n > 0 ? (size_t)n : 0;
-    if (f->data) read = fread(f->data, 1, f->size, in) == f->size;
-    fclose(in);
-    if (read) return DLM_OK;
-    dlm__close_file(ctx, f);
-    return dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
-}
-
-#endif /* POSIX */
-
-/* Puts the path in front of an error's text. */
-static dlm_error dlm__name_path(dlm_ctx *ctx, dlm_error e, const char *path)
-{
-    char text[sizeof ctx->error];
-    if (e == DLM_OK) return e;
-    memcpy(text, ctx->error, sizeof text);
-    return dlm__fail(ctx, e, "%.120s: %.130s", path, text);
-}
-
-DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
-                                       const char *path)
-{
-    dlm__file file;
-    dlm_error e;
-    *out = NULL;
-    e = dlm__open_file(ctx, path, &file);
-    if (e != DLM_OK) return e;
-    e = dlm_safetensors_parse(out, ctx, file.data, file.size);
-    if (e == DLM_OK) (*out)->file = file;
-    else dlm__close_file(ctx, &file);
-    return dlm__name_path(ctx, e, path);
-}
-
-#endif /* !DLM_NO_STDIO */
-
-DLM_API void dlm_safetensors_close(dlm_safetensors *f)
-{
-    if (f == NULL) return;
-#ifndef DLM_NO_STDIO
-    dlm__close_file(f->ctx, &f->file);
-#endif
-    dlm__release(f->ctx, f);
-}
-
-#ifndef DLM_NO_STDIO
-
-/* --[ writing files ]---------------------------------------------------------
-   The header is text built in two passes, counting and writing; the same calls do
-   both.  The file goes beside its target, under a name that nobody else has, and is
-   renamed when it is safely there: a reader sees the old file or the new one. */
-
-enum { DLM__PATH = 4096 };
-
-#if defined(__unix__) || defined(__APPLE__)
-
-/* POSIX hides these under -std=c99, C++ compilers never do. */
-#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
-extern FILE   *fdopen(int fd, const char *mode);
-extern int     fileno(FILE *file);
-extern int     fsync(int fd);
-extern int     fchmod(int fd, mode_t mode);
-extern ssize_t readlink(const char *path, char *out, size_t size);
-#endif
-
-/* The mode of what is at path, -1 where nothing is, -2 when it is no regular file. */
-static int dlm__file_mode(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st) != 0) return -1;
-    return S_ISREG(st.st_mode) ? (int)(st.st_mode & 0777) : -2;
-}
-
-/* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */
-static int dlm__follow_links(char *path)
-{
-    for (int hops = 0; hops < 40; hops++) {
-        char link[DLM__PATH], *slash = strrchr(path, '/');
-        const ssize_t n = readlink(path, link, sizeof link);
-        char *from = slash && n > 0 && link[0] != '/' ? slash + 1 : path;
-        if (n < 0) return 1;
-        if (n >= DLM__PATH - (from - path)) return 0;
-        memcpy(from, link, (size_t)n);
-        from[n] = '\0';
-    }
-    return 0;
-}
-
-/* A file that was not there before; until it is whole a private one stays private. */
-static FILE *dlm__create_file(const char *path, int mode)
-{
-    const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, mode < 0 ? 0666 : 0600);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
-    if (fd >= 0 && f == NULL) {
-        close(fd);
-        remove(path);
-    }
-    return f;
-}
-
-static int dlm__sync_file(FILE *f, int mode)
-{
-    if (mode >= 0) (void)fchmod(fileno(f), (mode_t)mode);   /* not on every disk   */
-    return fflush(f) == 0 && fsync(fileno(f)) == 0;
-}
-
-/* The name is safe once its folder is; some file systems cannot promise it. */
-static int dlm__rename_file(const char *from, char *to)
-{
-    char *slash = strrchr(to, '/');
-    int fd;
-    if (rename(from, to) != 0) return 0;
-    if (slash) slash[slash == to] = '\0';
-    fd = open(slash ? to : ".", O_RDONLY);
-    if (fd >= 0) {
-        (void)fsync(fd);
-        close(fd);
-    }
-    return 1;
-}
-
-#elif defined(_WIN32)
-#include <fcntl.h>
-#include <io.h>
-#include <sys/stat.h>
-
-#ifdef __cplusplus
-extern "C"
-#endif
-__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to,
-                                                unsigned long flags);
-
-static int dlm__file_mode(const char *path)
-{
-    struct _stati64 st;
-    if (_stati64(path, &st) != 0) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? 0 : -2;
-}
-
-static int dlm__follow_links(char *path) { (void)path; return 1; }
-
-static FILE *dlm__create_file(const char *path, int mode)
-{
-    const int fd = _open(path, _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY,
-                         _S_IREAD | _S_IWRITE);
-    FILE *f = fd < 0 ? NULL : _fdopen(fd, "wb");
-    (void)mode;
-    if (fd >= 0 && f == NULL) {
-        _close(fd);
-        remove(path);
-    }
-    return f;
-}
-
-static int dlm__sync_file(FILE *f, int mode)
-{
-    (void)mode;
-    return fflush(f) == 0 && _commit(_fileno(f)) == 0;
-}
-
-/* rename does not replace here; this does (1), and returns when it is on disk (8). */
-static int dlm__rename_file(const char *from, char *to)
-{
-    return MoveFileExA(from, to, 1 | 8) != 0;
-}
-
-#else                               /* C alone has neither modes nor "only if new" */
-
-static int dlm__file_mode(const char *path) { (void)path; return -1; }
-static int dlm__follow_links(char *path) { (void)path; return 1; }
-
-static FILE *dlm__create_file(const char *path, int mode)
-{
-    FILE *f = fopen(path, "rb");
-    (void)mode;
-    if (f == NULL) return fopen(path, "wb");
-    fclose(f);
-    errno = EEXIST;
-    return NULL;
-}
-
-static int dlm__sync_file(FILE *f, int mode) { (void)mode; return fflush(f) == 0; }
-static int dlm__rename_file(const char *from, char *to) { return rename(from, to) == 0; }
-
-#endif
-
-/* Appends text as a JSON string; out NULL counts.  Returns the bytes. */
-static size_t dlm__json_quote(char *out, const char *text)
-{
-    size_t n = 1;
-    char piece[8];
-    if (out) out[0] = '"';
-    for (; *text; text++) {
-        const unsigned char c = (unsigned char)*text;
-        int m = 1;
-        if (c == '"' || c == '\\') m = snprintf(piece, sizeof piece, "\\%c", c);
-        else if (c < 0x20) m = snprintf(piece, sizeof piece, "\\u%04x", (unsigned)c);
-        else piece[0] = *text;
-        if (out) memcpy(out + n, piece, (size_t)m);
-        n += (size_t)m;
-    }
-    if (out) out[n] = '"';
-    return n + 1;
-}
-
-typedef struct dlm__text { char *out; size_t n; } dlm__text;
+typedef struct dlm__text {
+    FILE  *out;                     /* NULL: count                                 */
+    size_t n;
+    int    bad;                     /* 1: the disk is full, or worse               */
+} dlm__text;
 
 static void dlm__put(dlm__text *t, const char *s)
 {
     const size_t n = strlen(s);
-    if (t->out) memcpy(t->out + t->n, s, n);
     t->n += n;
+    if (t->out && fwrite(s, 1, n, t->out) != n) t->bad = 1;
+}
+
+static void dlm__put_quoted(dlm__text *t, const char *s)
+{
+    dlm__put(t, "\"");
+    for (; *s; s++) {
+        char c[8] = { *s };
+        if (*s == '"' || *s == '\\') snprintf(c, sizeof c, "\\%c", *s);
+        else if ((unsigned char)*s < 0x20) snprintf(c, sizeof c, "\\u%04x", (unsigned)*s);
+        dlm__put(t, c);
+    }
+    dlm__put(t, "\"");
 }
 
 static void dlm__put_pair(dlm__text *t, const char *key, const char *value)
 {
     dlm__put(t, ",");
-    t->n += dlm__json_quote(t->out ? t->out + t->n : NULL, key);
+    dlm__put_quoted(t, key);
     dlm__put(t, ":");
-    t->n += dlm__json_quote(t->out ? t->out + t->n : NULL, value);
+    dlm__put_quoted(t, value);
 }
 
-static void dlm__put_tensor(dlm__text *t, const char *name, int rows, int cols,
-                            size_t count, size_t *offset)
+static void dlm__put_array(dlm__text *t, const dlm__array *a, size_t *offset)
 {
-    char line[256];
-    char shape[64];
-    const size_t bytes = count * sizeof(float);
-    if (cols > 1) snprintf(shape, sizeof shape, "%d,%d", rows, cols);
-    else snprintf(shape, sizeof shape, "%.0f", (double)count);
+    char line[256], shape[64];
+    const size_t end = *offset + a->count * sizeof(float);
+    const int n = a->cols > 1 ? a->cols : 1;
+    snprintf(shape, sizeof shape, "%.0f,%d", (double)(a->count / (size_t)n), n);
+    if (n == 1) *strchr(shape, ',') = '\0';
     snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
-             "\"data_offsets\":[%.0f,%.0f]}", name, shape, (double)*offset,
-             (double)(*offset + bytes));
+             "\"data_offsets\":[%.0f,%.0f]}", a->name, shape, (double)*offset,
+             (double)end);
     dlm__put(t, line);
-    *offset += bytes;
+    *offset = end;
 }
 
-/* What a file holds: a model's tensors, or whole arrays. */
+/* The vocabulary as text: the characters, or the file in hexadecimal. */
+static void dlm__put_tokenizer(dlm__text *t, const dlm_tokenizer *tok)
+{
+    static const char *const kinds[] = { "bytes", "chars", "pieces" };
+    dlm__put_pair(t, "dlm.tokenizer", kinds[tok->kind]);
+    if (tok->kind == DLM_TOKENIZER_CHARS) dlm__put_pair(t, "dlm.chars", tok->text);
+    if (tok->kind != DLM_TOKENIZER_PIECES) return;
+    dlm__put(t, ",\"dlm.chars\":\"");
+    for (size_t i = 0; i < tok->size; i++) {
+        char hex[4];
+        snprintf(hex, sizeof hex, "%02x", (unsigned)(unsigned char)tok->text[i]);
+        dlm__put(t, hex);
+    }
+    dlm__put(t, "\"");
+}
+
+/* What a file holds: a model and maybe its tokenizer, or a training state. */
 typedef struct dlm__content {
     const dlm_model     *m;
     const dlm_tokenizer *tok;
-    const dlm_trainer   *t;         /* not NULL: a training state                  */
-    char                *chars;     /* the vocabulary as text                      */
-    dlm__array           pieces[4];
-    int                  n_pieces;
+    const dlm_trainer   *t;
 } dlm__content;
 
 static void dlm__put_config(dlm__text *t, const dlm_config *c)
@@ -9922,163 +9943,84 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
 
 static void dlm__put_header(dlm__text *t, const dlm__content *c)
 {
-    char value[32];
+    char steps[32];
     size_t offset = 0;
-    t->n = 8;
+    dlm__array a;
     dlm__put(t, "{\"__metadata__\":{\"format\":\"pt\"");
     dlm__put_config(t, &c->m->config);
-    if (c->tok) {
-        static const char *const kinds[] = { "bytes", "chars", "pieces" };
-        dlm__put_pair(t, "dlm.tokenizer", kinds[c->tok->kind]);
-    }
-    if (c->chars) dlm__put_pair(t, "dlm.chars", c->chars);
+    if (c->tok) dlm__put_tokenizer(t, c->tok);
     if (c->t) {
-        snprintf(value, sizeof value, "%.0f", (double)c->t->step);
-        dlm__put_pair(t, "dlm.step", value);
+        snprintf(steps, sizeof steps, "%.0f", (double)c->t->step);
+        dlm__put_pair(t, "dlm.step", steps);
         dlm__put_pair(t, "dlm.objective", dlm__objective_names[c->t->opt.objective]);
     }
     dlm__put(t, "}");
-    for (int i = 0; c->t == NULL && i < dlm_model_tensors(c->m); i++) {
-        dlm_tensor x;
-        dlm_model_tensor(c->m, i, &x);
-        dlm__put_tensor(t, x.name, x.rows, x.cols, (size_t)x.rows * (size_t)x.cols,
-                        &offset);
-    }
-    for (int i = 0; c->t && i < c->n_pieces; i++)
-        dlm__put_tensor(t, c->pieces[i].name, 0, 1, c->pieces[i].count, &offset);
+    for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
+        dlm__put_array(t, &a, &offset);
     dlm__put(t, "}");
     while (t->n % 8 != 0) dlm__put(t, " ");
 }
 
-static int dlm__write_all(FILE *f, int mode, const dlm__text *header,
-                          const dlm__content *c)
+static int dlm__write_content(FILE *f, const void *content)
 {
-    const uint64_t length = header->n - 8;
-    memcpy(header->out, &length, 8);
-    if (fwrite(header->out, 1, header->n, f) != header->n) return 0;
-    for (int i = 0; i < c->n_pieces; i++)
-        if (fwrite(c->pieces[i].data, sizeof(float), c->pieces[i].count, f)
-            != c->pieces[i].count) return 0;
-    return dlm__sync_file(f, mode);
-}
-
-static dlm_error dlm__replace_file(dlm_ctx *ctx, const char *path,
-                                   const dlm__text *header, const dlm__content *c)
-{
-    char target[DLM__PATH], beside[DLM__PATH + 24];
-    const int mode = dlm__file_mode(path);
-    FILE *f = NULL;
-    int ok;
-    if (mode == -2)
-        return dlm__fail(ctx, DLM_E_IO, "%s is not a regular file: it stays as it is",
-                         path);
-    if (strlen(path) >= sizeof target)
-        return dlm__fail(ctx, DLM_E_IO, "cannot create a file with so long a path");
-    memcpy(target, path, strlen(path) + 1);
-    if (!dlm__follow_links(target))
-        return dlm__fail(ctx, DLM_E_IO, "cannot follow the links of %s", path);
-    for (int i = 0; f == NULL && i < 1000; i++) {
-        snprintf(beside, sizeof beside, "%s.%d.part", target, i);
-        f = dlm__create_file(beside, mode);
-        if (f == NULL && errno != EEXIST) break;
-    }
-    if (f == NULL) return dlm__fail(ctx, DLM_E_IO, "cannot create %s", beside);
-    ok = dlm__write_all(f, mode, header, c);
-    ok = fclose(f) == 0 && ok;
-    if (ok && dlm__rename_file(beside, target)) return DLM_OK;
-    remove(beside);
-    return dlm__fail(ctx, DLM_E_IO, "cannot write %s; what was there is unchanged", path);
-}
-
-/* A tokenizer's vocabulary as text: its characters, or its file in hexadecimal. */
-static size_t dlm__vocabulary_size(const dlm_tokenizer *tok)
-{
-    if (tok == NULL || tok->kind == DLM_TOKENIZER_BYTES) return 0;
-    return (tok->kind == DLM_TOKENIZER_CHARS ? tok->size : 2 * tok->size) + 1;
-}
-
-static void dlm__write_vocabulary(const dlm_tokenizer *tok, char *out)
-{
-    static const char digits[] = "0123456789abcdef";
-    for (size_t i = 0; i < tok->size; i++) {
-        const unsigned char c = (unsigned char)tok->text[i];
-        if (tok->kind == DLM_TOKENIZER_PIECES) *out++ = digits[c >> 4];
-        *out++ = tok->kind == DLM_TOKENIZER_PIECES ? digits[c & 15] : (char)c;
-    }
-    *out = '\0';
-}
-
-static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__content *c)
-{
-    const size_t chars = dlm__vocabulary_size(c->tok);
-    dlm__text header = { NULL, 0 };
-    dlm_error e;
-    dlm__text counted = { NULL, 0 };
-    c->chars = chars ? (char *)dlm__alloc(ctx, chars) : NULL;
-    if (chars && c->chars == NULL)
-        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
-    if (chars) dlm__write_vocabulary(c->tok, c->chars);
-    dlm__put_header(&counted, c);
-    header.out = (char *)dlm__alloc(ctx, counted.n);
-    if (header.out == NULL) {
-        dlm__release(ctx, c->chars);
-        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate", path);
-    }
+    const dlm__content *c = (const dlm__content *)content;
+    dlm__text header = { NULL, 0, 0 };
+    dlm__array a;
+    uint64_t length;
     dlm__put_header(&header, c);
-    e = dlm__replace_file(ctx, path, &header, c);
-    dlm__release(ctx, header.out);
-    dlm__release(ctx, c->chars);
-    return e;
+    length = header.n;
+    header.out = f;
+    header.n = 0;
+    if (fwrite(&length, sizeof length, 1, f) != 1) return 0;
+    dlm__put_header(&header, c);
+    for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
+        if (fwrite(a.data, sizeof(float), a.count, f) != a.count) return 0;
+    return !header.bad;
+}
+
+/* What loading would refuse is not saved. */
+static dlm_error dlm__save(dlm_ctx *ctx, const char *path, const dlm_model *m,
+                           const dlm_tokenizer *tok, const dlm_trainer *t)
+{
+    const char *what = t ? "training state" : "checkpoint";
+    const dlm__content c = { m, tok, t };
+    dlm__array a;
+    dlm_error e = DLM_OK;
+    for (int i = 0; e == DLM_OK && dlm__array_at(m, t, i, &a); i++)
+        e = dlm__check_array(ctx, DLM_E_INPUT, what, &a, a.data);
+    return e == DLM_OK ? dlm__write_file(ctx, path, dlm__write_content, &c) : e;
 }
 
 DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok)
 {
-    dlm__content c;
     dlm_error e = dlm__want_plain(ctx, "save", m);
     if (e == DLM_OK) e = dlm__check_vocab(ctx, m, tok);
-    if (e != DLM_OK) return e;
-    memset(&c, 0, sizeof c);
-    c.m = m;
-    c.tok = tok;
-    c.pieces[c.n_pieces++] = dlm__array_of("weights", m->weights, m->n_params, -FLT_MAX);
-    return dlm__write_file(ctx, path, &c);
+    return e == DLM_OK ? dlm__save(ctx, path, m, tok, NULL) : e;
 }
 
 DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path)
 {
-    dlm_safetensors *f;
-    dlm_error e;
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
     *out = NULL;
     if (tok) *tok = NULL;
-    e = dlm_safetensors_open(&f, ctx, path);
-    if (e == DLM_OK)
-        e = dlm__name_path(ctx, dlm__load_from(out, tok, ctx, f), path);
-    dlm_safetensors_close(f);
-    return e;
+    if (e == DLM_OK) e = dlm_load_memory(out, tok, ctx, file.data, file.size);
+    return dlm__read_file(ctx, path, &file, e);
 }
 
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
 {
-    dlm__content c;
-    dlm_error e = DLM_OK;
-    memset(&c, 0, sizeof c);
-    c.m = t->m;
-    c.t = t;
-    c.n_pieces = dlm__trainer_arrays(t, c.pieces);
-    for (int i = 0; e == DLM_OK && i < c.n_pieces; i++)
-        e = dlm__check_array(t->w.ctx, DLM_E_INPUT, &c.pieces[i], c.pieces[i].data);
-    return e == DLM_OK ? dlm__write_file(t->w.ctx, path, &c) : e;
+    return dlm__save(t->w.ctx, path, t->m, NULL, t);
 }
 
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
 {
-    dlm_safetensors *f;
-    dlm_error e = dlm_safetensors_open(&f, t->w.ctx, path);
-    if (e == DLM_OK) e = dlm__name_path(t->w.ctx, dlm__trainer_from(t, f), path);
-    dlm_safetensors_close(f);
-    return e;
+    dlm__file file;
+    dlm_error e = dlm__open_file(t->w.ctx, path, &file);
+    if (e == DLM_OK) e = dlm_trainer_load_memory(t, file.data, file.size);
+    return dlm__read_file(t->w.ctx, path, &file, e);
 }
 
 #endif /* !DLM_NO_STDIO */
@@ -10181,23 +10123,8 @@ DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *pa
     dlm__file file;
     dlm_error e = dlm__open_file(ctx, path, &file);
     *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__name_path(ctx, dlm_llama2c_memory(out, ctx, file.data, file.size), path);
-    dlm__close_file(ctx, &file);
-    return e;
-}
-
-DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
-                                     dlm_tokenizer_kind kind, const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(ctx, path, &file);
-    *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm_tokenizer_create(out, ctx, kind, (const char *)file.data, file.size);
-    e = dlm__name_path(ctx, e, path);
-    dlm__close_file(ctx, &file);
-    return e;
+    if (e == DLM_OK) e = dlm_llama2c_memory(out, ctx, file.data, file.size);
+    return dlm__read_file(ctx, path, &file, e);
 }
 
 #endif /* !DLM_NO_STDIO */

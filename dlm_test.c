@@ -6666,8 +6666,8 @@ static dlm_error file_parse(dlm_ctx *ctx, const char *header, const void *payloa
 /* Reads everything an entry promises: with a wrong promise the sanitizers speak. */
 static void file_touch(dlm_ctx *ctx, const dlm_safetensors *s, const test_file *f)
 {
-    for (int i = 0; i < dlm_safetensors_count(s); i++) {
-        const dlm_st_tensor *t = dlm_safetensors_get(s, i);
+    for (int i = 0; i < s->count; i++) {
+        const dlm_st_tensor *t = &s->tensors[i];
         const unsigned char *data = (const unsigned char *)t->data;
         CHECK(t->dtype >= DLM_F32 && t->dtype < DLM_DTYPE_COUNT);
         size_t count = 1;
@@ -6711,7 +6711,7 @@ TEST(safetensors_reads_hand_made_files)
         const dlm_st_tensor *one = dlm_safetensors_find(s, "one");
         const char *k = dlm_safetensors_metadata(s, "k");
         const char *e = dlm_safetensors_metadata(s, "e");
-        CHECK(dlm_safetensors_count(s) == 4);
+        CHECK(s->count == 4);
         CHECK(k && strcmp(k, "x\n\"\xC3\xA9\xF0\x9F\x99\x82") == 0);
         CHECK(e && *e == 0);
         CHECK(dlm_safetensors_metadata(s, "x") == NULL);
@@ -6777,7 +6777,7 @@ TEST(safetensors_widens_every_half_and_bfloat)
                  "\"data_offsets\":[0,131072]}}", bf ? "BF16" : "F16");
         test_file f = file_make(header, strlen(header), payload, 131072);
         CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
-        if (s) CHECK_OK(dlm_safetensors_floats(ctx, dlm_safetensors_get(s, 0), x));
+        if (s) CHECK_OK(dlm_safetensors_floats(ctx, &s->tensors[0], x));
         for (unsigned i = 0; s && i < 65536; i++) {
             LABEL("%s %04x", bf ? "BF16" : "F16", i);
             CHECK(same_float(x[i], bf ? bfloat_value(i) : half_value(i)));
@@ -6993,7 +6993,7 @@ TEST(safetensors_lists_what_only_others_use)
     dlm_safetensors *s = NULL;
     float x[2] = { 1, 1 };
     CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
-    CHECK(s && dlm_safetensors_count(s) == 11);
+    CHECK(s && s->count == 11);
     for (int i = 0; s && i < 9; i++) {
         char name[8];
         snprintf(name, sizeof name, "t%d", i);
@@ -7183,7 +7183,7 @@ TEST(safetensors_parses_a_released_layout)
     CHECK_OK(dlm_safetensors_open(&s, ctx, path));
     if (s) {
         const dlm_st_tensor *t = dlm_safetensors_find(s, "model.embed_tokens.weight");
-        CHECK(dlm_safetensors_count(s) == 25);
+        CHECK(s->count == 25);
         CHECK(t && t->dtype == DLM_BF16 && t->dims[0] == 256 && t->dims[1] == 64);
         float *x = test_floats(256 * 64);
         double sum = 0;
@@ -7239,7 +7239,7 @@ static dlm_config checkpoint_config(int k)
 /* Odd values that a detour over text or arithmetic would lose. */
 static void checkpoint_odd_weights(dlm_model *m)
 {
-    const float odd[6] = { -0.0f, 1e-42f, INFINITY, -INFINITY, NAN, 0.1f };
+    const float odd[6] = { -0.0f, 1e-42f, 3.4028235e38f, -3.4028235e38f, 1e-45f, 0.1f };
     for (size_t i = 0; i < 6; i++) m->weights[i * (m->n_params / 6)] = odd[i];
 }
 
@@ -7276,6 +7276,36 @@ TEST(checkpoint_round_trip_is_bit_exact_with_every_feature)
     }
     remove(path);
     remove(again);
+    test_close(ctx);
+}
+
+TEST(checkpoint_of_numbers_that_are_none_is_not_saved)
+{
+    static const uint32_t bad[3] = { 0x7FC00000u, 0x7F800000u, 0xFF800000u };
+    const char *path = "dlm_test_finite.st";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1);
+    CHECK_OK(dlm_save(ctx, path, m, NULL));
+    test_file f = file_read(path);
+    for (int i = 0; i < 3 * dlm_model_tensors(m); i++) {
+        dlm_tensor t;
+        char place[80];
+        dlm_model_tensor(m, i / 3, &t);
+        const size_t last = (size_t)t.rows * (size_t)t.cols - 1;
+        const float kept = t.data[last];
+        snprintf(place, sizeof place, "%s[%u]", t.name, (unsigned)last);
+        LABEL("%s, %08x", place, (unsigned)bad[i % 3]);
+        memcpy(t.data + last, &bad[i % 3], sizeof kept);
+        CHECK_ERROR(dlm_save(ctx, path, m, NULL), DLM_E_INPUT, ctx, place);
+        t.data[last] = kept;
+        test_file g = file_read(path);
+        CHECK(file_equal(&f, &g));
+        free(g.data);
+    }
+    CHECK_OK(dlm_save(ctx, path, m, NULL));
+    remove(path);
+    free(f.data);
+    dlm_model_free(m);
     test_close(ctx);
 }
 
@@ -7555,13 +7585,13 @@ static test_file checkpoint_edit(dlm_ctx *ctx, const test_file *f, int which, in
     const dlm_st_tensor *gone = NULL;      /* its bytes go with it                 */
     int n = 0;
     CHECK_OK(dlm_safetensors_parse(&s, ctx, f->data, f->size));
-    if (s && edit == EDIT_DROP) gone = dlm_safetensors_get(s, which);
+    if (s && edit == EDIT_DROP) gone = &s->tensors[which];
     const char *meta = strstr(text, "\"__metadata__\"");
     const char *end = meta ? meta : text;
     while (meta && !(end[0] == '"' && end[1] == '}')) end++;
     n += sprintf(h + n, "{%.*s\"}", (int)(end - meta), meta);
-    for (int i = 0; s && i < dlm_safetensors_count(s); i++) {
-        const dlm_st_tensor *t = dlm_safetensors_get(s, i);
+    for (int i = 0; s && i < s->count; i++) {
+        const dlm_st_tensor *t = &s->tensors[i];
         size_t at = (size_t)((const unsigned char *)t->data - payload);
         char name[140], shape[60];
         int hit = i == which;
@@ -7610,10 +7640,10 @@ TEST(checkpoint_mismatch_names_the_tensor)
     CHECK_OK(dlm_safetensors_parse(&s, ctx, f.data, f.size));
     checkpoint_try_edit(ctx, &f, -1, EDIT_NONE, NULL);
     checkpoint_try_edit(ctx, &f, -1, EDIT_EXTRA, "stray.weight");
-    CHECK(s && dlm_safetensors_count(s) > 5);
-    for (int i = 0; s && i < dlm_safetensors_count(s); i++) {
+    CHECK(s && s->count > 5);
+    for (int i = 0; s && i < s->count; i++) {
         char name[140];
-        snprintf(name, sizeof name, "%s", dlm_safetensors_get(s, i)->name);
+        snprintf(name, sizeof name, "%s", s->tensors[i].name);
         checkpoint_try_edit(ctx, &f, i, EDIT_DROP, name);
         checkpoint_try_edit(ctx, &f, i, EDIT_RESHAPE, name);
         name[strlen(name) - 1] = 0;
@@ -11983,6 +12013,7 @@ static const test_case test_cases[] = {
     RUN(safetensors_parses_a_released_layout),
     RUN(safetensors_open_reports_unreadable_files),
     RUN(checkpoint_round_trip_is_bit_exact_with_every_feature),
+    RUN(checkpoint_of_numbers_that_are_none_is_not_saved),
     RUN(numbers_in_files_are_what_the_c_library_would_write_and_read),
     RUN(checkpoint_does_not_depend_on_the_locale),
     RUN(checkpoint_carries_its_tokenizer),
