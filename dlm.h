@@ -1034,10 +1034,6 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
 /* The step at which each token of a sequence was filled in, 0 where it was given.  steps
    (session slots) of which dlm_sampler_length are written. */
 DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
-/* Length cap of rollout `step`: from start to end over `ramp` rollouts, along 1 - cos
-   (kind 0) or linearly (kind 1), in whole blocks of block >= 1, at least one. */
-DLM_API int       dlm_curriculum(int step, int ramp, int start, int end, int kind,
-                                 int block);
 
 /* --[ tokenizers ]------------------------------------------------------------
    Text to ids and back.  After the ordinary tokens come a stop token and, last, the
@@ -7971,15 +7967,6 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
         }
     }
     return DLM_OK;
-}
-
-DLM_API int dlm_curriculum(int step, int ramp, int start, int end, int kind, int block)
-{
-    const double x = ramp > 0 ? fmin(1.0, (double)step / ramp) : 1.0;
-    const double rise = kind == 0 ? 1.0 - cos(1.5707963267948966 * x) : x;
-    const double cap = (double)start + ((double)end - (double)start) * rise;
-    const double most = INT_MAX / block, blocks = rint(cap / block);
-    return (int)fmin(fmax(blocks, 1.0), most) * block;
 }
 
 DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)

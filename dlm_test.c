@@ -10229,25 +10229,6 @@ TEST(mask_may_be_token_0)
     test_close(ctx);
 }
 
-TEST(curriculum_has_the_published_values)
-{
-    static const int want[][2] = { { 1, 100 }, { 10, 148 }, { 20, 292 }, { 30, 524 },
-        { 50, 1244 }, { 70, 2228 }, { 90, 3388 }, { 100, 4000 }, { 101, 4000 },
-        { 9999, 4000 }, { 0, 100 } };
-    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
-        LABEL("step %d", want[i][0]);
-        CHECK_CLOSE(dlm_curriculum(want[i][0], 100, 100, 4000, 0, 4), want[i][1], 0);
-        double x = want[i][0] < 100 ? want[i][0] / 100.0 : 1;
-        CHECK_CLOSE(dlm_curriculum(want[i][0], 100, 100, 4000, 1, 4), 100 + 3900 * x, 2);
-        CHECK(dlm_curriculum(want[i][0], 100, 100, 4000, 1, 7) % 7 == 0);
-    }
-    LABEL("%s", "edges");
-    CHECK(dlm_curriculum(3, 0, 8, 64, 0, 4) == 64);              /* no ramp         */
-    CHECK(dlm_curriculum(0, 10, 1, 64, 0, 8) == 8);              /* a block at least */
-    CHECK(dlm_curriculum(INT_MAX, INT_MAX, INT_MIN, INT_MAX, 1, 4) == INT_MAX - 3);
-    CHECK(dlm_curriculum(INT_MIN, INT_MAX, INT_MAX, INT_MIN, 1, 4) == INT_MAX - 3);
-}
-
 /* ==[ step maps ]=============================================================
    A rollout with everything it showed: canvases around every step, and the logits that
    the constraint hook saw. */
@@ -12071,7 +12052,6 @@ static const test_case test_cases[] = {
     RUN(convert_copies_weights_and_adds_a_mean_embedding),
     RUN(convert_refuses_what_it_cannot_make_by_name),
     RUN(mask_may_be_token_0),
-    RUN(curriculum_has_the_published_values),
     RUN(step_maps_rebuild_every_state_and_the_doubled_row_agrees),
     RUN(last_blocks_are_learned_as_the_sampler_shows_them),
     RUN(step_maps_end_at_the_stop_token),

@@ -498,6 +498,15 @@ static void course_close(course *c)
     dlm_model_free(c->student);
 }
 
+/* The curriculum of OPDLM: the longest text of round `round`, from start to end over
+   `ramp` rounds along 1 - cos, in whole blocks, at least one. */
+static int length_cap(int round, int ramp, int start, int end, int block)
+{
+    const double x = ramp > 0 ? fmin(1.0, (double)round / ramp) : 1.0;
+    const double cap = start + (end - start) * (1.0 - cos(1.5707963267948966 * x));
+    return (int)fmax(rint(cap / block), 1.0) * block;
+}
+
 /* Texts for a round; what writing them costs counts as rollout, whoever writes. */
 static int course_texts(course *c, int round)
 {
@@ -510,8 +519,8 @@ static int course_texts(course *c, int round)
     if (c->a->from == ROLLOUT && !warm) {
         d.gamma = 0.9f, d.temperature = 1.0f, d.block = c->a->block, d.seed = l->seed;
         for (int i = 0; i < c->x.n && l->task == STORIES; i++) {
-            const int cap = dlm_curriculum(round, c->rounds / 5, PROMPT + 16,
-                                           l->p->length, 0, c->a->block);
+            const int cap = length_cap(round, c->rounds / 5, PROMPT + 16, l->p->length,
+                                       c->a->block);
             c->x.length[i] = cap < l->p->length ? cap : l->p->length;
         }
         write_texts(l, c->student, &d, &c->x, first_id, &t);
@@ -1015,6 +1024,14 @@ static void run_seed(const request *q, dlm_ctx *ctx, int task, int seed)
 
 static void check_smoke(void)
 {
+    static const int caps[][2] = {         /* published: 100 to 4000 in 100 rounds */
+        { 0, 100 }, { 1, 100 }, { 10, 148 }, { 20, 292 }, { 30, 524 }, { 50, 1244 },
+        { 70, 2228 }, { 90, 3388 }, { 100, 4000 }, { 101, 4000 }, { 9999, 4000 }
+    };
+    for (size_t i = 0; i < sizeof caps / sizeof *caps; i++)
+        check(length_cap(caps[i][0], 100, 100, 4000, 4) == caps[i][1], "the curriculum");
+    check(length_cap(0, 10, 1, 64, 8) == 8, "a block at least");
+    check(length_cap(3, 0, 8, 64, 4) == 64, "no ramp");
     for (int task = 0; task < TASKS; task++) {
         const run *r = find_run(task, 1, arm_index("opdlm"));
         const run *teacher = find_run(task, 1, ARMS);
