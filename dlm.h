@@ -8511,27 +8511,17 @@ static uint64_t dlm__json_count(dlm__json *j)
    writes them exactly, but with the point of the locale, which may be a comma, and may
    be several bytes; and it takes " +1", "0x10" and "nan", which JSON has not. */
 
-static int dlm__digits(const char **p, const char *end)
-{
-    const char *first = *p;
-    while (*p < end && **p >= '0' && **p <= '9') (*p)++;
-    return *p > first;
-}
-
 /* Where the JSON number that begins at p ends; NULL: there is none. */
 static const char *dlm__number_end(const char *p, const char *end)
 {
-    const char *first = p + (p < end && *p == '-');
-    p = first;
-    if (!dlm__digits(&p, end) || (*first == '0' && p > first + 1)) return NULL;
-    if (p < end && *p == '.') {
-        p++;
-        if (!dlm__digits(&p, end)) return NULL;
-    }
-    if (p < end && (*p == 'e' || *p == 'E')) {
-        p++;
-        if (p < end && (*p == '+' || *p == '-')) p++;
-        if (!dlm__digits(&p, end)) return NULL;
+    static const char *const signs[] = { "-", ".", "eE" };
+    for (int part = 0; part < 3; part++) {      /* whole, fraction, power of ten   */
+        const int there = p < end && *p && strchr(signs[part], *p);
+        const char *first = p + there;
+        if (part > 0 && !there) continue;
+        if (part == 2 && first < end && (*first == '+' || *first == '-')) first++;
+        for (p = first; p < end && *p >= '0' && *p <= '9';) p++;
+        if (p == first || (part == 0 && *first == '0' && p > first + 1)) return NULL;
     }
     return p;
 }
@@ -8587,8 +8577,6 @@ DLM__MAYBE_UNUSED static void dlm__float_text(char out[DLM__NUMBER], float x)
     e = strchr(out, 'e');                       /* some write e-007: two will do   */
     if (e && e[2] == '0' && e[4]) memmove(e + 2, e + 3, strlen(e + 3) + 1);
 }
-
-static void dlm__json_skip(dlm__json *j, int depth);
 
 /* Walks on inside a list: 1 when another item follows, 0 after `close`. */
 static int dlm__json_next(dlm__json *j, char close, int *count)
@@ -8952,52 +8940,44 @@ static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
 }
 
 /* --[ characters ]------------------------------------------------------------
-   Code points in pages of 256; only pages with a character in them get their bits. */
+   Code points by windows of 2^15, of which most texts have one or two; which they are is
+   known from a first look. */
 
-enum { DLM__PAGES = 0x110000 / 256, DLM__PAGE_BYTES = 256 / 8 };
+enum { DLM__WINDOW = 1 << 15 };
 
-typedef struct dlm__char_set {
-    uint16_t       page[DLM__PAGES];        /* 0: no character; else which, from 1 */
-    unsigned char *bits;                    /* NULL: only mark the pages           */
-} dlm__char_set;
-
-/* Where the bit of c is, whose page has bits. */
-static unsigned char *dlm__char_byte(const dlm__char_set *set, uint32_t c)
-{
-    return set->bits + (set->page[c / 256] - 1) * DLM__PAGE_BYTES + c % 256 / 8;
-}
-
-static dlm_error dlm__collect_chars(dlm_ctx *ctx, dlm__char_set *set, const char *text,
-                                    size_t size)
+static dlm_error dlm__check_corpus(dlm_ctx *ctx, const char *text, size_t size,
+                                   uint64_t *windows)
 {
     for (size_t i = 0; i < size;) {
         uint32_t c;
         if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
             return dlm__fail(ctx, DLM_E_INPUT, "text: malformed UTF-8, or a zero, at "
                              "byte %.0f: not a text to take characters from", (double)i);
-        if (set->bits) {
-            unsigned char *byte = dlm__char_byte(set, c);
-            *byte = (unsigned char)(*byte | 1 << c % 8);
-        } else {
-            set->page[c / 256] = 1;
-        }
+        *windows |= (uint64_t)1 << c / DLM__WINDOW;
     }
     return DLM_OK;
 }
 
-/* The characters, ascending, become the pieces of t; NULL counts. */
-static int dlm__list_chars(const dlm__char_set *set, dlm_tokenizer *t)
+/* The characters of a sound text, ascending, become the pieces of t; NULL counts. */
+static int dlm__list_chars(const char *text, size_t size, uint64_t windows,
+                           dlm_tokenizer *t)
 {
     int n = 0;
-    for (uint32_t c = 0; c < 0x110000; c++) {
-        if (set->page[c / 256] == 0) {
-            c |= 255;               /* on to the next page                         */
-        } else if (*dlm__char_byte(set, c) >> c % 8 & 1) {
-            char *text = t ? t->text + t->size : NULL;
+    for (uint32_t first = 0; windows; first += DLM__WINDOW, windows >>= 1) {
+        unsigned char there[DLM__WINDOW / 8] = { 0 };
+        for (size_t i = 0; windows & 1 && i < size;) {
+            uint32_t c;
+            dlm__utf8_get(text, size, &i, &c);
+            c -= first;                         /* wraps below the window          */
+            if (c < DLM__WINDOW) there[c / 8] |= (unsigned char)(1 << c % 8);
+        }
+        for (uint32_t c = 0; windows & 1 && c < DLM__WINDOW; c++) {
+            char *to = t ? t->text + t->size : NULL;
+            if (!(there[c / 8] >> c % 8 & 1)) continue;
             n++;
             if (t == NULL) continue;
-            t->size += dlm__utf8_put(text, c);
-            dlm__add_piece(t, text, (size_t)(t->text + t->size - text), 0.0f);
+            t->size += dlm__utf8_put(to, first + c);
+            dlm__add_piece(t, to, (size_t)(t->text + t->size - to), 0.0f);
         }
     }
     return n;
@@ -9020,47 +9000,35 @@ static int dlm__json_find(dlm__json *j, const char *key)
    "vocab" (tokenizer.json), or one of nothing but the ids 0, 1, 2, ... (vocab.json). */
 static int dlm__is_vocabulary(const char *text, size_t size)
 {
-    dlm__json j;
+    dlm__json j = { text, text + size, 0 }, again = j;
     int count = 0;
     uint64_t ids = 0;
-    j.p = text; j.end = text + size; j.bad = 0;
     if (dlm__json_find(&j, "model") && dlm__json_find(&j, "vocab")) return 1;
-    j.p = text; j.bad = 0;
-    dlm__json_want(&j, '{');
-    while (dlm__json_key(&j, NULL, 0, &count))
-        if (dlm__json_count(&j) != ids++) return 0;
-    return !j.bad && ids >= 256;    /* fewer may be a text                         */
+    dlm__json_want(&again, '{');
+    while (dlm__json_key(&again, NULL, 0, &count))
+        if (dlm__json_count(&again) != ids++) return 0;
+    return !again.bad && ids >= 256;            /* fewer may be a text             */
 }
 
 static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
                                       const char *text, size_t size)
 {
-    dlm__char_set set;
-    size_t bytes = 0;
+    uint64_t windows = 0;
     int n;
     dlm_error e;
     if (dlm__is_vocabulary(text, size))
         return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a text to "
                          "take characters from");
-    memset(&set, 0, sizeof set);
-    e = dlm__collect_chars(ctx, &set, text, size);
+    e = dlm__check_corpus(ctx, text, size, &windows);
     if (e != DLM_OK) return e;
     if (size == 0)
         return dlm__fail(ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
-    for (int i = 0; i < DLM__PAGES; i++)
-        if (set.page[i]) set.page[i] = (uint16_t)(++bytes);
-    bytes *= DLM__PAGE_BYTES;
-    set.bits = (unsigned char *)dlm__alloc(ctx, bytes);
-    if (set.bits == NULL)
-        return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-    memset(set.bits, 0, bytes);
-    dlm__collect_chars(ctx, &set, text, size);
-    n = dlm__list_chars(&set, NULL);
+    n = dlm__list_chars(text, size, windows, NULL);
     e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n, 4 * (size_t)n);
-    if (e == DLM_OK) dlm__list_chars(&set, *out);
-    if (e == DLM_OK) (*out)->text[(*out)->size] = '\0';
-    dlm__release(ctx, set.bits);
-    return e;
+    if (e != DLM_OK) return e;
+    dlm__list_chars(text, size, windows, *out);
+    (*out)->text[(*out)->size] = '\0';
+    return DLM_OK;
 }
 
 /* --[ pieces ]----------------------------------------------------------------
@@ -9394,10 +9362,9 @@ static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j)
 
 static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t size)
 {
-    dlm__json j;
+    dlm__json j = { header, header + size, 0 };
     int count = 0, meta = 0;
     dlm_error e = DLM_OK;
-    j.p = header; j.end = header + size; j.bad = 0;
     dlm__json_want(&j, '{');
     while (e == DLM_OK && dlm__json_next(&j, '}', &count)) {
         dlm_st_tensor *t = &f->tensors[f->count];

@@ -6626,7 +6626,7 @@ TEST(tokenizer_chars_take_memory_by_their_number)
         if (c < 0xD800 || c > 0xDFFF) end += dlm__utf8_put(end, c);
     before = asked;
     CHECK_OK(tokenizer_try(ctx, text, (size_t)(end - text)));
-    CHECK(asked - before < 20000);
+    CHECK(asked - before < 10000);
     dlm_shutdown(ctx);
 }
 
