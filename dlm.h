@@ -59,7 +59,7 @@
        json files                  a reader; whole files, written or left alone
        tokenizers                  bytes, characters, scored pieces
        safetensors checkpoints     models and training states on disk
-       llama2c                     models of another program
+       llama2c loading             models of another program; all that from files
        gradcheck                   finite differences
        history license
 
@@ -8817,7 +8817,7 @@ static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
 
 /* Lets go of a file that was read, if it could be opened; e, which came of its bytes,
    then gets the path in front of its sentence. */
-static dlm_error dlm__read_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm_error e)
+static dlm_error dlm__end_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm_error e)
 {
     char text[sizeof ctx->error];
     if (f->data == NULL) return e;
@@ -9173,21 +9173,6 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
     return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
 }
 
-#ifndef DLM_NO_STDIO
-
-DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
-                                     dlm_tokenizer_kind kind, const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(ctx, path, &file);
-    *out = NULL;
-    if (e == DLM_OK)
-        e = dlm_tokenizer_create(out, ctx, kind, (const char *)file.data, file.size);
-    return dlm__read_file(ctx, path, &file, e);
-}
-
-#endif /* !DLM_NO_STDIO */
-
 DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
 {
     if (t) dlm__release(t->ctx, t);
@@ -9248,10 +9233,8 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
    Everything in the header is hostile until checked: sizes with overflow, no name twice,
    and tensors that lie one behind the other and fill the data, as the format wants. */
 
-#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 #error "dlm.h reads and writes little-endian files on little-endian machines only"
-#endif
 #endif
 
 typedef struct dlm__pair { const char *key, *value; } dlm__pair;
@@ -9506,22 +9489,6 @@ DLM_API void dlm_safetensors_close(dlm_safetensors *f)
     dlm__release(f->ctx, f);
 }
 
-#ifndef DLM_NO_STDIO
-
-DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
-                                       const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(ctx, path, &file);
-    *out = NULL;
-    if (e == DLM_OK) e = dlm_safetensors_parse(out, ctx, file.data, file.size);
-    if (e != DLM_OK) return dlm__read_file(ctx, path, &file, e);
-    *(*out)->file = file;
-    return DLM_OK;
-}
-
-#endif /* !DLM_NO_STDIO */
-
 /* --[ widening ]--------------------------------------------------------------  */
 
 static float dlm__bits_to_float(uint32_t bits)
@@ -9612,16 +9579,6 @@ static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
     return dlm_safetensors_floats(ctx, t, want->data);
 }
 
-/* Names the first tensor of the file that the model has no use for. */
-static dlm_error dlm__extra_tensor(dlm_ctx *ctx, const dlm_safetensors *f)
-{
-    for (int i = 0; i < f->count; i++)
-        if (!f->tensors[i].used)
-            return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.80s is not part of this "
-                             "model", f->tensors[i].name);
-    return DLM_OK;
-}
-
 /* A file of pieces travels as hexadecimal digits. */
 static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const char *hex)
 {
@@ -9665,11 +9622,15 @@ static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
                      tok->vocab, m->config.vocab);
 }
 
-static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
-                                dlm_safetensors *f)
+DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                  const void *data, size_t size)
 {
+    dlm_safetensors *f;
     dlm_config c;
-    dlm_error e = dlm__config_from(&c, ctx, f);
+    dlm_error e = dlm_safetensors_parse(&f, ctx, data, size);
+    *out = NULL;
+    if (tok) *tok = NULL;
+    if (e == DLM_OK) e = dlm__config_from(&c, ctx, f);
     if (e == DLM_OK && dlm__count_params(&c) > f->bytes / 2)
         e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
                       (double)dlm__count_params(&c), (double)f->bytes);
@@ -9679,28 +9640,18 @@ static dlm_error dlm__load_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *c
         dlm_model_tensor(*out, i, &t);
         e = dlm__read_tensor(ctx, f, &t);
     }
-    if (e == DLM_OK) e = dlm__extra_tensor(ctx, f);
+    for (int i = 0; e == DLM_OK && i < f->count; i++)
+        if (!f->tensors[i].used)
+            e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.80s is not part of this "
+                          "model", f->tensors[i].name);
     if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
     if (e == DLM_OK && tok) e = dlm__check_vocab(ctx, *out, *tok);
-    if (e != DLM_OK) {
-        dlm_model_free(*out);
-        *out = NULL;
-        if (tok) dlm_tokenizer_free(*tok);
-        if (tok) *tok = NULL;
-    }
-    return e;
-}
-
-DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
-                                  const void *data, size_t size)
-{
-    dlm_safetensors *f;
-    dlm_error e;
-    *out = NULL;
-    if (tok) *tok = NULL;
-    e = dlm_safetensors_parse(&f, ctx, data, size);
-    if (e == DLM_OK) e = dlm__load_from(out, tok, ctx, f);
     dlm_safetensors_close(f);
+    if (e == DLM_OK) return DLM_OK;
+    dlm_model_free(*out);
+    *out = NULL;
+    if (tok) dlm_tokenizer_free(*tok);
+    if (tok) *tok = NULL;
     return e;
 }
 
@@ -9711,7 +9662,7 @@ typedef struct dlm__array {
     char   name[64];
     float *data;
     size_t count;
-    int    cols;                    /* more than 1: a matrix                       */
+    int    rows, cols;              /* of a matrix; else cols is at most 1         */
     float  least;                   /* no sound value is below                     */
 } dlm__array;
 
@@ -9736,6 +9687,7 @@ static int dlm__array_at(const dlm_model *m, const dlm_trainer *t, int i, dlm__a
         memcpy(a->name, x.name, sizeof a->name);
         a->data = x.data;
         a->count = (size_t)x.rows * (size_t)x.cols;
+        a->rows = x.rows;
         a->cols = x.cols;
     }
     return 1;
@@ -9755,9 +9707,6 @@ static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const char *what
     }
     return DLM_OK;
 }
-
-/* Up to here a double, in which steps are written and reckoned with, is exact. */
-#define DLM__STEPS_MOST ((int64_t)1 << 53)
 
 /* Checks everything before anything is copied. */
 static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
@@ -9779,7 +9728,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, the "
                          "trainer's is %s", objective ? objective : "missing",
                          kind);
-    if (!dlm__int_from(step, 0, DLM__STEPS_MOST, &steps))
+    if (!dlm__int_from(step, 0, (int64_t)1 << 53, &steps))  /* exact in a double   */
         return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
                          "0..2^53", step);
     for (int i = 0; dlm__array_at(t->m, t, i, &to); i++) {
@@ -9848,9 +9797,8 @@ static void dlm__put_array(dlm__text *t, const dlm__array *a, size_t *offset)
 {
     char line[256], shape[64];
     const size_t end = *offset + a->count * sizeof(float);
-    const int n = a->cols > 1 ? a->cols : 1;
-    snprintf(shape, sizeof shape, "%.0f,%d", (double)(a->count / (size_t)n), n);
-    if (n == 1) *strchr(shape, ',') = '\0';
+    if (a->cols > 1) snprintf(shape, sizeof shape, "%d,%d", a->rows, a->cols);
+    else snprintf(shape, sizeof shape, "%.0f", (double)a->count);
     snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
              "\"data_offsets\":[%.0f,%.0f]}", a->name, shape, (double)*offset,
              (double)end);
@@ -9953,28 +9901,9 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
     return e == DLM_OK ? dlm__save(ctx, path, m, tok, NULL) : e;
 }
 
-DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
-                           const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(ctx, path, &file);
-    *out = NULL;
-    if (tok) *tok = NULL;
-    if (e == DLM_OK) e = dlm_load_memory(out, tok, ctx, file.data, file.size);
-    return dlm__read_file(ctx, path, &file, e);
-}
-
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
 {
     return dlm__save(t->w.ctx, path, t->m, NULL, t);
-}
-
-DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(t->w.ctx, path, &file);
-    if (e == DLM_OK) e = dlm_trainer_load_memory(t, file.data, file.size);
-    return dlm__read_file(t->w.ctx, path, &file, e);
 }
 
 #endif /* !DLM_NO_STDIO */
@@ -9983,61 +9912,46 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
    llama2.c's .bin: seven i32 {dim, hidden, layers, heads, kv_heads, vocab, seq}, vocab
    negative when the head is its own; then f32 tensors, each for all layers. */
 
-typedef struct dlm__llama { const char *at, *end; int short_; } dlm__llama;
-
-/* The next rows*cols floats; with D > 0 rotary pairs (2j, 2j+1) of every head of D rows
-   go to (j, j + D/2). */
-static void dlm__llama_take(dlm__llama *f, float *out, int rows, int cols, int D)
+/* The next rows*cols floats at *from; with D > 0 rotary pairs (2j, 2j+1) of every head
+   of D rows go to (j, j + D/2). */
+static void dlm__llama_take(const char **from, const dlm_tensor *t, int D)
 {
-    const size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
-    if (f->short_ || (size_t)(f->end - f->at) < bytes) {
-        f->short_ = 1;
-        return;
-    }
-    for (int r = 0; out && r < rows; r++) {
+    const size_t bytes = (size_t)t->cols * sizeof(float);
+    for (int r = 0; r < t->rows; r++, *from += bytes) {
         const int in_head = D ? r % D : 0;
         const int to = D ? r - in_head + in_head / 2 + in_head % 2 * (D / 2) : r;
-        memcpy(out + (size_t)to * (size_t)cols, f->at + (size_t)r * (size_t)cols
-               * sizeof(float), (size_t)cols * sizeof(float));
+        memcpy(t->data + (size_t)to * (size_t)t->cols, *from, bytes);
     }
-    f->at += bytes;
 }
 
-static void dlm__llama_weights(dlm__llama *f, dlm_model *m)
+/* from: what follows the header, as long as it must be. */
+static void dlm__llama_weights(const char *from, dlm_model *m)
 {
-    /* in the file's order: place in dlm__layer, rotary */
-    static const struct { size_t offset; int turned; } list[] = {
-        { offsetof(dlm__layer, norm1), 0 }, { offsetof(dlm__layer, wq), 1 },
-        { offsetof(dlm__layer, wk), 1 },    { offsetof(dlm__layer, wv), 0 },
-        { offsetof(dlm__layer, wo), 0 },    { offsetof(dlm__layer, norm2), 0 },
-        { offsetof(dlm__layer, wgate), 0 }, { offsetof(dlm__layer, wdown), 0 },
-        { offsetof(dlm__layer, wup), 0 },
+    static const char *const order[] = {        /* of the file; * : turned, - : angles */
+        "embed_tokens", "input_layernorm", "*q_proj", "*k_proj", "v_proj", "o_proj",
+        "post_attention_layernorm", "gate_proj", "down_proj", "up_proj", "model.norm",
+        "-", "lm_head"
     };
     const dlm_config *c = &m->config;
-    const dlm__globals g = dlm__globals_at(c, m->weights);
-    dlm__llama_take(f, g.tok_emb, c->vocab, c->dim, 0);
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++)
-        for (int l = 0; l < c->layers; l++) {
-            dlm__layer p = dlm__layer_at(c, m->weights, l);
-            for (int k = 0; k < DLM__N_LAYER; k++) {
-                const dlm__param *x = &dlm__layer_params[k];
-                if (x->offset != list[i].offset) continue;
-                dlm__llama_take(f, *(float **)(void *)((char *)&p + x->offset),
-                                dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols),
-                                list[i].turned ? c->head_dim : 0);
-            }
+    for (size_t k = 0; k < sizeof order / sizeof *order; k++) {
+        const int turned = order[k][0] == '*';
+        for (int i = 0; i < dlm_model_tensors(m); i++) {
+            dlm_tensor t;
+            dlm_model_tensor(m, i, &t);
+            if (strstr(t.name, order[k] + turned))
+                dlm__llama_take(&from, &t, turned ? c->head_dim : 0);
         }
-    dlm__llama_take(f, g.norm_out, c->dim, 1, 0);
-    dlm__llama_take(f, NULL, c->max_seq, c->head_dim, 0);       /* tables of angles */
-    if (c->untied_head) dlm__llama_take(f, g.head, c->vocab, c->dim, 0);
+        if (order[k][0] == '-')
+            from += (size_t)(c->max_seq * c->head_dim) * sizeof(float);
+    }
 }
 
 DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *data,
                                      size_t size)
 {
     int32_t h[7];
+    double wanted;
     dlm_config c;
-    dlm__llama f;
     dlm_error e;
     *out = NULL;
     if (size < sizeof h)
@@ -10054,23 +9968,63 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
     c.no_qk_norm = 1;
     c.norm_eps = 1e-5f;
     e = dlm_config_resolve(ctx, &c);
-    if (e == DLM_OK && dlm__count_params(&c) > size / sizeof(float))
-        e = dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f parameters in %.0f bytes",
-                      (double)dlm__count_params(&c), (double)size);
-    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
     if (e != DLM_OK) return e;
-    f.at = (const char *)data + sizeof h;
-    f.end = (const char *)data + size;
-    f.short_ = 0;
-    dlm__llama_weights(&f, *out);
-    if (!f.short_ && f.at == f.end) return DLM_OK;
-    dlm_model_free(*out);
-    *out = NULL;
-    return dlm__fail(ctx, DLM_E_FORMAT,
-                     "llama2.c model: its size does not fit its header");
+    wanted = sizeof h + 4.0 * ((double)dlm__count_params(&c)    /* exact, and no    */
+                               + (double)(c.max_seq * c.head_dim));   /* overflow    */
+    if ((double)size != wanted)
+        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f bytes, its header asks "
+                         "for %.0f", (double)size, wanted);
+    e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
+    if (e == DLM_OK) dlm__llama_weights((const char *)data + sizeof h, *out);
+    return e;
 }
 
+/* ==[ loading ]===============================================================
+   Whatever is read from memory is read from files, too. */
+
 #ifndef DLM_NO_STDIO
+
+DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     dlm_tokenizer_kind kind, const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
+    *out = NULL;
+    if (e == DLM_OK)
+        e = dlm_tokenizer_create(out, ctx, kind, (const char *)file.data, file.size);
+    return dlm__end_file(ctx, path, &file, e);
+}
+
+DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
+                                       const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
+    *out = NULL;
+    if (e == DLM_OK) e = dlm_safetensors_parse(out, ctx, file.data, file.size);
+    if (e != DLM_OK) return dlm__end_file(ctx, path, &file, e);
+    *(*out)->file = file;
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                           const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(ctx, path, &file);
+    *out = NULL;
+    if (tok) *tok = NULL;
+    if (e == DLM_OK) e = dlm_load_memory(out, tok, ctx, file.data, file.size);
+    return dlm__end_file(ctx, path, &file, e);
+}
+
+DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
+{
+    dlm__file file;
+    dlm_error e = dlm__open_file(t->w.ctx, path, &file);
+    if (e == DLM_OK) e = dlm_trainer_load_memory(t, file.data, file.size);
+    return dlm__end_file(t->w.ctx, path, &file, e);
+}
 
 DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path)
 {
@@ -10078,7 +10032,7 @@ DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *pa
     dlm_error e = dlm__open_file(ctx, path, &file);
     *out = NULL;
     if (e == DLM_OK) e = dlm_llama2c_memory(out, ctx, file.data, file.size);
-    return dlm__read_file(ctx, path, &file, e);
+    return dlm__end_file(ctx, path, &file, e);
 }
 
 #endif /* !DLM_NO_STDIO */
