@@ -8428,22 +8428,25 @@ static size_t dlm__utf8_put(char *out, uint32_t c)
     return more + 1;
 }
 
-/* The value of a hexadecimal digit, -1 when it is none. */
-static int dlm__hex_digit(char c)
+/* The value of the n hexadecimal digits at p, -1 when one of them is none. */
+static int dlm__hex(const char *p, int n)
 {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
-        : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    static const char digits[] = "0123456789abcdefABCDEF";
+    int v = 0;
+    for (int i = 0; i < n; i++) {
+        const char *at = p[i] ? strchr(digits, p[i]) : NULL;
+        if (at == NULL) return -1;
+        v = 16 * v + (int)(at - digits) - (at - digits > 15 ? 6 : 0);
+    }
+    return v;
 }
 
 static uint32_t dlm__json_hex4(dlm__json *j)
 {
-    uint32_t v = 0;
-    for (int i = 0; i < 4; i++) {
-        const int digit = dlm__hex_digit(j->p < j->end ? *j->p++ : '\0');
-        if (digit < 0) j->bad = 1;
-        v = v << 4 | (uint32_t)(digit & 15);
-    }
-    return v;
+    const int v = j->end - j->p < 4 ? -1 : dlm__hex(j->p, 4);
+    j->bad |= v < 0;
+    if (v >= 0) j->p += 4;
+    return (uint32_t)v & 0xFFFF;
 }
 
 /* The escape after a backslash; surrogate pairs become one code point. */
@@ -8452,19 +8455,17 @@ static uint32_t dlm__json_escape(dlm__json *j)
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     const char c = j->p < j->end ? *j->p++ : '\0';
     const char *at = c ? strchr(from, c) : NULL;
-    uint32_t high, low;
+    uint32_t high = 0, low;
     if (at) return (uint32_t)to[at - from];
-    if (c != 'u') { j->bad = 1; return 0; }
-    high = dlm__json_hex4(j);
-    if (high < 0xD800 || high > 0xDFFF) return high;
-    if (high > 0xDBFF || j->end - j->p < 2 || j->p[0] != '\\' || j->p[1] != 'u') {
-        j->bad = 1;
-        return 0;
+    if (c == 'u') high = dlm__json_hex4(j);
+    else j->bad = 1;
+    if (high >> 10 == 0x36 && j->end - j->p > 1 && j->p[0] == '\\' && j->p[1] == 'u') {
+        j->p += 2;
+        low = dlm__json_hex4(j);
+        if (low >> 10 == 0x37) return 0x10000 + ((high & 0x3FF) << 10 | (low & 0x3FF));
     }
-    j->p += 2;
-    low = dlm__json_hex4(j);
-    if (low < 0xDC00 || low > 0xDFFF) { j->bad = 1; return 0; }
-    return 0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00);
+    if (high >> 11 == 0x1B) j->bad = 1;         /* half a pair                     */
+    return high;
 }
 
 /* A string, unescaped and zero-terminated into out (size); what does not fit is a
@@ -8675,16 +8676,16 @@ static void dlm__unmap(void *at, size_t size) { munmap(at, size); }
 /* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */
 static int dlm__follow_links(char *path)
 {
-    for (int hops = 0; hops < 40; hops++) {
-        char link[DLM__PATH], *slash = strrchr(path, '/');
-        const ssize_t n = readlink(path, link, sizeof link);
-        char *from = slash && n > 0 && link[0] != '/' ? slash + 1 : path;
-        if (n < 0) return 1;
-        if (n >= DLM__PATH - (from - path)) return 0;
+    char link[DLM__PATH];
+    ssize_t n;
+    for (int hops = 0; (n = readlink(path, link, sizeof link)) >= 0; hops++) {
+        char *slash = n > 0 && link[0] != '/' ? strrchr(path, '/') : NULL;
+        char *from = slash ? slash + 1 : path;
+        if (hops == 40 || n >= DLM__PATH - (from - path)) return 0;
         memcpy(from, link, (size_t)n);
         from[n] = '\0';
     }
-    return 0;
+    return 1;
 }
 
 /* A file that was not there before, as private as the one that it shall replace. */
@@ -8838,8 +8839,7 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__write_fn w
     FILE *f = NULL;
     int ok;
     if (mode == -2)
-        return dlm__fail(ctx, DLM_E_IO, "%s is not a regular file: it stays as it is",
-                         path);
+        return dlm__fail(ctx, DLM_E_IO, "%s is not a regular file: it stays", path);
     if (strlen(path) >= sizeof target)
         return dlm__fail(ctx, DLM_E_IO, "cannot create a file with so long a path");
     memcpy(target, path, strlen(path) + 1);
@@ -8951,8 +8951,9 @@ static dlm_error dlm__check_corpus(dlm_ctx *ctx, const char *text, size_t size,
     for (size_t i = 0; i < size;) {
         uint32_t c;
         if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
-            return dlm__fail(ctx, DLM_E_INPUT, "text: malformed UTF-8, or a zero, at "
-                             "byte %.0f: not a text to take characters from", (double)i);
+            return dlm__fail(ctx, DLM_E_INPUT,
+                             "text: malformed UTF-8, or a zero, at byte %.0f: not a text",
+                             (double)i);
         *windows |= (uint64_t)1 << c / DLM__WINDOW;
     }
     return DLM_OK;
@@ -9017,8 +9018,7 @@ static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
     int n;
     dlm_error e;
     if (dlm__is_vocabulary(text, size))
-        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a text to "
-                         "take characters from");
+        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a corpus");
     e = dlm__check_corpus(ctx, text, size, &windows);
     if (e != DLM_OK) return e;
     if (size == 0)
@@ -9063,8 +9063,7 @@ static dlm_error dlm__tokenizer_pieces(dlm_tokenizer **out, dlm_ctx *ctx,
     const int n = dlm__read_pieces(NULL, file, size);
     dlm_error e;
     if (n < 3)
-        return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: %.0f bytes are not scored pieces",
-                         (double)size);
+        return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: not a file of scored pieces");
     e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_PIECES, n, size);
     if (e != DLM_OK) return e;
     memcpy((*out)->text, file, size);
@@ -9127,8 +9126,8 @@ static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, si
     int found[DLM__RUN + 4];
     size_t i = 0;
     if (t->n_pieces < 259)
-        return dlm__fail(t->ctx, DLM_E_INPUT, "tokenizer: %d pieces leave no room for "
-                         "bytes", t->n_pieces);
+        return dlm__fail(t->ctx, DLM_E_INPUT, "tokenizer: %d pieces, bytes need 259",
+                         t->n_pieces);
     for (int first = 1; i < size; first = 0) {
         size_t length = 0;
         int k;
@@ -9148,18 +9147,17 @@ static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, si
 /* The bytes of an id: of "<0x0A>" the one it stands for, of masks and strangers '_'. */
 static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
 {
-    const int is_byte = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256;
     const dlm__piece *p = id >= 0 && id < t->n_pieces ? &t->pieces[id] : NULL;
-    *byte = is_byte ? (char)id : '_';
-    *n = 1;
-    if (p == NULL) return byte;
-    if (p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>'
-        && dlm__hex_digit(p->text[3]) >= 0 && dlm__hex_digit(p->text[4]) >= 0) {
-        *byte = (char)(dlm__hex_digit(p->text[3]) << 4 | dlm__hex_digit(p->text[4]));
-        return byte;
+    int code = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256 ? id : '_';
+    if (p) {
+        code = p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>'
+            ? dlm__hex(p->text + 3, 2) : -1;
+        *n = (size_t)p->size;
+        if (code < 0) return p->text;
     }
-    *n = (size_t)p->size;
-    return p->text;
+    *byte = (char)code;
+    *n = 1;
+    return byte;
 }
 
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
@@ -9299,19 +9297,15 @@ static dlm_error dlm__st_entry(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *
         while (k < 3 && strcmp(key, keys[k]) != 0) k++;
         if (k < 3 && seen >> k & 1) return dlm__bad_header(f->ctx, key, "there twice");
         seen |= 1 << k;
-        if (k == 0) {
-            wrong = dlm__st_dtype(f, j, t);
-        } else if (k == 1) {
-            wrong = dlm__st_shape(f, j, t);
-        } else if (k == 2) {
-            dlm__json_want(j, '[');
-            begin = dlm__json_count(j);
-            dlm__json_want(j, ',');
-            end = dlm__json_count(j);
-            dlm__json_want(j, ']');
-        } else {
-            dlm__json_skip(j, 0);
-        }
+        if (k == 0) wrong = dlm__st_dtype(f, j, t);
+        if (k == 1) wrong = dlm__st_shape(f, j, t);
+        if (k == 3) dlm__json_skip(j, 0);
+        if (k != 2) continue;
+        dlm__json_want(j, '[');
+        begin = dlm__json_count(j);
+        dlm__json_want(j, ',');
+        end = dlm__json_count(j);
+        dlm__json_want(j, ']');
     }
     if (wrong == NULL && (j->bad || (seen & 7) != 7))
         wrong = "wants dtype, shape and data_offsets";
@@ -9366,8 +9360,8 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
     if (e != DLM_OK) return e;
     dlm__json_space(&j);
     if (j.bad || j.p != j.end)
-        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed header near byte "
-                         "%.0f", (double)(j.p - header) + 8.0);
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed header at byte %.0f",
+                         (double)(j.p - header) + 8.0);
     return DLM_OK;
 }
 
@@ -9397,8 +9391,8 @@ static dlm_error dlm__st_check_places(dlm_safetensors *f)
         at += t->bytes;
     }
     if (at != f->data + f->bytes)
-        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.0f bytes behind the last "
-                         "tensor", (double)(f->data + f->bytes - at));
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.0f bytes behind them all",
+                         (double)(f->data + f->bytes - at));
     qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, dlm__by_name);
     for (int i = 1; i < f->count; i++)
         if (strcmp(f->tensors[i - 1].name, f->tensors[i].name) == 0)
@@ -9445,12 +9439,11 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
     dlm_error e;
     *out = NULL;
     if (size < 8)
-        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: %.0f bytes are too few",
-                         (double)size);
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: only %.0f bytes", (double)size);
     memcpy(&header, data, 8);
     if (header > size - 8 || header > 100000000)
-        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: header of %.0f bytes in a file "
-                         "of %.0f", (double)header, (double)size);
+        return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: a header of %.0f bytes in %.0f",
+                         (double)header, (double)size);
     if (header == 0 || *text != '{')
         return dlm__fail(ctx, DLM_E_FORMAT, "safetensors: a header must begin with '{'");
     f = dlm__st_new(ctx, text, (size_t)header);
@@ -9514,22 +9507,24 @@ static float dlm__half_to_float(uint16_t h)
 DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, float *out)
 {
     const char *p = (const char *)t->data;
-    const size_t size = dlm__dtypes[t->dtype].size;
     if (t->dtype == DLM_F32) {
         memcpy(out, p, t->count * sizeof *out);
         return DLM_OK;
     }
     if (t->dtype != DLM_F16 && t->dtype != DLM_BF16 && t->dtype != DLM_F64)
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%.80s: %.40s is not a float type we "
-                         "read", t->name, t->type);
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%.80s: no float type we read: %.40s",
+                         t->name, t->type);
     for (size_t i = 0; i < t->count; i++) {
-        uint16_t h = 0;
-        double d = 0.0;
-        if (t->dtype == DLM_F64) memcpy(&d, p + i * size, size);
-        else memcpy(&h, p + i * size, size);
-        out[i] = t->dtype == DLM_F64 ? (float)d
-            : t->dtype == DLM_F16 ? dlm__half_to_float(h)
-            : dlm__bits_to_float((uint32_t)h << 16);
+        uint16_t h;
+        double d;
+        if (t->dtype == DLM_F64) {
+            memcpy(&d, p + i * sizeof d, sizeof d);
+            out[i] = (float)d;
+        } else {
+            memcpy(&h, p + i * sizeof h, sizeof h);
+            out[i] = t->dtype == DLM_F16 ? dlm__half_to_float(h)
+                : dlm__bits_to_float((uint32_t)h << 16);
+        }
     }
     return DLM_OK;
 }
@@ -9579,6 +9574,8 @@ static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
     return dlm_safetensors_floats(ctx, t, want->data);
 }
 
+static const char *const dlm__kind_names[] = { "bytes", "chars", "pieces" };
+
 /* A file of pieces travels as hexadecimal digits. */
 static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const char *hex)
 {
@@ -9588,9 +9585,9 @@ static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const c
     dlm_error e;
     if (file == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
     for (size_t i = 0; i < size; i++) {
-        const int high = dlm__hex_digit(hex[2 * i]), low = dlm__hex_digit(hex[2 * i + 1]);
-        wrong |= high < 0 || low < 0;
-        file[i] = (char)((unsigned)high << 4 | (unsigned)low);
+        const int byte = dlm__hex(hex + 2 * i, 2);
+        wrong |= byte < 0;
+        file[i] = (char)byte;
     }
     e = wrong ? dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars is not hexadecimal")
               : dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, file, size);
@@ -9603,14 +9600,14 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
 {
     const char *kind = dlm_safetensors_metadata(f, "dlm.tokenizer");
     const char *chars = dlm_safetensors_metadata(f, "dlm.chars");
+    int k = 0;
     *tok = NULL;
     if (kind == NULL) return DLM_OK;
-    if (strcmp(kind, "bytes") == 0)
-        return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_BYTES, NULL, 0);
-    if (strcmp(kind, "chars") == 0 && chars)
-        return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, chars, strlen(chars));
-    if (strcmp(kind, "pieces") == 0 && chars)
-        return dlm__pieces_from_hex(tok, ctx, chars);
+    while (k < 3 && strcmp(kind, dlm__kind_names[k]) != 0) k++;
+    if (k == DLM_TOKENIZER_PIECES && chars) return dlm__pieces_from_hex(tok, ctx, chars);
+    if (k == DLM_TOKENIZER_BYTES || (k == DLM_TOKENIZER_CHARS && chars))
+        return dlm_tokenizer_create(tok, ctx, (dlm_tokenizer_kind)k, chars,
+                                    chars ? strlen(chars) : 0);
     return dlm__fail(ctx, DLM_E_UNSUPPORTED, "checkpoint: tokenizer \"%.40s\"", kind);
 }
 
@@ -9642,8 +9639,8 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
     }
     for (int i = 0; e == DLM_OK && i < f->count; i++)
         if (!f->tensors[i].used)
-            e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.80s is not part of this "
-                          "model", f->tensors[i].name);
+            e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: the model has no %.80s",
+                          f->tensors[i].name);
     if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
     if (e == DLM_OK && tok) e = dlm__check_vocab(ctx, *out, *tok);
     dlm_safetensors_close(f);
@@ -9722,20 +9719,18 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     dlm_error e = dlm__config_from(&config, ctx, f);
     if (e != DLM_OK) return e;
     if (memcmp(&config, &t->m->config, sizeof config) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of a model with another "
-                         "config");
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of another config");
     if (step == NULL || objective == NULL || strcmp(objective, kind) != 0)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, the "
-                         "trainer's is %s", objective ? objective : "missing",
-                         kind);
+        return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, not %s",
+                         objective ? objective : "missing", kind);
     if (!dlm__int_from(step, 0, (int64_t)1 << 53, &steps))  /* exact in a double   */
-        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step is \"%.40s\", not in "
-                         "0..2^53", step);
+        return dlm__fail(ctx, DLM_E_FORMAT, "training state: step \"%.40s\", not 0..2^53",
+                         step);
     for (int i = 0; dlm__array_at(t->m, t, i, &to); i++) {
         from[i] = dlm_safetensors_find(f, to.name);
         if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to.count)
-            return dlm__fail(ctx, DLM_E_MISMATCH, "training state: %s is missing or not "
-                             "%.0f floats", to.name, (double)to.count);
+            return dlm__fail(ctx, DLM_E_MISMATCH, "training state: no %s of %.0f floats",
+                             to.name, (double)to.count);
         e = dlm__check_array(ctx, DLM_E_FORMAT, "training state", &to, from[i]->data);
         if (e != DLM_OK) return e;
     }
@@ -9809,8 +9804,7 @@ static void dlm__put_array(dlm__text *t, const dlm__array *a, size_t *offset)
 /* The vocabulary as text: the characters, or the file in hexadecimal. */
 static void dlm__put_tokenizer(dlm__text *t, const dlm_tokenizer *tok)
 {
-    static const char *const kinds[] = { "bytes", "chars", "pieces" };
-    dlm__put_pair(t, "dlm.tokenizer", kinds[tok->kind]);
+    dlm__put_pair(t, "dlm.tokenizer", dlm__kind_names[tok->kind]);
     if (tok->kind == DLM_TOKENIZER_CHARS) dlm__put_pair(t, "dlm.chars", tok->text);
     if (tok->kind != DLM_TOKENIZER_PIECES) return;
     dlm__put(t, ",\"dlm.chars\":\"");
@@ -9955,8 +9949,7 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
     dlm_error e;
     *out = NULL;
     if (size < sizeof h)
-        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f bytes are too few",
-                         (double)size);
+        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c: only %.0f bytes", (double)size);
     memcpy(h, data, sizeof h);
     memset(&c, 0, sizeof c);
     c.dim = h[0]; c.ffn = h[1]; c.layers = h[2]; c.heads = h[3]; c.kv_heads = h[4];
@@ -9972,8 +9965,8 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
     wanted = sizeof h + 4.0 * ((double)dlm__count_params(&c)    /* exact, and no    */
                                + (double)(c.max_seq * c.head_dim));   /* overflow    */
     if ((double)size != wanted)
-        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c model: %.0f bytes, its header asks "
-                         "for %.0f", (double)size, wanted);
+        return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c: %.0f bytes, its header wants %.0f",
+                         (double)size, wanted);
     e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
     if (e == DLM_OK) dlm__llama_weights((const char *)data + sizeof h, *out);
     return e;
