@@ -454,6 +454,9 @@ DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config
 DLM_API void      dlm_model_free(dlm_model *m);                        /* NULL is ok */
 DLM_API int       dlm_model_tensors(const dlm_model *m);     /* how many; packed: 0  */
 DLM_API void      dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out);
+/* A copy of a plain model with weights of its own: a frozen teacher, a baseline. */
+DLM_API dlm_error dlm_model_clone(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
+                                  dlm_memory *mem);
 /* All of it as text, a line each: form, type, parameters, bytes and the fields of the
    config.  Writes at most size - 1 bytes and a zero; returns the bytes there are without
    the zero (out may be NULL to ask). */
@@ -5182,6 +5185,18 @@ static dlm_error dlm__want_plain(dlm_ctx *ctx, const char *what, const dlm_model
     if (!m->packed) return DLM_OK;
     return dlm__fail(ctx, DLM_E_CONFIG, "%s: the model is packed, wants the plain one",
                      what);
+}
+
+DLM_API dlm_error dlm_model_clone(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,
+                                  dlm_memory *mem)
+{
+    dlm_error e = dlm__want_plain(ctx, "clone", plain);
+    if (out) *out = NULL;
+    if (e != DLM_OK) return e;
+    e = dlm__model_new(out, ctx, &plain->config, DLM_F32, dlm__plain_carve, mem);
+    if (out && *out)
+        memcpy((*out)->weights, plain->weights, plain->n_params * sizeof(float));
+    return e;
 }
 
 DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model *plain,

@@ -1584,6 +1584,31 @@ TEST(config_fills_in_the_documented_defaults)
     test_close(ctx);
 }
 
+/* In memory of the size it asks for; what becomes of the original is nothing to it. */
+TEST(clone_is_a_model_of_its_own)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_memory mem = { NULL, 0 };
+    dlm_model *m = toy_model(ctx, 2, 5), *copy = NULL, *packed = NULL, *none = m;
+    const dlm_config c = m->config;
+    const size_t bytes = m->n_params * sizeof(float);
+    float *kept = test_floats(m->n_params);
+    memcpy(kept, m->weights, bytes);
+    CHECK_OK(dlm_model_clone(NULL, ctx, m, &mem));
+    CHECK(mem.size == dlm_model_bytes(ctx, &c, DLM_F32, 0));
+    mem.base = test_malloc(mem.size);
+    CHECK_OK(dlm_model_clone(&copy, ctx, m, &mem));
+    CHECK(copy->weights != m->weights && copy->n_params == m->n_params);
+    memset(m->weights, 0, bytes);
+    CHECK(!memcmp(kept, copy->weights, bytes) && !memcmp(&copy->config, &c, sizeof c));
+    CHECK_OK(dlm_model_pack(&packed, ctx, m, DLM_F32, NULL));
+    CHECK_ERROR(dlm_model_clone(&none, ctx, packed, NULL), DLM_E_CONFIG, ctx, "packed");
+    CHECK(none == NULL);
+    dlm_model_free(m); dlm_model_free(packed); dlm_model_free(copy);
+    free(mem.base); free(kept);
+    test_close(ctx);
+}
+
 TEST(describe_lists_form_and_every_field_and_keeps_to_its_room)
 {
     static const char plain[] =
@@ -10679,8 +10704,7 @@ static void opd_open(opd_rig *r, dlm_ctx *ctx, int block, int mask_id, int max_r
     r->student = opd_student(ctx, r->teacher, block, mask_id, shifted);
     for (size_t i = 0; i < r->student->n_params; i++)
         r->student->weights[i] *= 1 + 0.5f * test_float();
-    CHECK_OK(dlm_model_create(&r->copy, ctx, &r->student->config, 1, NULL));
-    memcpy(r->copy->weights, r->student->weights, r->copy->n_params * sizeof(float));
+    CHECK_OK(dlm_model_clone(&r->copy, ctx, r->student, NULL));
     train.clip = INFINITY; train.max_rows = max_rows; train.seed = 5;
     r->t = test_trainer(ctx, r->student, &train);
     CHECK_OK(dlm_distiller_create(&r->d, r->t, r->teacher, &o, NULL));
@@ -11871,6 +11895,7 @@ static const test_case test_cases[] = {
     RUN(options_are_taken_in_their_range_and_refused_outside_by_name),
     RUN(config_refuses_more_parameters_than_can_be_counted),
     RUN(config_fills_in_the_documented_defaults),
+    RUN(clone_is_a_model_of_its_own),
     RUN(describe_lists_form_and_every_field_and_keeps_to_its_room),
     RUN(session_limits_are_checked_by_name),
     RUN(trainer_options_are_checked_by_name),

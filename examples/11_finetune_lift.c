@@ -137,8 +137,8 @@ int main(int argc, char **argv)
     cfg.layers = 3, cfg.heads = 4;
     for (int k = 0; k < 3 && !e; k++) {
         int right = 0, digits = k ? 5 : 2, steps = k ? STEPS : BASE_STEPS;
-        e = dlm_model_create(&m[k], ctx, &cfg, 1, NULL);
-        if (!e && k) memcpy(m[k]->weights, m[0]->weights, m[0]->n_params * sizeof(float));
+        e = k ? dlm_model_clone(&m[k], ctx, m[0], NULL)
+              : dlm_model_create(&m[k], ctx, &cfg, 1, NULL);
         if (!e) e = train(m[k], ctx, tok, methods[k], digits, steps, &r);
         if (!e) e = test(m[k], ctx, tok, &right);
         if (!e) printf("%-8s %d steps, %3.0f GFLOP: %3d of %d exact\n", names[k], steps,

@@ -117,12 +117,11 @@ static dlm_error make(struct demo *d, const struct phase *p, int steps)
     dlm_error e;
     forget(d, p->which);
     if (p->which == TEACHER) cfg.vocab = d->tok->vocab;
-    if (p->which != STUDENT) e = dlm_model_create(m, d->ctx, &cfg, 1, NULL);
+    if (p->which == LIFTED) e = dlm_model_clone(m, d->ctx, d->model[PLAIN], NULL);
+    else if (p->which != STUDENT) e = dlm_model_create(m, d->ctx, &cfg, 1, NULL);
     else                                     /* shifted: it keeps its habit          */
         e = dlm_convert(m, d->ctx, teacher, BLOCK, d->tok->mask, 1, NULL);
     if (e) return e;
-    if (p->which == LIFTED)
-        memcpy((*m)->weights, d->model[PLAIN]->weights, (*m)->n_params * sizeof(float));
     how.total = steps * p->updates, how.warmup = how.total / 10;
     how.schedule = DLM_SCHEDULE_COSINE;
     e = dlm_trainer_create(&d->trainer, d->ctx, *m, &how, NULL);
