@@ -21,7 +21,7 @@ all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
 benches: $(BENCHES:bench/%.c=build/%)
 
-build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c
+build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c examples/07_check_gradient.c
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
 build/%: examples/%.c dlm.h

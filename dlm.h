@@ -60,7 +60,6 @@
        tokenizers                  bytes, characters, scored pieces
        safetensors checkpoints     models and training states on disk
        llama2c loading             models of another program; all that from files
-       gradcheck                   finite differences
        history license
 
    COMPILE-TIME OPTIONS            define before including the implementation
@@ -191,7 +190,7 @@
 /* ==[ api ]===================================================================
    Everything a caller may use.  Nothing from section platform on is promised.
    Ordered as a program meets it: errors, context, math, model, batch, inference,
-   sampling, objectives, training, text, files, gradient check. */
+   sampling, objectives, training, text, files. */
 #ifndef DLM_H
 #define DLM_H
 #include <stddef.h>
@@ -312,8 +311,8 @@ DLM_API const char *dlm_isa_name(dlm_isa isa);            /* "avx2"; what DLM_IS
 
 typedef enum dlm_purpose {                 /* one stream of randomness each        */
     DLM_RANDOM_INIT = 1, DLM_RANDOM_DATA, DLM_RANDOM_LEVEL, DLM_RANDOM_MASK,
-    DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD, DLM_RANDOM_CHECK,
-    DLM_RANDOM_LIFT, DLM_RANDOM_SELECT, DLM_RANDOM_DISTILL,
+    DLM_RANDOM_ORDER, DLM_RANDOM_TOKEN, DLM_RANDOM_LIKELIHOOD,
+    DLM_RANDOM_LIFT = 9, DLM_RANDOM_SELECT, DLM_RANDOM_DISTILL,
     DLM_RANDOM_USER = 64                   /* and above: yours                     */
 } dlm_purpose;
 
@@ -1170,33 +1169,6 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path);
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
 #endif
-
-/* --[ gradient check ]--------------------------------------------------------
-   Compares the gradients of a pass with central differences along one direction per
-   tensor, in which every entry moves by +h or -h: of 16 random ones that with the
-   largest derivative, or chance might leave nothing to compare.  h begins at `step` (0:
-   0.1, which suits most weights) and is halved eleven times: what is large enough to show
-   in float and small enough not to bend the loss differs from tensor to tensor.  The
-   difference that counts is the one on which three neighbouring steps agree best; the
-   gradient has no say in that, so none is made to look right.
-     Right gradients have an error below DLM_CHECK_TOLERANCE, with fresh and with trained
-   weights, on every ISA (most of them below 1e-4), when loss is a mean over rows, so that
-   it is about 1; one that is wrong by 1 % has an error of 1e-2.  Where training has left
-   next to no loss, gradients drown in the rounding of float passes.
-   Costs 24 passes per tensor; pending gradients are cleared.  loss must return the loss
-   that score's gradients belong to, from whatever score stored at its last call for every
-   i.  The trainer must be one in DLM_F32: in bf16 so small a step may round to none. */
-#define DLM_CHECK_TOLERANCE 5e-3
-
-typedef struct dlm_check {
-    char   name[64];                       /* tensor                               */
-    double analytic, numeric;              /* directional derivatives              */
-    double error;                          /* |a - n| / max(|a|, |n|, 1e-3)        */
-} dlm_check;
-
-DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
-                                double (*loss)(void *user), void *user, double step,
-                                dlm_check *out /* (dlm_model_tensors) */);
 
 #ifdef __cplusplus
 }
@@ -10044,132 +10016,6 @@ DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *pa
 }
 
 #endif /* !DLM_NO_STDIO */
-
-/* ==[ gradcheck ]=============================================================
-   Along a direction u of +-1, per tensor: g . u from backward against
-     D(h) = (loss(w + h u) - loss(w - h u)) / 2h = g . u + c h^2 + O(h^4) + noise / h
-   for a ladder of h.  R = (4 D(h/2) - D(h)) / 3 has no c; along the ladder it first
-   converges, then drowns in the rounding of float passes.  In between it stands still. */
-
-enum { DLM__CHECK_STEPS = 12, DLM__CHECK_DRAWS = 16 };
-
-typedef struct dlm__check {
-    dlm_trainer     *t;
-    const dlm_batch *b;
-    dlm_score_fn     score;
-    double         (*loss)(void *user);
-    void            *user;
-    const float     *before;        /* (n_params) all weights as they were         */
-} dlm__check;
-
-/* Every entry of x moves by +-h; then the loss. */
-static dlm_error dlm__check_loss(const dlm__check *c, const dlm_tensor *x, dlm_address at,
-                                 double h, double *loss)
-{
-    const float *from = c->before + (x->data - c->t->m->weights);
-    dlm_error e;
-    for (size_t j = 0; j < (size_t)x->rows * (size_t)x->cols; j++) {
-        at.position = (uint32_t)j;
-        x->data[j] = from[j] + (float)(dlm_uniform(&at, 0) < 0.5 ? h : -h);
-    }
-    e = dlm__pass(c->t, c->b, c->score, c->user, 0);
-    *loss = e == DLM_OK ? c->loss(c->user) : 0.0;
-    return e;
-}
-
-static double dlm__check_slope(const dlm_tensor *x, dlm_address at, const float *g)
-{
-    double sum = 0.0;
-    for (size_t j = 0; j < (size_t)x->rows * (size_t)x->cols; j++) {
-        at.position = (uint32_t)j;
-        sum += dlm_uniform(&at, 0) < 0.5 ? (double)g[j] : -(double)g[j];
-    }
-    return sum;
-}
-
-/* Of a few directions of tensor i the one with the largest slope. */
-static dlm_address dlm__check_direction(const dlm_tensor *x, int i, const float *g,
-                                        double *slope)
-{
-    dlm_address at = dlm__address(0, DLM_RANDOM_CHECK, 0, (uint32_t)i, 0), best = at;
-    *slope = 0.0;
-    for (; at.step < DLM__CHECK_DRAWS; at.step++) {
-        const double s = dlm__check_slope(x, at, g);
-        if (fabs(s) <= fabs(*slope)) continue;
-        *slope = s;
-        best = at;
-    }
-    return best;
-}
-
-/* The R that differs least from those before and behind it; of two that do so equally
-   the one of larger h, which has less noise.  D (DLM__CHECK_STEPS). */
-static double dlm__check_settled(const double *D)
-{
-    double R[DLM__CHECK_STEPS - 1], least = INFINITY, doubt = 1.0;
-    int best = 1;
-    for (int k = 0; k < DLM__CHECK_STEPS - 1; k++) R[k] = (4.0 * D[k + 1] - D[k]) / 3.0;
-    for (int k = 1; k < DLM__CHECK_STEPS - 2; k++, doubt *= 1.4) {
-        const double a = fabs(R[k] - R[k - 1]), b = fabs(R[k + 1] - R[k]);
-        const double spread = doubt * (a > b || a != a ? a : b);
-        if (spread < least) { least = spread; best = k; }
-    }
-    return R[best];
-}
-
-static dlm_error dlm__check_tensor(const dlm__check *c, int i, double step,
-                                   dlm_check *out)
-{
-    double D[DLM__CHECK_STEPS];
-    dlm_address at;
-    dlm_tensor x;
-    dlm_error e = DLM_OK;
-    size_t first;
-    dlm_model_tensor(c->t->m, i, &x);
-    first = (size_t)(x.data - c->t->m->weights);
-    snprintf(out->name, sizeof out->name, "%s", x.name);
-    at = dlm__check_direction(&x, i, c->t->grads + first, &out->analytic);
-    for (int k = 0; k < DLM__CHECK_STEPS && e == DLM_OK; k++, step /= 2.0) {
-        double up = 0.0, down = 0.0;
-        e = dlm__check_loss(c, &x, at, step, &up);
-        if (e == DLM_OK) e = dlm__check_loss(c, &x, at, -step, &down);
-        D[k] = (up - down) / (2.0 * step);
-    }
-    memcpy(x.data, c->before + first, (size_t)x.rows * (size_t)x.cols * sizeof(float));
-    if (e != DLM_OK) return e;
-    out->numeric = dlm__check_settled(D);
-    out->error = fabs(out->analytic - out->numeric)
-        / fmax(fmax(fabs(out->analytic), fabs(out->numeric)), 1e-3);
-    return DLM_OK;
-}
-
-DLM_API dlm_error dlm_gradcheck(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
-                                double (*loss)(void *user), void *user, double step,
-                                dlm_check *out)
-{
-    const size_t bytes = t->m->n_params * sizeof(float);
-    dlm__check c;
-    float *before;
-    dlm_error e;
-    if (t->w.type != DLM_F32)
-        return dlm__fail(t->w.ctx, DLM_E_CONFIG, "gradcheck: a trainer in DLM_F32 only");
-    if (!(step >= 0.0 && step < INFINITY))
-        return dlm__fail(t->w.ctx, DLM_E_CONFIG, "gradcheck: step %g is neither positive "
-                         "nor 0, for 0.1", step);
-    before = (float *)dlm__alloc(t->w.ctx, bytes);
-    if (before == NULL)
-        return dlm__fail(t->w.ctx, DLM_E_NOMEM, "gradcheck: cannot allocate");
-    memcpy(before, t->m->weights, bytes);
-    memset(t->grads, 0, bytes);
-    c.t = t; c.b = b; c.score = score; c.loss = loss; c.user = user; c.before = before;
-    e = dlm__pass(t, b, score, user, 1);
-    for (int i = 0; i < dlm_model_tensors(t->m) && e == DLM_OK; i++)
-        e = dlm__check_tensor(&c, i, step > 0.0 ? step : 0.1, &out[i]);
-    dlm__release(t->w.ctx, before);
-    memset(t->grads, 0, bytes);
-    t->pass_flops = 0.0;
-    return e;
-}
 
 #endif /* implementation, part 2 */
 
