@@ -550,7 +550,10 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
 
 /* --[ sampling ]--------------------------------------------------------------
    The canvas is the interface: tokens equal to mask_id are filled in, all others are
-   fixed.  The mask token is never emitted and a visible token never changes. */
+   fixed.  The mask token is never emitted and a visible token never changes.  A sampler
+   asks for rows, is shown their logits, and answers on the canvas; who runs the rows is
+   all the same to it: a session, a network of your own, or nobody, when the logits of
+   an earlier run were kept. */
 
 typedef enum dlm_order {     /* which masked positions are filled in this step     */
     DLM_ORDER_CONFIDENCE = 0,/* the planned number of most confident ones (LLaDA)  */
@@ -567,11 +570,12 @@ typedef enum dlm_order {     /* which masked positions are filled in this step  
     DLM_ORDER_COUNT
 } dlm_order;
 
-typedef struct dlm_event {                 /* one token that was filled in         */
+typedef struct dlm_event {                 /* a token that was filled in, or drawn  */
     int   seq, position, token;
     int   step;                            /* 1-based, counted per sequence        */
     float confidence;                      /* untempered probability of the token  */
     float time;                            /* noise level left, 1 .. 0 in its block */
+    int   drawn_only;                      /* 1: not filled in (list_drawn)        */
 } dlm_event;
 
 /* Pointers in it are borrowed until the sampler is freed. */
@@ -601,8 +605,6 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
                                               smallest floats are as good as 0     */
     int      top_k;                        /* 0: off                               */
     float    top_p, min_p;                 /* 0: off                               */
-    int      gumbel;                       /* draw by Gumbel-max over the vocabulary
-                                              (LLaDA); 0: by inverting the CDF     */
     const float *logit_bias;               /* (V) added to the logits, -INFINITY forbids
                                               a token (unless constrain sets it anew);
                                               NULL: none                           */
@@ -611,27 +613,50 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
     const int   *stop;                     /* (n_stop) tokens that end a sequence when
                                               they are emitted                     */
     int      n_stop;
-    /* Restrict what may stand at a position: set logits (V) of forbidden tokens to
-       -INFINITY (suppress and the mask token are, afterwards; guidance and logit_bias
-       are in).  May run on any thread, for all positions that are looked at side by
-       side.  All through a step the canvas is as the step began: what one position gets
-       another does not see, so rules between positions need an order that fills in one
-       at a time.  Tokens 0 and 1 of a shifted model come from one row: when both are
-       masked there is one call, for 0.  NULL: everything is allowed. */
-    void   (*constrain)(void *user, int seq, int position, float *logits);
-    /* Called after every step with what it filled in.  NULL: nobody watches. */
-    void   (*on_step)(void *user, const dlm_event *events, int n_events);
-    void    *user;
+    /* Says what may stand at a position, by rewriting its logits (V): guidance and
+       logit_bias are in, suppressed tokens and the mask token will be forbidden.  Numbers
+       and -INFINITY may be written, all there is to confidence, entropy and margin is
+       what this leaves.  Runs on any thread, for all positions that are looked at side
+       by side: write only what belongs to (seq, position).  All through a step, from ask
+       to answer, the canvas is as the step began and may be read: tokens that stand
+       there, and masks, this position's among them (with remask_below it can be a token
+       instead, whose logits now judge it).  What one position gets another does not see,
+       so rules between positions need an order that fills in one at a time.  Tokens 0
+       and 1 of a shifted model come from one row: when both are masked there is one
+       call, for 0.  NULL: everything is allowed. */
+    void   (*constrain)(void *constrain_user, int seq, int position, float *logits);
+    void    *constrain_user;
+    /* Called after every step with what it added to the trace.  NULL: nobody watches. */
+    void   (*on_step)(void *step_user, const dlm_event *events, int n_events);
+    void    *step_user;
+    /* The random numbers of the run, in [0, 1); the same whenever the same is asked, on
+       any thread.  NULL: dlm_uniform(at, 0).  Of `at`, seed is the one below, row the
+       sequence's of ids, step its step, counted from 0, and
+           purpose            position     asked for
+           DLM_RANDOM_TOKEN   p            the token at p, by inverting the CDF
+           DLM_RANDOM_ORDER   p            RANDOM, FIRST_HITTING: the smallest go first
+           DLM_RANDOM_ORDER   p, step 0    ANCESTRAL: p's turn, steps * u rounded down
+           DLM_RANDOM_ORDER   the length   FIRST_HITTING: the time, times u^(1/masks)
+       TOKEN only at a temperature above 0, for every position that is looked at. */
+    double (*uniform)(void *uniform_user, const dlm_address *at);
+    void    *uniform_user;
     uint64_t seed;                         /* 0 is a seed like any other           */
     float    guidance;                     /* classifier-free: logits u + (s+1)(c - u), u
                                               with all tokens masked that were given,
-                                              wherever they stand (LLaDA); needs a session
-                                              of twice the sequences; 0: none      */
+                                              wherever they stand (LLaDA); needs limits of
+                                              twice the sequences, as each is run twice
+                                              in the same forward; 0: none         */
     float    remask_below;                 /* a token of the active block is masked again,
                                               once, when its probability falls below this;
                                               0: never                             */
     const uint32_t *ids;                   /* (n_seqs) who each sequence is to the random
                                               numbers; NULL: its index in the batch */
+    int      list_drawn;                   /* 1: the trace lists after the tokens of each
+                                              sequence's step what else it had drawn but
+                                              did not fill in, best first (the blind
+                                              orders, RANDOM and below, fill in all they
+                                              draw).  Room for it grows with the square
+                                              of the block                         */
 } dlm_sample_options;
 
 typedef struct dlm_sampler dlm_sampler;
@@ -641,26 +666,45 @@ typedef struct dlm_sampler dlm_sampler;
    and the commit of a finished block rides along with the next one's first step. */
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_sample_options *opt, dlm_memory *mem);
-DLM_API void      dlm_sampler_free(dlm_sampler *sm);
-/* canvas: n_seqs rows of session.slots tokens, written in place, caller-owned, must
+/* The same without a session or a model, from sizes alone: of config vocab, max_seq,
+   mask_id, mask_is_0, pattern, block and shifted are read, with the usual defaults; no
+   step can be run but by asking, scoring and answering.  A network that keeps no keys
+   and values leaves lim.cached 0: every step then asks for all rows from slot 0 on. */
+DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
+                                         const dlm_config *config, const dlm_limits *lim,
+                                         const dlm_sample_options *opt, dlm_memory *mem);
+DLM_API void      dlm_sampler_free(dlm_sampler *sm);                   /* NULL is ok */
+/* canvas: n_seqs rows of limits.slots tokens, written in place, caller-owned, must
    stay until the end; lengths (n_seqs) tokens used of each, the rest is not looked at.
    Resets everything. */
 DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
                                     int n_seqs);
-/* All sequences, one forward.  DLM_E_INPUT names sequence and position when every token
-   is forbidden there or a logit is NaN or +INFINITY, be it the model's or made so by
-   guidance, logit_bias or constrain, and of a suppressed token, too.  The canvas is then
-   what it was, and the same step may be tried again. */
+/* One step of all sequences that are not done (of none: DLM_OK) is dlm_sampler_ask,
+   dlm_forward(session, &b, dlm_sampler_score, sm), and dlm_sampler_answer. */
 DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm);
+/* The rows to be run now and those to be looked at; b points into the sampler and holds
+   until the next ask.  Asking again asks the same.  DLM_E_INPUT: the limits have no room
+   for them, or every sequence is done. */
+DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *b);
+/* Is shown the logits (V) of row out_rows[i], once for each i, in any order, on any
+   thread; overwrites them.  A dlm_score_fn. */
+DLM_API void      dlm_sampler_score(void *sampler, int i, float *logits);
+/* Fills in, extends the trace and calls on_step.  DLM_E_INPUT: not asked, not all shown,
+   or, with sequence and position, every token is forbidden there or a logit is NaN or
+   +INFINITY, be it the model's or made so by guidance, logit_bias or constrain, and of a
+   suppressed token, too.  The canvas is then what it was, and the same step may be tried
+   again, from ask on. */
+DLM_API dlm_error dlm_sampler_answer(dlm_sampler *sm);
 DLM_API int       dlm_sampler_done(const dlm_sampler *sm);
 /* Tokens of a sequence up to and including its stop token (or its whole length).
    What had been filled in after a stop token is masked again. */
 DLM_API int       dlm_sampler_length(const dlm_sampler *sm, int seq);
 /* Every token filled in since begin, in order; replaying them redraws the run (also
    what a stop token then cut off; a token that is masked again is listed again when it
-   is filled in again). */
+   is filled in again).  What is drawn_only was never there. */
 DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events);
-/* Forward passes and their operations since begin: the cost of parallel decoding. */
+/* Forward passes and their operations since begin: the cost of parallel decoding (of
+   operations only a session knows). */
 DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
 
 /* One canvas (T), filled in, with a session, and of a plain model its packed form, made
@@ -3252,8 +3296,8 @@ static const dlm__option dlm__sample_options[] = {
     DLM__REAL(threshold, 0.9, 0, 1),        DLM__FLAG(left_first),
     DLM__REAL(entropy_bound, 0.35, 0, 1e6), DLM__REAL(temperature, 0, 0, 1e4),
     DLM__INT(top_k, 0, 0, INT_MAX),         DLM__REAL(top_p, 0, 0, 1),
-    DLM__REAL(min_p, 0, 0, 1),              DLM__FLAG(gumbel),
-    DLM__REAL(guidance, 0, 0, 1e3),         DLM__REAL(remask_below, 0, 0, 1),
+    DLM__REAL(min_p, 0, 0, 1),              DLM__REAL(guidance, 0, 0, 1e3),
+    DLM__REAL(remask_below, 0, 0, 1),       DLM__FLAG(list_drawn),
     DLM__END
 };
 #undef DLM__OF
@@ -5846,25 +5890,40 @@ struct dlm_session {
     const dlm_model *m;
 };
 
+/* Defaults and checks of limits for sequences of at most max_seq tokens. */
+static dlm_error dlm__limits_resolve(dlm_ctx *ctx, const dlm_limits *lim, int max_seq,
+                                     dlm_limits *d)
+{
+    dlm_error e;
+    memset(d, 0, sizeof *d);
+    if (lim) *d = *lim;
+    if (d->slots == 0) d->slots = max_seq;
+    e = dlm__resolve(ctx, "limits.", dlm__limits_options, d);
+    if (e != DLM_OK) return e;
+    if ((double)d->seqs * (d->slots + DLM__CHUNK) > INT_MAX / 2)
+        return dlm__fail(ctx, DLM_E_CONFIG, "limits: %d seqs of %d slots are too many",
+                         d->seqs, d->slots);
+    if (d->rows == 0) d->rows = d->seqs * d->slots;
+    if (d->out == 0) d->out = d->rows;
+    return dlm__in_range(ctx, "limits.out", d->out, 1, d->rows);
+}
+
+static dlm_limits dlm__limits_of(const dlm__work *w)
+{
+    dlm_limits lim;
+    lim.seqs = w->seqs; lim.slots = w->slots; lim.rows = w->rows; lim.out = w->out;
+    lim.cached = w->cached;
+    return lim;
+}
+
 static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model *m,
                                      const dlm_limits *lim)
 {
     dlm_limits d;
-    dlm_error e;
-    memset(&d, 0, sizeof d);
+    dlm_error e = dlm__limits_resolve(ctx, lim, m->config.max_seq, &d);
     memset(w, 0, sizeof *w);
-    if (lim) d = *lim;
     w->ctx = ctx;
     w->c = m->config;
-    if (d.slots == 0) d.slots = m->config.max_seq;
-    e = dlm__resolve(ctx, "limits.", dlm__limits_options, &d);
-    if (e != DLM_OK) return e;
-    if ((double)d.seqs * (d.slots + DLM__CHUNK) > INT_MAX / 2)
-        return dlm__fail(ctx, DLM_E_CONFIG, "limits: %d seqs of %d slots are too many",
-                         d.seqs, d.slots);
-    if (d.rows == 0) d.rows = d.seqs * d.slots;
-    if (d.out == 0) d.out = d.rows;
-    e = dlm__in_range(ctx, "limits.out", d.out, 1, d.rows);
     if (e == DLM_OK) e = dlm__check_kernels(ctx, m);
     w->seqs = d.seqs; w->slots = d.slots; w->rows = d.rows; w->out = d.out;
     w->cached = d.cached != 0;
@@ -7046,79 +7105,125 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
 
 /* ==[ sampler ]===============================================================
    A state machine per sequence: the active block [a, e) loses its masks step by step,
-   then the next block that has some becomes active.  One step is one forward for all
-   sequences: choose which rows to run, let the score function pick a token and an
-   order score per candidate, commit the best. */
+   then the next block that has some becomes active.  A step has three parts, and only the
+   one in the middle needs a network:
+       ask      which positions are candidates, which rows must be run to see them
+       decide   the logits of a row -> a token, its probability, how it is ranked
+       commit   the best ranked are written on the canvas, as many as the order says
+   What a step runs.  The pattern is BLOCK, a prompt of 3, blocks of 4, two tokens a step,
+   a cache; the digits are the steps in which the row of that slot is run:
 
-typedef struct dlm__lane {          /* one sequence being filled in                */
+       slot             0 1 2   3 4 5 6   7 8 9 10   11 12 13 14
+       step 1           1 1 1   1 1 1 1                            fills in 4 and 5
+       step 2                   2 2 2 2                            fills in 3 and 6
+       step 3                   3 3 3 3   3 3 3 3                  fills in two of 7..10
+       step 4                             4 4 4 4                  and the other two
+       step 5                             5 5 5 5    5  5  5  5
+
+   Keys and values that a row leaves in the cache are final when it and all it saw were
+   clean: those of 3..6 not before step 3, which commits that block along with the first
+   step of the next, without a forward of its own.  The last block needs no commit.
+   CAUSAL is the same with blocks of one, where the row to commit is the row that
+   predicts.  FULL runs the whole canvas every time; without a cache BLOCK and CAUSAL run
+   everything from slot 0 to there. */
+
+typedef struct dlm__sequence {      /* one text that is being filled in            */
+    int  *canvas;                   /* (length) the caller's                       */
+    unsigned char *marks;           /* (length) dlm__mark                          */
     int   length, prompt;           /* tokens; the visible prefix                  */
+    int   offset;                   /* blocks begin at slots congruent to it       */
     int   a, e;                     /* the active block                            */
     int   cached;                   /* rows [0, cached) have final keys and values */
     int   step, block_step;         /* steps done in all; in this block            */
     int   block_masks;              /* masks when the block became active          */
     int   end;                      /* tokens that count: up to the stop           */
     int   done;
-    float time;                     /* FIRST_HITTING: noise level in this block    */
+    float time;                     /* noise level in this block: 1 .. 0           */
     int   first, n;                 /* its candidates of this step                 */
-} dlm__lane;
+} dlm__sequence;
 
-typedef struct dlm__candidate {     /* one masked position whose logits are wanted */
+enum dlm__mark { DLM__GIVEN = 1, DLM__REMASKED };       /* neither is masked again  */
+
+typedef struct dlm__guess {         /* what the logits of one row say              */
+    int   token;                    /* negative: DLM__UNSEEN, or see dlm__decide   */
+    float confidence;               /* its probability                             */
+    float rank;                     /* the largest first                           */
+} dlm__guess;
+
+enum { DLM__UNSEEN = INT_MIN };     /* asked for, logits not shown yet             */
+
+typedef struct dlm__candidate {     /* a position whose logits are wanted          */
     int   seq, position;
-    int   token;                    /* negative: dlm__no_softmax                   */
-    int   out;                      /* which out row predicts it                   */
-    float confidence, score;        /* probability; what the order sorts by        */
     int   check;                    /* already filled in; is it still likely?      */
+    int   out;                      /* the row looked at that predicts it          */
+    dlm__guess guess;
 } dlm__candidate;
 
 struct dlm_sampler {
-    dlm_session       *s;
-    dlm_sample_options opt;         /* with every default filled in                */
-    const dlm_config  *c;
+    dlm_ctx           *ctx;
+    dlm_session       *s;           /* NULL: rows are run by whoever asks          */
+    dlm_config         c;
+    dlm_limits         lim;         /* both with every default filled in           */
+    dlm_sample_options opt;
     int                n_seqs;
-    int               *canvas;      /* the caller's, (n_seqs, slots)               */
-    unsigned char     *fixed;       /* (n_seqs, slots) visible from the beginning  */
-    unsigned char     *remasked;    /* (n_seqs, slots) once is enough              */
-    float             *unguided;    /* (out, V) logits without the given tokens    */
-    dlm__lane         *lanes;       /* (seqs)                                      */
-    dlm__candidate    *cands;       /* (n_seqs, slots)                             */
-    int               *out_cand;    /* (out) first candidate of an out row         */
+    dlm__sequence     *seqs;        /* (lim.seqs)                                  */
+    unsigned char     *marks;       /* (seqs, slots)                               */
+    dlm__candidate    *cands;       /* (seqs, slots)                               */
     int                n_cands;
-    int               *start, *lane_of, *tokens, *slots;    /* the batch           */
+    dlm__guess        *guesses;     /* (rows) of the rows looked at                */
+    int               *wanted_by;   /* (rows) their first candidates               */
+    float             *kept;        /* (out, V) guidance: logits of both sides     */
+    int               *start, *lanes, *tokens, *slots, *out_rows;   /* the batch    */
     dlm_keys          *keys;
-    int               *out_rows;
-    int                n_rows, n_batch, n_out;
+    dlm_batch          batch;       /* as it was asked; n_seqs 0: not, or answered */
     dlm_event         *trace;
     int                n_events, forwards;
     double             flops;
 };
 
-/* Orders that know their positions before they see logits run only those rows. */
-static int dlm__order_is_blind(dlm_order o)
-{
-    return o == DLM_ORDER_RANDOM || o == DLM_ORDER_SEQUENTIAL || o == DLM_ORDER_ANCESTRAL
-        || o == DLM_ORDER_FIRST_HITTING;
-}
+/* What the orders rank by, always the largest first.  Those that are blind know their
+   positions before they see logits, so only these rows are looked at; all they drew is
+   committed, and the rank is merely the order in the trace. */
+typedef enum dlm__by {
+    DLM__BY_TOKEN,                  /* p of the token that was drawn               */
+    DLM__BY_BEST,                   /* p of the most likely token                  */
+    DLM__BY_MARGIN,                 /* what that is above the second               */
+    DLM__BY_CERTAINTY,              /* minus the entropy                           */
+    DLM__BY_DRAWN                   /* the same of what is drawn from              */
+} dlm__by;
+
+static const struct { const char *name; dlm__by by; int blind; }
+dlm__orders[DLM_ORDER_COUNT] = {                    /* in the order of dlm_order    */
+    { "confidence",    DLM__BY_TOKEN, 0 },     { "threshold",  DLM__BY_TOKEN,  0 },
+    { "entropy",       DLM__BY_CERTAINTY, 0 }, { "entropy bound", DLM__BY_DRAWN, 0 },
+    { "margin",        DLM__BY_MARGIN, 0 },    { "random",     DLM__BY_BEST,   1 },
+    { "sequential",    DLM__BY_BEST, 1 },      { "ancestral",  DLM__BY_BEST,   1 },
+    { "first hitting", DLM__BY_BEST, 1 },
+};
 
 static void dlm__sampler_carve(dlm__arena *a, void *object)
 {
     dlm_sampler *sm = (dlm_sampler *)object;
-    const dlm__work *w = &sm->s->w;
-    const size_t rows = (size_t)w->rows, seqs = (size_t)w->seqs;
-    const size_t cells = seqs * (size_t)w->slots;
-    sm->fixed = (unsigned char *)dlm__push(a, cells, 1);
-    sm->remasked = (unsigned char *)dlm__push(a, cells, 1);
-    sm->unguided = dlm__push_floats(a, sm->opt.guidance != 0.0f ? (size_t)w->out : 0,
-                                    (size_t)w->c.vocab);
-    sm->lanes = (dlm__lane *)dlm__push(a, seqs, sizeof(dlm__lane));
+    const dlm_limits *lim = &sm->lim;
+    const dlm_sample_options *o = &sm->opt;
+    const size_t rows = (size_t)lim->rows, seqs = (size_t)lim->seqs;
+    const size_t cells = seqs * (size_t)lim->slots;
+    /* With list_drawn each of at most 2 block steps of a block lists all its cells. */
+    const int listed = o->list_drawn ? dlm__min(o->block, lim->slots) : 1;
+    sm->seqs = (dlm__sequence *)dlm__push(a, seqs, sizeof(dlm__sequence));
+    sm->marks = (unsigned char *)dlm__push(a, cells, 1);
     sm->cands = (dlm__candidate *)dlm__push(a, cells, sizeof(dlm__candidate));
-    sm->out_cand = dlm__push_ints(a, rows);
+    sm->guesses = (dlm__guess *)dlm__push(a, rows, sizeof(dlm__guess));
+    sm->wanted_by = dlm__push_ints(a, rows);
+    sm->kept = dlm__push_floats(a, o->guidance != 0.0f ? (size_t)lim->out : 0,
+                                (size_t)sm->c.vocab);
     sm->start = dlm__push_ints(a, seqs + 1);
-    sm->lane_of = dlm__push_ints(a, seqs);
+    sm->lanes = dlm__push_ints(a, seqs);
     sm->tokens = dlm__push_ints(a, rows);
     sm->slots = dlm__push_ints(a, rows);
-    sm->keys = (dlm_keys *)dlm__push(a, rows, sizeof(dlm_keys));
     sm->out_rows = dlm__push_ints(a, rows);
-    sm->trace = (dlm_event *)dlm__push(a, 2 * cells, sizeof(dlm_event));
+    sm->keys = (dlm_keys *)dlm__push(a, rows, sizeof(dlm_keys));
+    sm->trace = (dlm_event *)dlm__push(a, 2 * cells, (size_t)listed * sizeof(dlm_event));
 }
 
 static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list,
@@ -7156,9 +7261,9 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     if (e == DLM_OK) e = dlm__sample_tokens(ctx, "stop", o->stop, o->n_stop, c->vocab);
     if (e == DLM_OK) e = dlm__sample_bias(ctx, o->logit_bias, c->vocab);
     if (e != DLM_OK) return e;
-    if (o->remask_below > 0.0f && dlm__order_is_blind(o->order))
-        return dlm__fail(ctx, DLM_E_CONFIG, "remask_below: order %d does not look at "
-                         "probabilities", (int)o->order);
+    if (o->remask_below > 0.0f && dlm__orders[o->order].blind)
+        return dlm__fail(ctx, DLM_E_CONFIG, "remask_below: order %s does not look at "
+                         "probabilities", dlm__orders[o->order].name);
     if (o->guidance != 0.0f && c->mask_id >= c->vocab)
         return dlm__fail(ctx, DLM_E_CONFIG, "guidance: the model has no mask token");
     if (o->block == 0) o->block = c->pattern == DLM_PATTERN_FULL ? 1 << 20 : c->block;
@@ -7166,18 +7271,32 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     return DLM_OK;
 }
 
+DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
+                                         const dlm_config *config, const dlm_limits *lim,
+                                         const dlm_sample_options *opt, dlm_memory *mem)
+{
+    dlm_sampler draft, *sm;
+    dlm_config *c = &draft.c;
+    dlm_error e;
+    memset(&draft, 0, sizeof draft);
+    draft.ctx = ctx;
+    *c = *config;
+    if (c->dim == 0) { c->dim = 2; c->layers = c->heads = 1; }      /* of nothing */
+    e = dlm_config_resolve(ctx, c);
+    if (e == DLM_OK) e = dlm__limits_resolve(ctx, lim, c->max_seq, &draft.lim);
+    if (e == DLM_OK) e = dlm__sample_resolve(ctx, c, opt, &draft.opt);
+    sm = (dlm_sampler *)dlm__make(&e, ctx, "sampler", dlm__sampler_carve, &draft,
+                                  sizeof draft, out != NULL, mem);
+    if (out) *out = sm;
+    return e;
+}
+
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_sample_options *opt, dlm_memory *mem)
 {
-    dlm_sampler draft, *sm;
-    dlm_error e;
-    memset(&draft, 0, sizeof draft);
-    draft.s = s;
-    draft.c = &s->w.c;
-    e = dlm__sample_resolve(s->w.ctx, draft.c, opt, &draft.opt);
-    sm = (dlm_sampler *)dlm__make(&e, s->w.ctx, "sampler", dlm__sampler_carve, &draft,
-                                  sizeof draft, out != NULL, mem);
-    if (out) *out = sm;
+    const dlm_limits lim = dlm__limits_of(&s->w);
+    dlm_error e = dlm_sampler_create_for(out, s->w.ctx, &s->w.c, &lim, opt, mem);
+    if (out && e == DLM_OK) (*out)->s = s;
     return e;
 }
 
@@ -7188,79 +7307,79 @@ DLM_API void dlm_sampler_free(dlm_sampler *sm)
 
 /* --[ blocks ]----------------------------------------------------------------  */
 
-static int *dlm__canvas_of(const dlm_sampler *sm, int seq)
+/* In the active block. */
+static int dlm__count_masks(const dlm_sampler *sm, const dlm__sequence *q)
 {
-    return sm->canvas + (size_t)seq * (size_t)sm->s->w.slots;
-}
-
-static int dlm__count_masks(const dlm_sampler *sm, int seq, int from, int to)
-{
-    const int *canvas = dlm__canvas_of(sm, seq);
     int n = 0;
-    for (int i = from; i < to; i++) n += canvas[i] == sm->c->mask_id;
+    for (int i = q->a; i < q->e; i++) n += q->canvas[i] == sm->c.mask_id;
     return n;
 }
 
-static int dlm__block_offset(const dlm_sampler *sm, const dlm__lane *l)
+/* Makes the next block with masks active, or ends the sequence. */
+static void dlm__next_block(const dlm_sampler *sm, dlm__sequence *q)
 {
-    return sm->opt.absolute_blocks ? 0 : l->prompt % sm->opt.block;
+    do {
+        q->a = q->e;
+        q->e = q->a < q->offset ? q->offset : q->a + sm->opt.block;
+        q->e = dlm__min(q->e, q->length);
+        q->block_masks = dlm__count_masks(sm, q);
+    } while (q->block_masks == 0 && q->a < q->length);
+    q->block_step = 0;
+    q->time = 1.0f;
+    q->done = q->block_masks == 0;
 }
 
-/* Makes the next block with masks active, or ends the sequence. */
-static void dlm__next_block(dlm_sampler *sm, int seq)
+static dlm_error dlm__check_canvas(const dlm_sampler *sm, int seq, const int *canvas,
+                                   int length)
 {
-    dlm__lane *l = &sm->lanes[seq];
-    const int b = sm->opt.block, offset = dlm__block_offset(sm, l);
-    do {
-        l->a = l->e;
-        l->e = l->a < offset ? offset : l->a + b;
-        l->e = dlm__min(l->e, l->length);
-        l->block_masks = dlm__count_masks(sm, seq, l->a, l->e);
-    } while (l->block_masks == 0 && l->a < l->length);
-    l->block_step = 0;
-    l->time = 1.0f;
-    if (l->block_masks == 0) l->done = 1;
+    const dlm_config *c = &sm->c;
+    const int most = dlm__min(sm->lim.slots, c->max_seq);
+    if (length < 1 || length > most)
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "canvas %d: length %d is not in 1..%d",
+                         seq, length, most);
+    for (int i = 0; i < length; i++)
+        if (canvas[i] != c->mask_id && (canvas[i] < 0 || canvas[i] >= c->vocab))
+            return dlm__fail(sm->ctx, DLM_E_INPUT, "canvas %d: token %d at %d is not in "
+                             "0..%d", seq, canvas[i], i, c->vocab - 1);
+    if (c->pattern == DLM_PATTERN_CAUSAL && canvas[0] == c->mask_id)
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "canvas %d: a causal model needs a first "
+                         "token to go on from", seq);
+    return DLM_OK;
+}
+
+static void dlm__begin_sequence(const dlm_sampler *sm, dlm__sequence *q, int *canvas,
+                                unsigned char *marks, int length)
+{
+    memset(q, 0, sizeof *q);
+    q->canvas = canvas;
+    q->marks = marks;
+    q->length = q->end = length;
+    for (int i = 0; i < length; i++)
+        marks[i] = canvas[i] != sm->c.mask_id ? DLM__GIVEN : 0;
+    while (q->prompt < length && marks[q->prompt]) q->prompt++;
+    q->offset = sm->opt.absolute_blocks ? 0 : q->prompt % sm->opt.block;
+    dlm__next_block(sm, q);
 }
 
 DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *lengths,
                                     int n_seqs)
 {
-    const dlm__work *w = &sm->s->w;
-    const dlm_config *c = sm->c;
-    const int room = sm->opt.guidance != 0.0f ? w->seqs / 2 : w->seqs;
+    const int seqs = sm->lim.seqs, slots = sm->lim.slots;
+    const int room = sm->opt.guidance != 0.0f ? seqs / 2 : seqs;
+    dlm_error e = DLM_OK;
     if (n_seqs < 1 || n_seqs > room)
-        return dlm__fail(w->ctx, DLM_E_INPUT, "canvas: %d sequences, room for %d%s",
-                         n_seqs, room, room < w->seqs ? " (guidance doubles them)" : "");
-    for (int s = 0; s < n_seqs; s++) {
-        const int *row = canvas + (size_t)s * (size_t)w->slots;
-        if (lengths[s] < 1 || lengths[s] > w->slots || lengths[s] > c->max_seq)
-            return dlm__fail(w->ctx, DLM_E_INPUT, "canvas %d: length %d is not in 1..%d",
-                             s,
-                             lengths[s], dlm__min(w->slots, c->max_seq));
-        for (int i = 0; i < lengths[s]; i++)
-            if (row[i] != c->mask_id && (row[i] < 0 || row[i] >= c->vocab))
-                return dlm__fail(w->ctx, DLM_E_INPUT,
-                                 "canvas %d: token %d at %d is not in "
-                                 "0..%d", s, row[i], i, c->vocab - 1);
-        if (c->pattern == DLM_PATTERN_CAUSAL && row[0] == c->mask_id)
-            return dlm__fail(w->ctx, DLM_E_INPUT,
-                             "canvas %d: a causal model needs a first "
-                             "token to go on from", s);
-    }
-    sm->canvas = canvas;
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "canvas: %d sequences, room for %d%s",
+                         n_seqs, room, room < seqs ? " (guidance doubles them)" : "");
+    for (int s = 0; s < n_seqs && e == DLM_OK; s++)
+        e = dlm__check_canvas(sm, s, canvas + (size_t)s * (size_t)slots, lengths[s]);
+    if (e != DLM_OK) return e;
     sm->n_seqs = n_seqs;
-    sm->n_events = sm->forwards = 0;
+    sm->batch.n_seqs = sm->n_events = sm->forwards = 0;
     sm->flops = 0.0;
     for (int s = 0; s < n_seqs; s++) {
-        const int *row = dlm__canvas_of(sm, s);
-        dlm__lane *l = &sm->lanes[s];
-        memset(l, 0, sizeof *l);
-        l->length = l->end = lengths[s];
-        for (int i = 0; i < l->length; i++)
-            sm->fixed[(size_t)s * (size_t)w->slots + (size_t)i] = row[i] != c->mask_id;
-        memset(sm->remasked + (size_t)s * (size_t)w->slots, 0, (size_t)w->slots);
-        while (l->prompt < l->length && row[l->prompt] != c->mask_id) l->prompt++;
-        dlm__next_block(sm, s);
+        const size_t first = (size_t)s * (size_t)slots;
+        dlm__begin_sequence(sm, &sm->seqs[s], canvas + first, sm->marks + first,
+                            lengths[s]);
     }
     return DLM_OK;
 }
@@ -7268,13 +7387,13 @@ DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *len
 DLM_API int dlm_sampler_done(const dlm_sampler *sm)
 {
     for (int s = 0; s < sm->n_seqs; s++)
-        if (!sm->lanes[s].done) return 0;
+        if (!sm->seqs[s].done) return 0;
     return 1;
 }
 
 DLM_API int dlm_sampler_length(const dlm_sampler *sm, int seq)
 {
-    return sm->lanes[seq].end;
+    return sm->seqs[seq].end;
 }
 
 DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events)
@@ -7289,201 +7408,189 @@ DLM_API void dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flop
     *flops = sm->flops;
 }
 
-/* --[ which positions ]-------------------------------------------------------  */
+/* --[ ask: which positions ]--------------------------------------------------  */
 
-/* Positions to fill in this step, if there are as many: cells // steps, the remainder in
-   the first steps.  Cells: the size of the block, when FULL the masks it began with. */
-static int dlm__planned(const dlm_sampler *sm, const dlm__lane *l)
+/* The plan: tokens to fill in this step, if there are as many: cells // steps, one more
+   in the first cells % steps steps.  Cells: the size of the block, when FULL the masks it
+   began with.  A block of 8 in 3 steps: 3, 3, 2; in 12 steps: 1 each, eight times. */
+static int dlm__planned(const dlm_sampler *sm, const dlm__sequence *q)
 {
-    const int full = sm->c->pattern == DLM_PATTERN_FULL;
-    const int cells = full ? l->block_masks : sm->opt.block;
+    const int full = sm->c.pattern == DLM_PATTERN_FULL;
+    const int cells = full ? q->block_masks : sm->opt.block;
     const int steps = sm->opt.steps ? sm->opt.steps : cells;
-    return dlm__max(cells / steps + (l->block_step < cells % steps), 1);
+    return dlm__max(cells / steps + (q->block_step < cells % steps), 1);
 }
 
-static double dlm__sampler_uniform(const dlm_sampler *sm, int seq, uint32_t purpose,
-                                   int step, int position, uint32_t index)
+static double dlm__sampler_uniform(const dlm_sampler *sm, const dlm__sequence *q,
+                                   uint32_t purpose, int step, int position)
 {
-    const uint32_t id = sm->opt.ids ? sm->opt.ids[seq] : (uint32_t)seq;
-    const dlm_address at = dlm__address(sm->opt.seed, purpose, (uint32_t)step, id,
-                                        (uint32_t)position);
-    return dlm_uniform(&at, index);
+    const dlm_sample_options *o = &sm->opt;
+    const uint32_t seq = (uint32_t)(q - sm->seqs);
+    const dlm_address at = dlm__address(o->seed, purpose, (uint32_t)step,
+                                        o->ids ? o->ids[seq] : seq, (uint32_t)position);
+    return o->uniform ? o->uniform(o->uniform_user, &at) : dlm_uniform(&at, 0);
 }
 
-static void dlm__add_candidate(dlm_sampler *sm, int seq, int position)
-{
-    dlm__candidate *c = &sm->cands[sm->n_cands++];
-    memset(c, 0, sizeof *c);
-    c->seq = seq;
-    c->position = position;
-    sm->lanes[seq].n++;
-}
-
-/* The order of candidates: larger score first, of equal ones the left one; what is only
-   checked comes last. */
+/* The order of candidates: larger rank first, of equal ones the left one. */
 static int dlm__comes_before(const dlm__candidate *a, const dlm__candidate *b)
 {
-    if (a->check != b->check) return b->check;
-    if (a->score != b->score) return a->score > b->score;
+    if (a->guess.rank != b->guess.rank) return a->guess.rank > b->guess.rank;
     return a->position < b->position;
 }
 
-/* A heap: c[i] comes before c[2i+1] and c[2i+2], so c[0] before all.  c[i] sinks until
-   this holds again in c (n). */
-static void dlm__sink(dlm__candidate *c, int i, int n)
+/* Shell's sort: insertion along ever smaller gaps .. 40, 13, 4, 1 (Knuth, TAOCP 3). */
+static void dlm__sort(dlm__candidate *c, int n)
 {
-    const dlm__candidate moved = c[i];
-    for (int j = 2 * i + 1; j < n; j = 2 * i + 1) {
-        if (j + 1 < n && dlm__comes_before(&c[j + 1], &c[j])) j++;
-        if (!dlm__comes_before(&c[j], &moved)) break;
-        c[i] = c[j];
-        i = j;
+    int gap = 1;
+    while (gap < n / 3) gap = 3 * gap + 1;
+    for (; gap > 0; gap /= 3)
+        for (int i = gap, j; i < n; i++) {
+            const dlm__candidate moved = c[i];
+            for (j = i; j >= gap && dlm__comes_before(&moved, &c[j - gap]); j -= gap)
+                c[j] = c[j - gap];
+            c[j] = moved;
+        }
+}
+
+/* What blind orders rank by before there are logits.  ANCESTRAL, the turn: from t to s
+   each mask is revealed with probability 1 - s/t, which is 1/(steps - k) at step k of
+   `steps` even ones; its step is then uniform on 0 .. steps - 1 and independent of the
+   others, so it can be drawn at once, the same number whenever it is asked for. */
+static float dlm__blind_rank(const dlm_sampler *sm, const dlm__sequence *q, int position,
+                              int steps)
+{
+    switch (sm->opt.order) {
+    case DLM_ORDER_SEQUENTIAL: return (float)-position;
+    case DLM_ORDER_ANCESTRAL:
+        return (float)-(int)(steps * dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, 0,
+                                                          position));
+    default:
+        return (float)-dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, q->step, position);
     }
-    c[i] = moved;
 }
 
-static void dlm__make_heap(dlm__candidate *c, int n)
+/* Keeps the `keep` candidates, or all whose turn is next, that a blind order looks at,
+   left to right.  Ancestral steps that reveal nothing need no forward and are passed over
+   (the cache of MDLM). */
+static void dlm__keep_blindly(const dlm_sampler *sm, dlm__sequence *q, dlm__candidate *c,
+                              int keep)
 {
-    for (int i = n / 2 - 1; i >= 0; i--) dlm__sink(c, i, n);
+    const int steps = sm->opt.steps ? sm->opt.steps : q->block_masks;
+    for (int i = 0; i < q->n; i++)
+        c[i].guess.rank = dlm__blind_rank(sm, q, c[i].position, steps);
+    dlm__sort(c, q->n);
+    if (sm->opt.order == DLM_ORDER_ANCESTRAL) {
+        for (keep = 1; keep < q->n && c[keep].guess.rank == c->guess.rank; ) keep++;
+        q->time = ((float)steps + c->guess.rank - 1.0f) / (float)steps;
+    }
+    q->n = dlm__min(q->n, keep);
+    for (int i = 0; i < q->n; i++) c[i].guess.rank = 0.0f;     /* now by position  */
+    dlm__sort(c, q->n);
 }
 
-/* Takes c[0] off a heap of n: it changes places with the last, and n - 1 are left. */
-static void dlm__pop(dlm__candidate *c, int n)
-{
-    const dlm__candidate first = c[0];
-    c[0] = c[n - 1];
-    c[n - 1] = first;
-    dlm__sink(c, 0, n - 1);
-}
-
-/* Keeps the `keep` candidates with the smallest random keys, left to right. */
-static void dlm__keep_random(dlm_sampler *sm, dlm__lane *l, int seq, int keep)
-{
-    dlm__candidate *c = sm->cands + l->first;
-    const int left = l->n - keep;
-    if (left <= 0) return;
-    for (int i = 0; i < l->n; i++)
-        c[i].score = -(float)dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
-                                                  c[i].position, 0);
-    dlm__make_heap(c, l->n);
-    for (int n = l->n; n > left; n--) dlm__pop(c, n);
-    memmove(c, c + left, (size_t)keep * sizeof *c);
-    for (int i = 0; i < keep; i++) c[i].score = (float)c[i].position;
-    dlm__make_heap(c, keep);
-    for (int n = keep; n > 1; n--) dlm__pop(c, n);      /* rightmost to the end     */
-    l->n = keep;
-    sm->n_cands -= left;
-}
-
-/* Ancestral: from t to s each mask is revealed with probability 1 - s/t, which is
-   1/(steps - k) at step k of `steps` even ones.  Each mask's step is then uniform on
-   0 .. steps - 1 and independent of the others, so it can be drawn at once, the same
-   number whenever it is asked for. */
-static int dlm__reveal_step(const dlm_sampler *sm, int seq, int position, int steps)
-{
-    return (int)(steps * dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, 0, position, 0));
-}
-
-/* Keeps the masks whose turn is next.  Steps that reveal nothing need no forward and are
-   passed over (the cache of MDLM). */
-static void dlm__keep_ancestral(dlm_sampler *sm, dlm__lane *l, int seq)
-{
-    dlm__candidate *c = sm->cands + l->first;
-    const int steps = sm->opt.steps ? sm->opt.steps : l->block_masks;
-    int next = steps, kept = 0;
-    for (int i = 0; i < l->n; i++)
-        next = dlm__min(next, dlm__reveal_step(sm, seq, c[i].position, steps));
-    for (int i = 0; i < l->n; i++)
-        if (dlm__reveal_step(sm, seq, c[i].position, steps) == next) c[kept++] = c[i];
-    l->time = (float)(steps - next - 1) / (float)steps;
-    sm->n_cands -= l->n - kept;
-    l->n = kept;
-}
-
-/* Tokens 0 and 1 of a shifted model share a row and are left alone. */
-static int dlm__may_remask(const dlm_sampler *sm, int seq, int i)
-{
-    const size_t at = (size_t)seq * (size_t)sm->s->w.slots + (size_t)i;
-    return sm->opt.remask_below > 0.0f && !dlm__order_is_blind(sm->opt.order)
-        && !sm->fixed[at] && !sm->remasked[at] && i >= 2 * sm->c->shifted;
-}
-
-/* The candidates of one sequence: all masks of its block, or those a blind order has
-   already settled on; with remasking also the tokens that may be taken back. */
+/* The candidates of one sequence, left to right: the masks of its block, or those a blind
+   order has already settled on; with remasking also the tokens that may be taken back.
+   (Tokens 0 and 1 of a shifted model share a row and are left alone.) */
 static void dlm__find_candidates(dlm_sampler *sm, int seq)
 {
-    dlm__lane *l = &sm->lanes[seq];
-    const int *canvas = dlm__canvas_of(sm, seq);
-    const int plan = dlm__planned(sm, l);
-    const int most = sm->opt.order == DLM_ORDER_SEQUENTIAL ? plan : INT_MAX;
-    l->first = sm->n_cands;
-    l->n = 0;
-    for (int i = l->a; i < l->e && l->n < most; i++) {
-        if (canvas[i] == sm->c->mask_id) {
-            dlm__add_candidate(sm, seq, i);
-        } else if (dlm__may_remask(sm, seq, i)) {
-            dlm__add_candidate(sm, seq, i);
-            sm->cands[sm->n_cands - 1].check = 1;
-        }
+    dlm__sequence *q = &sm->seqs[seq];
+    dlm__candidate *c = sm->cands + sm->n_cands;
+    const dlm_order order = sm->opt.order;
+    const int plan = dlm__planned(sm, q);
+    q->first = sm->n_cands;
+    q->n = 0;
+    for (int i = q->a; i < q->e; i++) {
+        const int check = q->canvas[i] != sm->c.mask_id;
+        if (check && (sm->opt.remask_below == 0.0f || q->marks[i]
+                      || i < 2 * sm->c.shifted)) continue;
+        c[q->n].seq = seq;
+        c[q->n].position = i;
+        c[q->n++].check = check;
     }
-    if (sm->opt.order == DLM_ORDER_RANDOM) dlm__keep_random(sm, l, seq, plan);
-    if (sm->opt.order == DLM_ORDER_ANCESTRAL) dlm__keep_ancestral(sm, l, seq);
-    if (sm->opt.order == DLM_ORDER_FIRST_HITTING) dlm__keep_random(sm, l, seq, 1);
+    if (dlm__orders[order].blind)
+        dlm__keep_blindly(sm, q, c, order == DLM_ORDER_FIRST_HITTING ? 1 : plan);
+    sm->n_cands += q->n;
 }
 
-/* --[ which rows ]------------------------------------------------------------
-   FULL: the whole canvas.  BLOCK: what has no final keys yet, up to the end of the
-   active block, so the block that was just finished is run again, clean, together
-   with the new one.  CAUSAL: up to the row that predicts.  Without a cache everything
-   from 0 on. */
+/* --[ ask: which rows ]-------------------------------------------------------  */
+
 static int dlm__predictor(const dlm_sampler *sm, int position)
 {
-    return sm->c->shifted ? dlm__max(0, position - 1) : position;
+    return sm->c.shifted ? dlm__max(0, position - 1) : position;
 }
 
-static int dlm__first_row(const dlm_sampler *sm, const dlm__lane *l)
+static int dlm__first_row(const dlm_sampler *sm, const dlm__sequence *q)
 {
-    if (sm->c->pattern == DLM_PATTERN_FULL || !sm->s->w.cached) return 0;
-    return dlm__min(l->cached, dlm__predictor(sm, l->a));
+    if (sm->c.pattern == DLM_PATTERN_FULL || !sm->lim.cached) return 0;
+    return dlm__min(q->cached, dlm__predictor(sm, q->a));
 }
 
-static int dlm__end_row(const dlm_sampler *sm, const dlm__lane *l)
+static int dlm__end_row(const dlm_sampler *sm, const dlm__sequence *q)
 {
-    if (sm->c->pattern == DLM_PATTERN_FULL) return l->length;
-    return sm->c->pattern == DLM_PATTERN_CAUSAL ? l->a : l->e;
+    if (sm->c.pattern == DLM_PATTERN_FULL) return q->length;
+    return sm->c.pattern == DLM_PATTERN_CAUSAL ? q->a : q->e;
 }
 
-static dlm_error dlm__add_rows(dlm_sampler *sm, int seq)
+/* Adds a sequence to the batch; slot i of it becomes row base + i.  Unguided: all given
+   tokens are masked, in a lane of its own.  What is given never changes, so the cached
+   keys of that lane stay right, too. */
+static void dlm__add_rows(dlm_sampler *sm, int seq, int unguided)
 {
-    const dlm__lane *l = &sm->lanes[seq];
-    const int *canvas = dlm__canvas_of(sm, seq);
-    const int first = dlm__first_row(sm, l), end = dlm__end_row(sm, l);
-    const int b = sm->opt.block, offset = dlm__block_offset(sm, l);
-    if (sm->n_rows + end - first > sm->s->w.rows)
-        return dlm__fail(sm->s->w.ctx, DLM_E_INPUT, "a step needs %d rows or more, the "
-                         "session has %d", sm->n_rows + end - first, sm->s->w.rows);
+    const dlm__sequence *q = &sm->seqs[seq];
+    const int first = dlm__first_row(sm, q), end = dlm__end_row(sm, q);
+    dlm_batch *b = &sm->batch;
+    const int base = sm->start[b->n_seqs] - first;
     for (int i = first; i < end; i++) {
-        const int row = sm->n_rows + i - first;
-        sm->tokens[row] = canvas[i];
-        sm->slots[row] = i;
-        sm->keys[row] = dlm__keys_of(i, l->length, (dlm_pattern)sm->c->pattern, b,
-                                     offset);
+        const int masked = unguided && q->marks[i] == DLM__GIVEN;
+        sm->tokens[base + i] = masked ? sm->c.mask_id : q->canvas[i];
+        sm->slots[base + i] = i;
+        sm->keys[base + i] = dlm__keys_of(i, q->length, (dlm_pattern)sm->c.pattern,
+                                          sm->opt.block, q->offset);
     }
-    for (int i = l->first; i < l->first + l->n; i++) {
-        const int row = sm->n_rows + dlm__predictor(sm, sm->cands[i].position) - first;
-        if (sm->n_out == 0 || sm->out_rows[sm->n_out - 1] != row) {
-            sm->out_cand[sm->n_out] = i;
-            sm->out_rows[sm->n_out++] = row;
+    for (int i = q->first; i < q->first + q->n; i++) {
+        const int row = base + dlm__predictor(sm, sm->cands[i].position);
+        if (b->n_out == 0 || sm->out_rows[b->n_out - 1] != row) {
+            sm->guesses[b->n_out].token = DLM__UNSEEN;
+            sm->wanted_by[b->n_out] = i;
+            sm->out_rows[b->n_out++] = row;
         }
-        sm->cands[i].out = sm->n_out - 1;
+        if (!unguided) sm->cands[i].out = b->n_out - 1;
     }
-    sm->lane_of[sm->n_batch] = seq;
-    sm->n_rows += end - first;
-    sm->start[++sm->n_batch] = sm->n_rows;
-    return DLM_OK;
+    sm->lanes[b->n_seqs++] = unguided ? seq + sm->lim.seqs / 2 : seq;
+    sm->start[b->n_seqs] = base + end;
 }
 
-/* --[ which token ]-----------------------------------------------------------  */
+DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *out)
+{
+    const int sides = sm->opt.guidance != 0.0f ? 2 : 1;
+    dlm_batch *b = &sm->batch;
+    int rows = 0;
+    memset(b, 0, sizeof *b);
+    b->start = sm->start; b->tokens = sm->tokens; b->slots = sm->slots;
+    b->lanes = sm->lanes; b->keys = sm->keys; b->out_rows = sm->out_rows;
+    for (int s = 0; s < sm->n_seqs; s++)
+        if (!sm->seqs[s].done)
+            rows += dlm__end_row(sm, &sm->seqs[s]) - dlm__first_row(sm, &sm->seqs[s]);
+    if (rows < 1 || rows * sides > sm->lim.rows)
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "a step needs %d rows%s, there is room "
+                         "for %d", rows * sides, rows ? "" : " when all is done",
+                         sm->lim.rows);
+    sm->n_cands = 0;
+    for (int s = 0; s < sides * sm->n_seqs; s++) {
+        const int seq = s % sm->n_seqs, unguided = s >= sm->n_seqs;
+        if (sm->seqs[seq].done) continue;
+        if (!unguided) dlm__find_candidates(sm, seq);
+        dlm__add_rows(sm, seq, unguided);
+    }
+    *out = *b;
+    if (b->n_out <= sm->lim.out) return DLM_OK;
+    b->n_seqs = 0;
+    return dlm__fail(sm->ctx, DLM_E_INPUT, "a step looks at %d rows, there is room for "
+                     "%d", b->n_out, sm->lim.out);
+}
+
+/* --[ decide ]----------------------------------------------------------------
+   Of the logits of one row: which token, how likely, what rank. */
 
 /* Floats that are not negative sort like their bits, so a threshold can be found by
    bisection on the bits: the smallest bits b for which keep(b) holds. */
@@ -7513,48 +7620,31 @@ static void dlm__drop_below(float *w, int V, float least)
 /* top-k keeps what is at least the k-th largest; top-p keeps a token while the mass
    before it is at most p; min-p what is at least min_p times the largest.  Ties stay
    together.  w (V) are weights with largest 1; each filter sees what the last left. */
-static void dlm__filter(const dlm_sample_options *o, float *w, int V)
+static void dlm__filter(float *w, int V, int top_k, float top_p, float min_p)
 {
-    if (o->top_k > 0 && o->top_k < V)
-        dlm__drop_below(w, V, dlm__bisect(w, V, (double)o->top_k, 0));
-    if (o->top_p > 0.0f && o->top_p < 1.0f) {
+    if (top_k > 0 && top_k < V)
+        dlm__drop_below(w, V, dlm__bisect(w, V, (double)top_k, 0));
+    if (top_p > 0.0f && top_p < 1.0f) {
         double total = 0.0;
         for (int v = 0; v < V; v++) total += (double)w[v];
-        dlm__drop_below(w, V, dlm__bisect(w, V, (double)o->top_p * total, 1));
+        dlm__drop_below(w, V, dlm__bisect(w, V, (double)top_p * total, 1));
     }
-    if (o->min_p > 0.0f) dlm__drop_below(w, V, o->min_p);
+    if (min_p > 0.0f) dlm__drop_below(w, V, min_p);
 }
 
-/* Draws v with probability w_v / sum w: by inverting the CDF with one uniform, or, the
-   same law, as the smallest exponential variate of rate w_v (Gumbel-max). */
-static int dlm__draw(const dlm_sampler *sm, const dlm__candidate *c, const float *w,
-                     int V)
+/* The token v with probability w_v / sum w that u in [0, 1) draws: the inverted CDF. */
+static int dlm__draw(const float *w, int V, double u)
 {
-    const int step = sm->lanes[c->seq].step;
-    double total = 0.0, least = INFINITY, target;
-    int best = 0;
-    if (!sm->opt.gumbel) {
-        for (int v = 0; v < V; v++) total += (double)w[v];
-        target = total * dlm__sampler_uniform(sm, c->seq, DLM_RANDOM_TOKEN, step,
-                                              c->position, 0);
-        total = 0.0;
-        for (int v = 0; v < V; v++) {
-            if (w[v] <= 0.0f) continue;
-            total += (double)w[v];
-            best = v;
-            if (total > target) break;
-        }
-        return best;
-    }
+    double total = 0.0, before = 0.0;
+    int drawn = 0;
+    for (int v = 0; v < V; v++) total += (double)w[v];
     for (int v = 0; v < V; v++) {
-        double u, time;
         if (w[v] <= 0.0f) continue;
-        u = dlm__sampler_uniform(sm, c->seq, DLM_RANDOM_TOKEN, step, c->position,
-                                 (uint32_t)v + 1);
-        time = -log1p(-u) / (double)w[v];
-        if (time < least) { least = time; best = v; }
+        before += (double)w[v];
+        drawn = v;
+        if (before > total * u) break;
     }
-    return best;
+    return drawn;
 }
 
 /* Weights e^((x - max) / T) instead of logits x (V), the largest 1.  1/T stays finite. */
@@ -7563,43 +7653,6 @@ static void dlm__temper(const dlm__kernels *k, float *x, int V, float max, float
     const float cold = 1.0f / fmaxf(T, 1e-37f), least = -200.0f / cold;    /* e^-200: 0 */
     for (int v = 0; v < V; v++) x[v] = (x[v] - max < least ? least : x[v] - max) * cold;
     k->exp_scaled(x, x, V, 0.0f, 1.0f);
-}
-
-/* What must not be emitted gets -INFINITY before anything is computed from the row, by
-   adding it: that makes NaN of NaN and +INFINITY and so hides neither. */
-static void dlm__restrict(const dlm_sampler *sm, const dlm__candidate *c, int i,
-                          float *logits)
-{
-    const dlm_sample_options *o = &sm->opt;
-    if (o->guidance != 0.0f) {
-        const float *u = sm->unguided + (size_t)i * (size_t)sm->c->vocab;
-        for (int v = 0; v < sm->c->vocab; v++)
-            logits[v] = u[v] + (o->guidance + 1.0f) * (logits[v] - u[v]);
-    }
-    if (o->logit_bias) sm->s->w.ctx->k->add(logits, o->logit_bias, sm->c->vocab);
-    if (o->constrain) o->constrain(o->user, c->seq, c->position, logits);
-    for (int j = 0; j < o->n_suppress; j++) logits[o->suppress[j]] -= INFINITY;
-    if (sm->c->mask_id < sm->c->vocab) logits[sm->c->mask_id] -= INFINITY;
-}
-
-/* A row whose sum of exponentials is NaN: the candidate's token becomes ~v, where v is
-   the first logit that is NaN or +INFINITY, or V: all are -INFINITY. */
-static void dlm__no_softmax(dlm__candidate *c, const float *logits, int V)
-{
-    int v = 0;
-    while (v < V && logits[v] < INFINITY) v++;
-    c->token = ~v;
-    c->score = v < V ? logits[v] : -INFINITY;
-}
-
-static dlm_error dlm__fail_softmax(dlm_ctx *ctx, const dlm__candidate *c, int V)
-{
-    if (~c->token == V)
-        return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: every token is "
-                         "forbidden", c->seq, c->position);
-    return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: the logit of token %d "
-                     "is %s", c->seq, c->position, ~c->token,
-                     c->score > 0.0f ? "+infinity" : "NaN");
 }
 
 /* In nats, of the distribution that weights (V) stand for. */
@@ -7621,102 +7674,176 @@ static float dlm__runner_up(const dlm__kernels *k, const float *logits, int V, i
     return fmaxf(k->max(logits, argmax), k->max(after, V - argmax - 1));
 }
 
-/* Token, confidence and order score of the candidate that out row i predicts. */
-static void dlm__pick(void *user, int i, float *logits)
+static dlm_error dlm__fail_softmax(dlm_ctx *ctx, const dlm__candidate *c, int V)
 {
-    const dlm_sampler *sm = (const dlm_sampler *)user;
-    const dlm_sample_options *o = &sm->opt;
-    const dlm__kernels *k = sm->s->w.ctx->k;
-    const int V = sm->c->vocab;
-    dlm__candidate *c = &sm->cands[sm->out_cand[i]];
-    double sum, sum_x, p_max;
-    float max;
-    int argmax;
-    dlm__restrict(sm, c, i, logits);
-    max = k->max(logits, V);
-    sum = k->sum_exp(logits, V, max, &sum_x);
+    if (~c->guess.token == V)
+        return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: every token is "
+                         "forbidden", c->seq, c->position);
+    return dlm__fail(ctx, DLM_E_INPUT, "sequence %d, position %d: the logit of token %d "
+                     "is %s", c->seq, c->position, ~c->guess.token,
+                     c->guess.rank > 0.0f ? "+infinity" : "NaN");
+}
+
+/* A token where `shown` is negative, else only how likely that one is.  With p the
+   softmax of x (V), which is overwritten, at temperature 0 the token is argmax p; else u
+   draws it from p tempered (p^(1/T), normalised) and filtered; its confidence is p all
+   the same.  No softmax: token ~v, where v is the first logit that is NaN or +INFINITY,
+   which then is the rank, or V: all are -INFINITY. */
+static dlm__guess dlm__decide(const dlm__kernels *k, const dlm_sample_options *o,
+                              float *x, int V, int shown, double u)
+{
+    const dlm__by by = dlm__orders[o->order].by;
+    const float max = k->max(x, V);
+    double sum_x, p_max, sum = k->sum_exp(x, V, max, &sum_x);
+    dlm__guess g = { 0, 0.0f, 0.0f };
     if (sum != sum) {
-        dlm__no_softmax(c, logits, V);
-        return;
+        while (g.token < V && x[g.token] < INFINITY) g.token++;
+        if (g.token < V) g.rank = x[g.token];
+        g.token = ~g.token;
+        return g;
     }
-    argmax = dlm__argmax(k, logits, V, max);
     p_max = 1.0 / sum;
-    if (c->check) {
-        c->token = dlm__canvas_of(sm, c->seq)[c->position];
-        c->confidence = (float)(p_max * exp((double)logits[c->token] - (double)max));
-        return;
+    g.token = shown < 0 ? dlm__argmax(k, x, V, max) : shown;
+    g.confidence = g.rank = (float)p_max;
+    if (shown >= 0)
+        g.confidence = (float)(p_max * exp((double)x[shown] - (double)max));
+    else if (by == DLM__BY_CERTAINTY || by == DLM__BY_DRAWN)
+        g.rank = (float)(sum_x / sum - log(sum));
+    else if (by == DLM__BY_MARGIN)
+        g.rank = (float)(p_max - p_max * exp((double)(
+            dlm__runner_up(k, x, V, g.token) - max)));
+    if (shown < 0 && o->temperature > 0.0f) {
+        dlm__temper(k, x, V, max, o->temperature);
+        dlm__filter(x, V, o->top_k, o->top_p, o->min_p);
+        g.token = dlm__draw(x, V, u);
+        g.confidence = (float)(p_max * pow((double)x[g.token], (double)o->temperature));
+        if (by == DLM__BY_TOKEN) g.rank = g.confidence;
+        if (by == DLM__BY_DRAWN) g.rank = (float)-dlm__entropy(x, V);
     }
-    c->token = argmax;
-    c->confidence = (float)p_max;
-    c->score = c->confidence;
-    if (o->order == DLM_ORDER_ENTROPY || o->order == DLM_ORDER_ENTROPY_BOUND)
-        c->score = (float)(sum_x / sum - log(sum));         /* minus the entropy   */
-    if (o->order == DLM_ORDER_MARGIN)
-        c->score = (float)(p_max - p_max * exp((double)(
-            dlm__runner_up(k, logits, V, argmax) - max)));
-    if (o->temperature > 0.0f) {
-        dlm__temper(k, logits, V, max, o->temperature);
-        dlm__filter(o, logits, V);
-        c->token = dlm__draw(sm, c, logits, V);
-        c->confidence = (float)(p_max * pow((double)logits[c->token],
-                                            (double)o->temperature));
-        if (o->order == DLM_ORDER_CONFIDENCE || o->order == DLM_ORDER_THRESHOLD)
-            c->score = c->confidence;
-        if (o->order == DLM_ORDER_ENTROPY_BOUND)
-            c->score = (float)-dlm__entropy(logits, V);
-    }
-    if (o->order == DLM_ORDER_THRESHOLD && o->left_first && c->confidence <= o->threshold)
-        c->score = (float)-c->position;
+    return g;
 }
 
-/* --[ committing ]------------------------------------------------------------  */
-
-static void dlm__commit(dlm_sampler *sm, const dlm__candidate *c)
+/* What must not be emitted gets -INFINITY before anything is computed from the row, by
+   adding it: that makes NaN of NaN and +INFINITY and so hides neither. */
+static void dlm__guess_row(dlm_sampler *sm, int i, float *logits)
 {
-    const dlm__lane *l = &sm->lanes[c->seq];
-    dlm_event *e = &sm->trace[sm->n_events++];
-    dlm__canvas_of(sm, c->seq)[c->position] = c->token;
-    e->seq = c->seq;
-    e->position = c->position;
-    e->token = c->token;
-    e->step = l->step + 1;
-    e->confidence = c->confidence;
-    e->time = l->time;
+    const dlm__candidate *c = &sm->cands[sm->wanted_by[i]];
+    const dlm__sequence *q = &sm->seqs[c->seq];
+    const dlm_sample_options *o = &sm->opt;
+    double u = 0.0;
+    if (o->logit_bias) sm->ctx->k->add(logits, o->logit_bias, sm->c.vocab);
+    if (o->constrain) o->constrain(o->constrain_user, c->seq, c->position, logits);
+    for (int j = 0; j < o->n_suppress; j++) logits[o->suppress[j]] -= INFINITY;
+    if (sm->c.mask_id < sm->c.vocab) logits[sm->c.mask_id] -= INFINITY;
+    if (o->temperature > 0.0f && !c->check)
+        u = dlm__sampler_uniform(sm, q, DLM_RANDOM_TOKEN, q->step, c->position);
+    sm->guesses[i] = dlm__decide(sm->ctx->k, o, logits, sm->c.vocab,
+                                 c->check ? q->canvas[c->position] : -1, u);
 }
 
-/* Commits in order of score until the order says stop. */
-static void dlm__commit_lane(dlm_sampler *sm, int seq)
+DLM_API void dlm_sampler_score(void *sampler, int i, float *logits)
 {
-    dlm__lane *l = &sm->lanes[seq];
-    dlm__candidate *c = sm->cands + l->first;
-    const dlm_order order = sm->opt.order;
-    const int plan = dlm__order_is_blind(order) ? l->n : dlm__planned(sm, l);
-    const int masks = dlm__count_masks(sm, seq, l->a, l->e);
+    dlm_sampler *sm = (dlm_sampler *)sampler;
+    const size_t V = (size_t)sm->c.vocab;
+    if (sm->opt.guidance == 0.0f) {
+        dlm__guess_row(sm, i, logits);
+    } else {                                /* the other side may not be there yet */
+        memcpy(sm->kept + (size_t)i * V, logits, V * sizeof *logits);
+        sm->guesses[i].token = 0;
+    }
+}
+
+static void dlm__guide_job(void *arg, int i)
+{
+    dlm_sampler *sm = (dlm_sampler *)arg;
+    const size_t V = (size_t)sm->c.vocab, n = (size_t)sm->batch.n_out / 2;
+    float *x = sm->kept + (size_t)i * V;
+    const float *unguided = x + n * V;
+    for (size_t v = 0; v < V; v++)
+        x[v] = unguided[v] + (sm->opt.guidance + 1.0f) * (x[v] - unguided[v]);
+    dlm__guess_row(sm, i, x);
+}
+
+/* All that was asked has been shown and has a softmax: guesses become the candidates'.
+   (Tokens 0 and 1 of a shifted model get the same one.) */
+static dlm_error dlm__take_guesses(dlm_sampler *sm)
+{
+    const dlm_batch *b = &sm->batch;
+    const dlm_sample_options *o = &sm->opt;
+    if (b->n_seqs == 0)
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "sampler: an answer, but nothing has been "
+                         "asked");
+    for (int i = 0; i < b->n_out; i++)
+        if (sm->guesses[i].token == DLM__UNSEEN)
+            return dlm__fail(sm->ctx, DLM_E_INPUT, "sampler: the logits of out row %d of "
+                             "%d were not shown", i, b->n_out);
+    sm->forwards++;
+    if (sm->s) sm->flops += dlm_forward_flops(&sm->c, b);
+    if (o->guidance != 0.0f)
+        dlm__parallel(sm->ctx, b->n_out / 2, 30.0 * b->n_out * sm->c.vocab,
+                      dlm__guide_job, sm);
+    for (int i = 0; i < sm->n_cands; i++) {
+        dlm__candidate *c = &sm->cands[i];
+        c->guess = sm->guesses[c->out];
+        if (c->guess.token < 0) return dlm__fail_softmax(sm->ctx, c, sm->c.vocab);
+        if (o->order == DLM_ORDER_THRESHOLD && o->left_first
+            && c->guess.confidence <= o->threshold)
+            c->guess.rank = (float)-c->position;
+        if (c->check) c->guess.rank = -INFINITY;       /* behind all the masks    */
+    }
+    return DLM_OK;
+}
+
+/* --[ commit ]----------------------------------------------------------------  */
+
+/* How many of a sequence's candidates, best first, are filled in. */
+static int dlm__quota(const dlm_sampler *sm, const dlm__sequence *q)
+{
+    const dlm__candidate *c = sm->cands + q->first;
+    const dlm_sample_options *o = &sm->opt;
+    const int plan = dlm__orders[o->order].blind ? q->n : dlm__planned(sm, q);
     double entropy = 0.0;
-    if (order == DLM_ORDER_FIRST_HITTING)
-        l->time *= (float)pow(dlm__sampler_uniform(sm, seq, DLM_RANDOM_ORDER, l->step,
-                                                   l->length, 0), 1.0 / masks);
-    dlm__make_heap(c, l->n);
-    for (int n = 0; n < l->n && !c->check; n++) {       /* c: the best that is left */
-        entropy -= (double)c->score;
-        if (order == DLM_ORDER_ENTROPY_BOUND) {
-            if (n > 0 && !(entropy < (double)sm->opt.entropy_bound)) break;
-        } else if (n >= plan && !(order == DLM_ORDER_THRESHOLD
-                                  && c->confidence > sm->opt.threshold)) {
+    int n = 0;
+    for (; n < q->n && !c[n].check; n++) {
+        entropy -= (double)c[n].guess.rank;
+        if (o->order == DLM_ORDER_ENTROPY_BOUND) {
+            if (n > 0 && !(entropy < (double)o->entropy_bound)) break;
+        } else if (n >= plan && !(o->order == DLM_ORDER_THRESHOLD
+                                  && c[n].guess.confidence > o->threshold)) {
             break;
         }
-        if (order != DLM_ORDER_ANCESTRAL && order != DLM_ORDER_FIRST_HITTING)
-            l->time = (float)(masks - n - 1) / (float)l->block_masks;
-        dlm__commit(sm, c);
-        dlm__pop(c, l->n - n);
     }
-    for (int i = 0; i < l->n; i++) {
-        if (!c[i].check || c[i].confidence >= sm->opt.remask_below) continue;
-        dlm__canvas_of(sm, seq)[c[i].position] = sm->c->mask_id;
-        sm->remasked[(size_t)seq * (size_t)sm->s->w.slots + (size_t)c[i].position] = 1;
+    return n;
+}
+
+/* The guesses of one sequence go to its canvas and into the trace. */
+static void dlm__commit(dlm_sampler *sm, dlm__sequence *q)
+{
+    dlm__candidate *c = sm->cands + q->first;
+    const dlm_order order = sm->opt.order;
+    const int masks = dlm__count_masks(sm, q);
+    int quota;
+    dlm__sort(c, q->n);
+    quota = dlm__quota(sm, q);
+    if (order == DLM_ORDER_FIRST_HITTING)
+        q->time *= (float)pow(dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, q->step,
+                                                   q->length), 1.0 / masks);
+    for (int i = 0; i < q->n; i++, c++) {
+        const int due = i < quota;
+        dlm_event *e = &sm->trace[sm->n_events];
+        if (due && order != DLM_ORDER_ANCESTRAL && order != DLM_ORDER_FIRST_HITTING)
+            q->time = (float)(masks - i - 1) / (float)q->block_masks;
+        if (due) q->canvas[c->position] = c->guess.token;
+        if (c->check && c->guess.confidence < sm->opt.remask_below) {
+            q->canvas[c->position] = sm->c.mask_id;
+            q->marks[c->position] = DLM__REMASKED;
+        }
+        if (c->check || !(due || sm->opt.list_drawn)) continue;
+        e->seq = c->seq; e->position = c->position; e->token = c->guess.token;
+        e->step = q->step + 1; e->confidence = c->guess.confidence; e->time = q->time;
+        e->drawn_only = !due;
+        sm->n_events++;
     }
-    l->step++;
-    l->block_step++;
 }
 
 static int dlm__is_stop(const dlm_sampler *sm, int token)
@@ -7728,91 +7855,52 @@ static int dlm__is_stop(const dlm_sampler *sm, int token)
 
 /* Ends the sequence at the first generated stop token with no mask before it.  There is
    none before the active block: that was looked through when it was active. */
-static void dlm__check_stop(dlm_sampler *sm, int seq)
+static void dlm__check_stop(const dlm_sampler *sm, dlm__sequence *q)
 {
-    dlm__lane *l = &sm->lanes[seq];
-    int *canvas = dlm__canvas_of(sm, seq);
-    const unsigned char *fixed = sm->fixed + (size_t)seq * (size_t)sm->s->w.slots;
-    int i = l->a;
-    while (i < l->e && canvas[i] != sm->c->mask_id
-           && (fixed[i] || !dlm__is_stop(sm, canvas[i]))) i++;
-    if (sm->opt.n_stop == 0 || i >= l->e || canvas[i] == sm->c->mask_id) return;
-    l->done = 1;
-    l->end = i + 1;
-    for (i++; i < l->length; i++) if (!fixed[i]) canvas[i] = sm->c->mask_id;
+    const int mask = sm->c.mask_id;
+    int i = q->a;
+    while (i < q->e && q->canvas[i] != mask
+           && (q->marks[i] == DLM__GIVEN || !dlm__is_stop(sm, q->canvas[i]))) i++;
+    if (i >= q->e || q->canvas[i] == mask) return;
+    q->done = 1;
+    q->end = i + 1;
+    for (i++; i < q->length; i++)
+        if (q->marks[i] != DLM__GIVEN) q->canvas[i] = mask;
 }
 
-/* The same rows with all given tokens masked, in lanes of their own; logits are kept.
-   What is given never changes, so the cached keys of these lanes stay right, too. */
-static dlm_error dlm__unguided_forward(dlm_sampler *sm, const dlm_batch *b)
+DLM_API dlm_error dlm_sampler_answer(dlm_sampler *sm)
 {
-    const int twin = sm->s->w.seqs / 2;
-    dlm_error e = DLM_OK;
-    for (int pass = 0; pass < 2; pass++) {          /* there and back              */
-        for (int s = 0; s < sm->n_batch; s++) {
-            const int seq = pass ? sm->lane_of[s] - twin : sm->lane_of[s];
-            const size_t first = (size_t)seq * (size_t)sm->s->w.slots;
-            sm->lane_of[s] = pass ? seq : seq + twin;
-            for (int i = sm->start[s]; i < sm->start[s + 1]; i++)
-                if (sm->fixed[first + (size_t)sm->slots[i]])
-                    sm->tokens[i] = pass ? dlm__canvas_of(sm, seq)[sm->slots[i]]
-                                         : sm->c->mask_id;
-        }
-        if (pass == 0) e = dlm_logits(sm->s, b, sm->unguided);
-        if (e != DLM_OK) return e;
-    }
-    return e;
-}
-
-static dlm_error dlm__sampler_forward(dlm_sampler *sm)
-{
-    const int runs = sm->opt.guidance != 0.0f ? 2 : 1;
-    dlm_batch b;
-    dlm_error e = DLM_OK;
-    memset(&b, 0, sizeof b);
-    b.n_seqs = sm->n_batch; b.start = sm->start; b.tokens = sm->tokens;
-    b.slots = sm->slots; b.lanes = sm->lane_of; b.keys = sm->keys;
-    b.out_rows = sm->out_rows; b.n_out = sm->n_out;
-    if (sm->opt.guidance != 0.0f) e = dlm__unguided_forward(sm, &b);
-    if (e == DLM_OK) e = dlm_forward(sm->s, &b, dlm__pick, sm);
+    const int before = sm->n_events;
+    dlm_error e = dlm__take_guesses(sm);
+    sm->batch.n_seqs = 0;                   /* whatever comes next must be asked   */
     if (e != DLM_OK) return e;
-    sm->forwards += runs;
-    sm->flops += runs * dlm_forward_flops(sm->c, &b);
-    for (int i = 0; i < sm->n_cands; i++) {
-        dlm__candidate *c = &sm->cands[i];
-        const dlm__candidate *predicted = &sm->cands[sm->out_cand[c->out]];
-        const int position = c->position;
-        *c = *predicted;            /* shifted: tokens 0 and 1 share row 0         */
-        c->position = position;
-        if (c->token < 0) return dlm__fail_softmax(sm->s->w.ctx, c, sm->c->vocab);
+    for (int s = 0; s < sm->n_seqs; s++) {
+        dlm__sequence *q = &sm->seqs[s];
+        if (q->done) continue;
+        q->cached = q->a;                   /* all before the block was clean      */
+        dlm__commit(sm, q);
+        q->step++;
+        q->block_step++;
+        dlm__check_stop(sm, q);
+        if (!q->done && dlm__count_masks(sm, q) == 0) dlm__next_block(sm, q);
     }
+    if (sm->opt.on_step)
+        sm->opt.on_step(sm->opt.step_user, sm->trace + before, sm->n_events - before);
     return DLM_OK;
 }
 
 DLM_API dlm_error dlm_sampler_step(dlm_sampler *sm)
 {
-    const int before = sm->n_events;
-    dlm_error e = DLM_OK;
-    sm->n_cands = sm->n_rows = sm->n_batch = sm->n_out = sm->start[0] = 0;
-    for (int s = 0; s < sm->n_seqs && e == DLM_OK; s++)
-        if (!sm->lanes[s].done) {
-            dlm__find_candidates(sm, s);
-            e = dlm__add_rows(sm, s);
-        }
-    if (e != DLM_OK || sm->n_batch == 0) return e;
-    e = dlm__sampler_forward(sm);
-    if (e != DLM_OK) return e;
-    for (int s = 0; s < sm->n_seqs; s++) {
-        dlm__lane *l = &sm->lanes[s];
-        if (l->done) continue;
-        l->cached = l->a;           /* everything before the block was clean       */
-        dlm__commit_lane(sm, s);
-        dlm__check_stop(sm, s);
-        if (!l->done && dlm__count_masks(sm, s, l->a, l->e) == 0) dlm__next_block(sm, s);
-    }
-    if (sm->opt.on_step)
-        sm->opt.on_step(sm->opt.user, sm->trace + before, sm->n_events - before);
-    return DLM_OK;
+    dlm_batch b;
+    dlm_error e;
+    if (sm->s == NULL)
+        return dlm__fail(sm->ctx, DLM_E_INPUT, "sampler: there is no session to run a "
+                         "step; ask, score and answer");
+    if (dlm_sampler_done(sm)) return DLM_OK;
+    e = dlm_sampler_ask(sm, &b);
+    if (e == DLM_OK) e = dlm_forward(sm->s, &b, dlm_sampler_score, sm);
+    if (e == DLM_OK) e = dlm_sampler_answer(sm);
+    return e;
 }
 
 DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int T,
@@ -7958,10 +8046,10 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
 
 DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
 {
-    memset(steps, 0, (size_t)sm->lanes[seq].end * sizeof *steps);
+    memset(steps, 0, (size_t)sm->seqs[seq].end * sizeof *steps);
     for (int i = 0; i < sm->n_events; i++) {
         const dlm_event *e = &sm->trace[i];
-        if (e->seq == seq && e->position < sm->lanes[seq].end)
+        if (e->seq == seq && e->position < sm->seqs[seq].end && !e->drawn_only)
             steps[e->position] = e->step;
     }
 }
@@ -7971,13 +8059,10 @@ DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
 DLM_API void dlm_teacher_probs(dlm_ctx *ctx, float *logits, int V,
                                const dlm_divergence_options *o)
 {
-    dlm_sample_options keep;
     double sum = 0.0;
     dlm__temper(ctx->k, logits, V, ctx->k->max(logits, V),
                 o->temperature > 0.0f ? o->temperature : 1.0f);
-    memset(&keep, 0, sizeof keep);
-    keep.top_k = o->top_k; keep.top_p = o->top_p; keep.min_p = o->min_p;
-    dlm__filter(&keep, logits, V);
+    dlm__filter(logits, V, o->top_k, o->top_p, o->min_p);
     for (int v = 0; v < V; v++) sum += (double)logits[v];
     for (int v = 0; v < V; v++) logits[v] = (float)((double)logits[v] / sum);
 }

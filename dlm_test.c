@@ -3781,36 +3781,36 @@ TEST(sampler_ancestral_does_not_wait_for_empty_steps)
     test_close(ctx);
 }
 
-/* A sampler of one lane whose n candidates are all masks of a canvas, without a model. */
+/* A sampler of one sequence whose n candidates are all masks of a canvas. */
 typedef struct sampler_crowd {
-    dlm_sampler sm;
-    dlm_session s;
-    dlm_config  c;
-    dlm__lane   lane;
+    dlm_sampler   sm;
+    dlm__sequence q;
 } sampler_crowd;
 
-static void sampler_crowd_open(sampler_crowd *w, int n)
+static void sampler_crowd_open(sampler_crowd *w, int n, dlm_order order)
 {
     memset(w, 0, sizeof *w);
-    w->c.pattern = DLM_PATTERN_FULL;
-    w->s.w.slots = w->lane.n = w->lane.e = w->lane.block_masks = w->sm.n_cands = n;
-    w->sm.s = &w->s; w->sm.c = &w->c; w->sm.lanes = &w->lane;
-    w->sm.canvas = (int *)test_malloc((size_t)n * sizeof(int));
+    w->sm.c.pattern = DLM_PATTERN_FULL;
+    w->sm.opt.order = order;
+    w->sm.opt.steps = 1;
+    w->sm.seqs = &w->q;
+    w->q.n = w->q.e = w->q.block_masks = n;
+    w->q.canvas = (int *)test_malloc((size_t)n * sizeof(int));
     w->sm.trace = (dlm_event *)test_malloc((size_t)n * sizeof(dlm_event));
     w->sm.cands = (dlm__candidate *)test_malloc((size_t)n * sizeof(dlm__candidate));
     for (int i = 0; i < n; i++) {
         dlm__candidate *c = &w->sm.cands[i];
         memset(c, 0, sizeof *c);
         c->position = i;
-        c->token = 1;
-        c->score = c->confidence = (float)(test_below(n / 4) + 1);      /* with ties */
-        w->sm.canvas[i] = 0;
+        c->guess.token = 1;
+        c->guess.rank = c->guess.confidence = (float)(test_below(n / 4) + 1);  /* ties */
+        w->q.canvas[i] = 0;
     }
 }
 
 static void sampler_crowd_close(sampler_crowd *w)
 {
-    free(w->sm.canvas); free(w->sm.trace); free(w->sm.cands);
+    free(w->q.canvas); free(w->sm.trace); free(w->sm.cands);
 }
 
 /* Repeated scans would take minutes here. */
@@ -3818,24 +3818,23 @@ TEST(sampler_chooses_among_half_a_million_candidates)
 {
     enum { N = 1 << 19, KEEP = N / 3 };
     sampler_crowd w;
-    sampler_crowd_open(&w, N);
-    w.sm.opt.steps = 1;
-    dlm__commit_lane(&w.sm, 0);
+    sampler_crowd_open(&w, N, DLM_ORDER_CONFIDENCE);
+    dlm__commit(&w.sm, &w.q);
     CHECK(w.sm.n_events == N);
     for (int i = 1; i < w.sm.n_events; i++) {
         const dlm_event *a = &w.sm.trace[i - 1], *b = &w.sm.trace[i];
         CHECK(a->confidence > b->confidence
               || (a->confidence == b->confidence && a->position < b->position));
     }
-    for (int i = 0; i < N; i++) CHECK(w.sm.canvas[i] == 1);
+    for (int i = 0; i < N; i++) CHECK(w.q.canvas[i] == 1);
     sampler_crowd_close(&w);
 
-    sampler_crowd_open(&w, N);
-    dlm__keep_random(&w.sm, &w.lane, 0, KEEP);
-    CHECK(w.lane.n == KEEP && w.sm.n_cands == KEEP);
+    sampler_crowd_open(&w, N, DLM_ORDER_RANDOM);
+    dlm__keep_blindly(&w.sm, &w.q, w.sm.cands, KEEP);
+    CHECK(w.q.n == KEEP);
     float in = 0, out = 1;                 /* largest key kept, smallest left out     */
     for (int i = 0, k = 0; i < N; i++) {
-        float key = (float)dlm__sampler_uniform(&w.sm, 0, DLM_RANDOM_ORDER, 0, i, 0);
+        float key = (float)dlm__sampler_uniform(&w.sm, &w.q, DLM_RANDOM_ORDER, 0, i);
         const int kept = k < KEEP && w.sm.cands[k].position == i;
         k += kept;
         if (kept && key > in) in = key;
@@ -3917,18 +3916,17 @@ TEST(sampler_draws_follow_the_tempered_and_filtered_softmax)
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     dlm_model *m = toy_blank(ctx, V);
     dlm_session *s = toy_session(ctx, m, 0);
-    for (int k = 0; s && k < 2 * (int)(sizeof set / sizeof set[0]); k++) {
-        int counts[V] = { 0 }, row = k / 2;
+    for (int row = 0; s && row < (int)(sizeof set / sizeof set[0]); row++) {
+        int counts[V] = { 0 };
         double p[V];
         dlm_sample_options o = {0};
         o.steps = 1;
-        o.gumbel = k & 1;
         o.logit_bias = logits[set[row].logits];
         o.temperature = set[row].heat;
         o.top_k = set[row].k;
         o.top_p = set[row].p;
         o.min_p = set[row].min;
-        LABEL("row %d, gumbel %d", row, k & 1);
+        LABEL("row %d", row);
         sampler_naive_filter(p, o.logit_bias, V, &o);
         sampler_count_draws(counts, s, &o, V, 30);
         toy_check_counts(counts, p, V);
@@ -3998,7 +3996,7 @@ TEST(sampler_entropy_bound_is_on_what_is_drawn_from)
         char due[TOY_SLOTS];
         o.order = DLM_ORDER_ENTROPY_BOUND;
         o.temperature = set[k].heat; o.top_p = set[k].p; o.top_k = set[k].k;
-        o.entropy_bound = set[k].bound; o.constrain = sampler_look; o.user = &w;
+        o.entropy_bound = set[k].bound; o.constrain = sampler_look; o.constrain_user = &w;
         LABEL("row %d", k);
         toy_canvas(&r, 0);
         CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
@@ -4064,15 +4062,14 @@ TEST(sampler_never_emits_suppressed_tokens)
 {
     static const int out[] = { 0, 3, 4, 7, 11 };
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    for (int k = 0; k < TOY_KINDS * 4; k++) {
+    for (int k = 0; k < TOY_KINDS * 2; k++) {
         toy_run before, after;
         dlm_sample_options o = {0};
         int kind = k % TOY_KINDS;
         dlm_model *m = toy_model(ctx, kind, test_seed);
         o.suppress = out;
         o.n_suppress = 5;
-        o.temperature = (float)(k / TOY_KINDS % 2) * 1.5f;
-        o.gumbel = k / TOY_KINDS / 2;
+        o.temperature = (float)(k / TOY_KINDS) * 1.5f;
         toy_canvas(&before, kind == 4);
         after = before;
         toy_generate(&after, ctx, m, 1, &o);
@@ -4096,15 +4093,14 @@ static void sampler_force_even(void *user, int seq, int position, float *logits)
 TEST(sampler_constraint_decides_what_stands_where)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
-    for (int k = 0; k < TOY_KINDS * 4 * DLM_ORDER_COUNT; k++) {
+    for (int k = 0; k < TOY_KINDS * 2 * DLM_ORDER_COUNT; k++) {
         toy_run before, after;
         dlm_sample_options o = {0};
         int kind = k % TOY_KINDS;
         dlm_model *m = toy_model(ctx, kind, test_seed);
         o.constrain = sampler_force_even;
-        o.order = (dlm_order)(k / (4 * TOY_KINDS));
+        o.order = (dlm_order)(k / (2 * TOY_KINDS));
         o.temperature = (float)(k / TOY_KINDS % 2) * 1.5f;
-        o.gumbel = k / TOY_KINDS / 2 % 2;
         LABEL("%s, order %d", toy_kind_names[kind], (int)o.order);
         toy_canvas(&before, kind == 4);
         after = before;
@@ -4160,7 +4156,7 @@ TEST(sampler_constraint_sees_the_canvas_as_the_step_began)
         o.logit_bias = w.bias;
         o.constrain = sampler_view_look;
         o.on_step = sampler_view_step;
-        o.user = &w;
+        o.constrain_user = o.step_user = &w;
         LABEL("order %d, steps %d", (int)o.order, o.steps);
         toy_canvas(&w.run, 0);
         memcpy(w.began, w.run.canvas, sizeof w.began);
@@ -4225,7 +4221,7 @@ TEST(sampler_stop_token_ends_a_sequence_and_leaves_the_rest_masked)
         o.order = (dlm_order)(k / (6 * TOY_KINDS));
         o.temperature = (float)(k / (3 * TOY_KINDS) % 2);
         o.constrain = sampler_force_stop;
-        o.user = own;
+        o.constrain_user = own;
         o.stop = stop;
         o.n_stop = 2;
         LABEL("%s, order %d, row %d", toy_kind_names[kind], (int)o.order, row);
@@ -4264,7 +4260,7 @@ TEST(sampler_step_callback_sees_the_trace)
         o.temperature = 1;
         w.n = 0;
         o.on_step = sampler_watch_step;
-        o.user = &w;
+        o.step_user = &w;
         LABEL("%s, order %d", toy_kind_names[k % TOY_KINDS], (int)o.order);
         toy_canvas(&r, k % TOY_KINDS == 4);
         toy_generate(&r, ctx, m, 1, &o);
@@ -4438,6 +4434,8 @@ TEST(sampler_options_are_checked_by_name)
 #define TRY(assignment, text) \
         do { o = zero; assignment; sampler_try_options(ctx, s, &o, text); } while (0)
         TRY(o.steps = -1, "steps");
+        TRY(o.list_drawn = 2, "list_drawn");
+        TRY((o.remask_below = 1, o.order = DLM_ORDER_RANDOM), "order random");
         TRY(o.block = -1, "block");
         TRY(memset(&o.order, 1, sizeof o.order), "order");
         TRY(memset(&o.order, 255, sizeof o.order), "order");
@@ -4561,15 +4559,15 @@ static void sampler_try_faults(dlm_ctx *ctx, dlm_session *s, dlm_sample_options 
     sampler_fault f = { 1, 4, -1, 0 };
     dlm_sampler *sm = NULL;
     o.constrain = sampler_spoil;
-    o.user = &f;
+    o.constrain_user = &f;
     CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
     sampler_try_fault(ctx, sm, &f, sound);
     memcpy(events, dlm_sampler_trace(sm, &n_sound), sizeof events);
     for (int i = 0; i < 10 * 3; i++) {
         f.at = places[i / 3];
         f.value = values[i % 3];
-        LABEL("order %d, temperature %g, gumbel %d, token %d is %g, %s", (int)o.order,
-              (double)o.temperature, o.gumbel, f.at, (double)f.value,
+        LABEL("order %d, temperature %g, token %d is %g, %s", (int)o.order,
+              (double)o.temperature, f.at, (double)f.value,
               dlm_isa_name(dlm_active_isa(ctx)));
         sampler_try_fault(ctx, sm, &f, canvas);
         CHECK(memcmp(canvas, sound, sizeof canvas) == 0);
@@ -4586,11 +4584,10 @@ TEST(sampler_refuses_logits_that_are_not_numbers)
         dlm_ctx *ctx = test_open(isa, 1);
         dlm_model *m = toy_blank(ctx, FAULT_V);
         dlm_session *s = toy_session(ctx, m, 0);
-        for (int k = 0; s && k < 3 * DLM_ORDER_COUNT; k++) {
+        for (int k = 0; s && k < 2 * DLM_ORDER_COUNT; k++) {
             dlm_sample_options o = {0};
-            o.order = (dlm_order)(k / 3);
-            o.temperature = k % 3 ? 1.0f : 0.0f;
-            o.gumbel = k % 3 == 2;
+            o.order = (dlm_order)(k / 2);
+            o.temperature = (float)(k % 2);
             o.suppress = &suppressed;
             o.n_suppress = 1;
             sampler_try_faults(ctx, s, o);
@@ -4648,12 +4645,11 @@ TEST(sampler_smallest_temperatures_are_argmax)
     static const float heats[] = { 1.4e-45f, 1e-40f, 2.9e-39f, 1e-37f, 1e-20f };
     FOR_EACH_ISA(isa) {
         dlm_ctx *ctx = test_open(isa, 1);
-        for (int k = 0; k < TOY_KINDS * 2 * DLM_ORDER_COUNT; k++) {
+        for (int k = 0; k < TOY_KINDS * (int)DLM_ORDER_COUNT; k++) {
             dlm_model *m = toy_model(ctx, k % TOY_KINDS, 7);
             dlm_sample_options o = {0};
             toy_run want, got;
-            o.gumbel = k / TOY_KINDS % 2;
-            o.order = (dlm_order)(k / TOY_KINDS / 2);
+            o.order = (dlm_order)(k / TOY_KINDS);
             o.entropy_bound = 1e6f;
             toy_canvas(&want, 1);
             toy_generate(&want, ctx, m, 1, &o);
@@ -6281,7 +6277,7 @@ static void exceptions_sampling(int isa)
         o.order = (dlm_order)(k / TOY_KINDS % DLM_ORDER_COUNT);
         if (k >= (int)TOY_KINDS * (int)DLM_ORDER_COUNT) {
             o.temperature = 0.7f; o.top_k = 7; o.top_p = 0.95f; o.min_p = 0.01f;
-            o.gumbel = k % 2; o.suppress = &run.lengths[0]; o.n_suppress = 1;
+            o.suppress = &run.lengths[0]; o.n_suppress = 1;
         }
         toy_canvas(&run, k % TOY_KINDS == 4);
         run.lengths[0] = 3;
@@ -10301,7 +10297,7 @@ static void opd_watch_run(opd_watch *w, dlm_ctx *ctx, const dlm_model *m, int se
     memset(w->logits, 0xFF, sizeof w->logits);
     o.constrain = opd_look;
     o.on_step = opd_after;
-    o.user = w;
+    o.constrain_user = o.step_user = w;
     CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
     if (sm) CHECK_OK(dlm_sampler_begin(sm, r->canvas, r->lengths, r->n_seqs));
     for (int i = 0; sm && !dlm_sampler_done(sm) && i < OPD_STEPS; i++)
@@ -10465,7 +10461,8 @@ static void stop_write(stop_watch *w, dlm_ctx *ctx, const dlm_model *m, int P, i
     o.threshold = 1; o.left_first = left;
     o.temperature = 1; o.seed = (uint64_t)w->at;
     o.stop = &stop; o.n_stop = 1;
-    o.constrain = stop_look; o.on_step = stop_after; o.user = w;
+    o.constrain = stop_look; o.on_step = stop_after;
+    o.constrain_user = o.step_user = w;
     w->step = 0;
     for (int i = 0; i < TOY_SLOTS; i++)
         tokens[i] = w->canvas[0][i] = i < P ? 4 + i % 7 : TOY_MASK;

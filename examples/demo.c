@@ -229,7 +229,8 @@ static dlm_error write_texts(struct demo *d, const dlm_model *m, int n, int leng
     dlm_limits limits = {.seqs = n, .slots = T, .cached = 1};
     dlm_sample_options how = {
         .order = DLM_ORDER_THRESHOLD, .left_first = 1, .ids = names,
-        .temperature = d->watched ? 0.4f : 1.0f, .on_step = after_step, .user = d};
+        .temperature = d->watched ? 0.4f : 1.0f, .on_step = after_step,
+        .step_user = d};
     for (int k = 0; k < n; k++) {
         dlm_address at = {1, DLM_RANDOM_USER + 1, 0, number + (uint32_t)k, 0};
         const int *from = start + (size_t)(dlm_uniform(&at, 0) * (double)(size - T));
@@ -387,7 +388,7 @@ static dlm_error solve(struct demo *d, int which, uint32_t number, int watched,
     dlm_sample_options how = {0};
     make_puzzle(puzzle, number, 1);
     for (int i = 0; i < 2 * CELLS; i++) d->canvas[0][i] = i < CELLS ? puzzle[i] : MASK;
-    if (watched) how.on_step = draw_grid, how.user = d, draw_grid(d, NULL, 0);
+    if (watched) how.on_step = draw_grid, how.step_user = d, draw_grid(d, NULL, 0);
     dlm_error e = dlm_sample(d->ctx, d->model[which], d->canvas[0], 2 * CELLS, &how);
     *right = !memcmp(d->canvas[0], puzzle, sizeof puzzle);
     return e;
