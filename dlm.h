@@ -1754,54 +1754,88 @@ DLM_API int dlm_isa_supported(dlm_isa isa)
        DLM__KERNEL_PASS   the name suffix, avx2 say
        DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
-       dlm__vf            a vector of floats, and words on it: dlm__vload vstore
-                          (vloadn vstoren: the first n lanes, others 0) vset1 vadd vsub
-                          vmul vdiv vfma vmax vmin vsqrt vround vpow2 vnotbelow hsum hmax;
-                          fma1: vfma of single floats
-       dlm__vu            the same bits as integers, with the operators of C; vtoint
-                          vfromint; vstore16: the upper halves of the lanes, vstore8:
-                          their lowest bytes; the scalar instance also has bits floats
-                          (convert) and vnan (all bits where NaN)
-       dlm__vs            the same as int16; vmadd16(a, b): sums of neighbouring products
-       dlm__bf16_fma      only where there are dot products: multiplies whole words into
-                          c, in bf16_parts = 1; else part(w, 0) and part(w, 1) of both
-                          factors, one after the other.  Likewise int8_parts, int8_part,
-                          int8_fma and, see dlm__narrow, int8_offset
+       dlm__vf            a vector of floats, which has the operators + - / of C, and
+                          words on it: dlm__vload vstore vset1 vfma vmax (b unless a > b)
+                          vsqrt hsum hmax; fma1: vfma of single floats
+       dlm__vtoint        to the nearest int32, as the vector dlm__vu, which has all
+                          operators; vfromint; vstore16: stores the upper halves of the
+                          lanes, vstore8: their lowest bytes
+       dlm__vmadd16(a, b) of int16, two in a lane: sums of neighbouring products
+   and, where there is something better than what is put together here,
+       dlm__vloadn        the first n lanes, others 0; vstoren
+       dlm__vnotbelow     (v, x, low): v, but 0 where x < low
+       dlm__bf16_fma      a dot product of whole words, added to c; int8_fma and with it,
+                          see dlm__narrow, int8_offset
    and includes this file again; only this section is then visible, and it undefines
    all of them at its end.  The scalar instance is the same code with one lane. */
 #ifdef DLM__KERNEL_PASS
 #define DLM__K(name) DLM__JOIN(name, DLM__KERNEL_PASS)
 #define DLM__NR (DLM__VW * DLM__NV)
-#if DLM__VW > 1                     /* casts of vectors keep their bits            */
+#define dlm__ld DLM__K(dlm__ld)
+#define dlm__st DLM__K(dlm__st)
+#define dlm__vexp DLM__K(dlm__vexp)
+#define dlm__vu DLM__K(dlm__vu)
+#define dlm__vs DLM__K(dlm__vs)
+#if DLM__VW == 1                    /* it has bits, floats, vnan and vmul itself   */
+typedef uint32_t dlm__vu;
+#else                               /* casts of vectors keep their bits            */
+typedef uint32_t dlm__vu __attribute__((vector_size(4 * DLM__VW)));
+typedef int16_t  dlm__vs __attribute__((vector_size(4 * DLM__VW)));
 #define dlm__bits(v) ((dlm__vu)(v))
 #define dlm__floats(u) ((dlm__vf)(u))
 #define dlm__vnan(v) ((dlm__vu)((v) != (v)))
+#define dlm__vmul DLM__K(dlm__vmul)
+/* No operator, or clang would fuse it with the sum that it may stand in. */
+DLM__INLINE DLM__TARGET dlm__vf dlm__vmul(dlm__vf a, dlm__vf b) { return a * b; }
 #endif
-#ifndef dlm__bf16_fma               /* no dot products: halves, widened            */
+#ifndef dlm__vnotbelow
+#define dlm__vnotbelow(v, x, low) dlm__floats(dlm__bits(v) & ~(dlm__vu)((x) < (low)))
+#endif
+#ifdef dlm__bf16_fma
+#define dlm__bf16_parts 1
+#else                               /* no dot products: halves, widened            */
 #define dlm__bf16_parts 2
-#define dlm__bf16_part(w, part) DLM__K(dlm__bf16_half)(w, part)
 #define dlm__bf16_fma(a, b, c) dlm__vfma(a, b, c)
 #endif
-#ifndef dlm__int8_fma
+#ifdef dlm__int8_fma
+#define dlm__int8_parts 1
+#else
 #define dlm__int8_parts 2
-#define dlm__int8_part(w, part) DLM__K(dlm__int8_half)(w, part)
 #define dlm__int8_fma(a, b, c) dlm__floats(dlm__bits(c) + (dlm__vu)dlm__vmadd16(a, b))
 #endif
 #ifndef dlm__int8_offset
 #define dlm__int8_offset 0
 #endif
 
-/* The vector at p of which n lanes remain, n >= 1. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__ld)(const float *p, int n)
+#ifndef dlm__vloadn
+#define dlm__vloadn DLM__K(dlm__vloadn)
+#define dlm__vstoren DLM__K(dlm__vstoren)
+DLM__INLINE DLM__TARGET dlm__vf dlm__vloadn(const float *p, int n)
 {
-    if (n >= DLM__VW) return dlm__vload(p);
+    float v[DLM__VW] = { 0.0f };
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return dlm__vload(v);
+}
+
+DLM__INLINE DLM__TARGET void dlm__vstoren(float *p, dlm__vf x, int n)
+{
+    float v[DLM__VW];
+    dlm__vstore(v, x);
+    for (int i = 0; i < n; i++) p[i] = v[i];
+}
+#endif
+
+/* The vector at p of which n lanes remain, n >= 1; others are 0. */
+DLM__INLINE DLM__TARGET dlm__vf dlm__ld(const float *p, int n)
+{
+    if (DLM__VW == 1 || n >= DLM__VW) return dlm__vload(p);
     return dlm__vloadn(p, n);
 }
 
-DLM__INLINE DLM__TARGET void DLM__K(dlm__st)(float *p, dlm__vf v, int n)
+DLM__INLINE DLM__TARGET void dlm__st(float *p, dlm__vf x, int n)
 {
-    if (n >= DLM__VW) dlm__vstore(p, v);
-    else dlm__vstoren(p, v, n);
+    if (DLM__VW == 1 || n >= DLM__VW) dlm__vstore(p, x);
+    else dlm__vstoren(p, x, n);
 }
 
 /* e^x: x = n ln 2 + r with |r| <= ln(2)/2, then the Taylor series of e^r to r^7, whose
@@ -1809,7 +1843,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__st)(float *p, dlm__vf v, int n)
    For x in [-87.33, 88.37]; NaN stays NaN. */
 DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp_within)(dlm__vf x)
 {
-    const dlm__vf n = dlm__vround(dlm__vmul(x, dlm__vset1(1.44269504f)));
+    const dlm__vu int_n = dlm__vtoint(dlm__vmul(x, dlm__vset1(1.44269504f)));
+    const dlm__vf n = dlm__vfromint(int_n);
     dlm__vf r = dlm__vfma(n, dlm__vset1(-0.693359375f), x);
     dlm__vf p = dlm__vset1(1.0f / 5040);
     r = dlm__vfma(n, dlm__vset1(2.12194440e-4f), r);
@@ -1820,12 +1855,12 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp_within)(dlm__vf x)
     p = dlm__vfma(p, r, dlm__vset1(0.5f));
     p = dlm__vfma(p, r, dlm__vset1(1.0f));
     p = dlm__vfma(p, r, dlm__vset1(1.0f));
-    return dlm__vmul(p, dlm__vpow2(n));
+    return dlm__vmul(p, dlm__floats((int_n + 127U) << 23));
 }
 
 /* e^x for x <= 88.37, 0 below -87.33 (2^-126).  What stands for "nothing", -FLT_MAX or
    -INFINITY, does not reach the arithmetic, where it would raise exceptions. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
+DLM__INLINE DLM__TARGET dlm__vf dlm__vexp(dlm__vf x)
 {
     const dlm__vf least = dlm__vset1(-87.33f);
     return dlm__vnotbelow(DLM__K(dlm__vexp_within)(dlm__vmax(least, x)), x, least);
@@ -1834,27 +1869,11 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vexp)(dlm__vf x)
 /* 1 / (1 + e^-x); below -88.37 it stays what it is there. */
 DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__vsigmoid)(dlm__vf x)
 {
-    const dlm__vf one = dlm__vset1(1.0f), minus_x = dlm__vsub(dlm__vset1(0.0f), x);
-    const dlm__vf y = dlm__vmin(dlm__vset1(88.37f), minus_x);
+    const dlm__vf one = dlm__vset1(1.0f);
+    const dlm__vf y = dlm__vset1(0.0f) - dlm__vmax(dlm__vset1(-88.37f), x);
     const dlm__vf e = DLM__K(dlm__vexp_within)(dlm__vmax(dlm__vset1(-87.33f), y));
-    return dlm__vdiv(one, dlm__vadd(one, e));
+    return one / (one + e);
 }
-
-/* Words of bf16 are floats without their lower halves, the later value on top. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__bf16_half)(dlm__vf word, const int upper)
-{
-    const dlm__vu u = dlm__bits(word);
-    return dlm__floats(upper ? u & 0xffff0000U : u << 16);
-}
-
-#ifdef dlm__vmadd16
-/* Two of the four int8 of a word as int16: the first and third, or the others. */
-DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__int8_half)(dlm__vf word, const int upper)
-{
-    const dlm__vu u = dlm__bits(word);
-    return dlm__floats((dlm__vs)(upper ? u : u << 8) >> 8);
-}
-#endif
 
 /* Rounded to bf16, nearest even; NaN stays one whatever its bits. */
 DLM__INLINE DLM__TARGET dlm__vu DLM__K(dlm__round_bf16)(dlm__vf x)
@@ -1864,12 +1883,18 @@ DLM__INLINE DLM__TARGET dlm__vu DLM__K(dlm__round_bf16)(dlm__vf x)
     return ((rounded & ~nan) | (nan & 0x7fc00000U)) & 0xffff0000U;
 }
 
-/* The part of a word that dlm__multiply takes, and how many there are. */
+/* What dlm__multiply takes of a word, `part` after `part`: without dot products, of bf16,
+   floats without their lower halves, the lower one or the upper, later one; of four int8
+   the first and third as int16, or the others. */
 DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__part)(dlm__vf word, const int part,
                                                   const dlm__word kind)
 {
-    if (kind == DLM__WORD_BF16) return dlm__bf16_part(word, part);
-    if (kind == DLM__WORD_I8) return dlm__int8_part(word, part);
+    const dlm__vu u = dlm__bits(word);
+    if (kind == DLM__WORD_BF16 && dlm__bf16_parts == 2)
+        return dlm__floats(part ? u & 0xffff0000U : u << 16);
+#if dlm__int8_parts == 2
+    if (kind == DLM__WORD_I8) return dlm__floats((dlm__vs)(part ? u : u << 8) >> 8);
+#endif
     return word;
 }
 
@@ -1900,8 +1925,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
             acc[i][v] = add && n > v * DLM__VW
-                ? DLM__K(dlm__ld)(c + (size_t)i * (size_t)ldc + v * DLM__VW,
-                                  n - v * DLM__VW) : dlm__vset1(0.0f);
+                ? dlm__ld(c + (size_t)i * (size_t)ldc + v * DLM__VW, n - v * DLM__VW)
+                : dlm__vset1(0.0f);
     }
     for (int kk = 0; kk < k; kk++, b += ldb) {
         DLM__UNROLL
@@ -1929,8 +1954,8 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
             if (n > v * DLM__VW)
-                DLM__K(dlm__st)(c + (size_t)i * (size_t)ldc + v * DLM__VW, acc[i][v],
-                                n - v * DLM__VW);
+                dlm__st(c + (size_t)i * (size_t)ldc + v * DLM__VW, acc[i][v],
+                        n - v * DLM__VW);
     }
 }
 
@@ -2025,8 +2050,7 @@ static DLM__TARGET void DLM__K(dlm__to_bf16)(float *words, const float *x, int n
 {
     char *out = (char *)words;
     for (int i = 0; i < n; i += DLM__VW)
-        dlm__vstore16(out + 2 * i,
-                      DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(x + i, n - i)));
+        dlm__vstore16(out + 2 * i, DLM__K(dlm__round_bf16)(dlm__ld(x + i, n - i)));
 }
 
 static DLM__TARGET void DLM__K(dlm__to_int8)(float *words, const float *x, int n,
@@ -2035,7 +2059,7 @@ static DLM__TARGET void DLM__K(dlm__to_int8)(float *words, const float *x, int n
     char *out = (char *)words;
     const dlm__vf s = dlm__vset1(scale);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf y = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), s);
+        const dlm__vf y = dlm__vmul(dlm__ld(x + i, n - i), s);
         dlm__vstore8(out + i, dlm__vtoint(y) + (unsigned)offset);
     }
 }
@@ -2044,9 +2068,9 @@ static DLM__TARGET void DLM__K(dlm__pair)(float *words, const float *x, const fl
                                           int n)
 {
     for (int i = 0; i < n; i += DLM__VW) {
-        dlm__vu word = DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(x + i, n - i)) >> 16;
-        if (y) word |= DLM__K(dlm__round_bf16)(DLM__K(dlm__ld)(y + i, n - i));
-        DLM__K(dlm__st)(words + i, dlm__floats(word), n - i);
+        dlm__vu word = DLM__K(dlm__round_bf16)(dlm__ld(x + i, n - i)) >> 16;
+        if (y) word |= DLM__K(dlm__round_bf16)(dlm__ld(y + i, n - i));
+        dlm__st(words + i, dlm__floats(word), n - i);
     }
 }
 
@@ -2054,9 +2078,9 @@ static DLM__TARGET float DLM__K(dlm__magnitude)(const float *x, int n)
 {
     dlm__vf m = dlm__vset1(0.0f), finite = m;
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
+        const dlm__vf x_i = dlm__ld(x + i, n - i);
         m = dlm__vmax(dlm__floats(dlm__bits(x_i) & 0x7fffffffU), m);
-        finite = dlm__vadd(finite, dlm__vsub(x_i, x_i));    /* 0, or NaN           */
+        finite = finite + (x_i - x_i);                      /* 0, or NaN           */
     }
     return dlm__hmax(m) + dlm__hsum(finite);
 }
@@ -2065,9 +2089,9 @@ static DLM__TARGET void DLM__K(dlm__scale_int)(float *y, const float *x, float r
 {
     const dlm__vf rv = dlm__vset1(r);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf y_i = dlm__vfromint(dlm__bits(DLM__K(dlm__ld)(y + i, n - i)));
-        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
-        DLM__K(dlm__st)(y + i, dlm__vmul(dlm__vmul(y_i, rv), x_i), n - i);
+        const dlm__vf y_i = dlm__vfromint(dlm__bits(dlm__ld(y + i, n - i)));
+        const dlm__vf x_i = dlm__ld(x + i, n - i);
+        dlm__st(y + i, dlm__vmul(dlm__vmul(y_i, rv), x_i), n - i);
     }
 }
 
@@ -2097,11 +2121,11 @@ static DLM__TARGET void DLM__K(dlm__softmax_tile)(float *s, int rows, int lanes,
         for (int i = 0; i < rows; i++) m = dlm__vmax(m, dlm__vload(s + i * DLM__NR + v));
         for (int i = 0; i < rows; i++) {
             float *s_i = s + i * DLM__NR + v;
-            const dlm__vf e = DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s_i), m));
+            const dlm__vf e = dlm__vexp(dlm__vload(s_i) - m);
             dlm__vstore(s_i, e);
-            total = dlm__vadd(total, e);
+            total = total + e;
         }
-        r = DLM__K(dlm__vexp)(dlm__vsub(old, m));
+        r = dlm__vexp(old - m);
         dlm__vstore(max + v, m);
         dlm__vstore(rescale + v, r);
         dlm__vstore(sum + v, dlm__vfma(dlm__vload(sum + v), r, total));
@@ -2116,9 +2140,9 @@ static DLM__TARGET void DLM__K(dlm__softmax_tile_backward)(
         const dlm__vf l = dlm__vload(lse + v), d = dlm__vload(delta + v);
         for (int i = 0; i < rows; i++) {
             float *s_i = s + i * DLM__NR + v, *ds_i = ds + i * DLM__NR + v;
-            const dlm__vf p = DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s_i), l));
+            const dlm__vf p = dlm__vexp(dlm__vload(s_i) - l);
             dlm__vstore(s_i, p);
-            dlm__vstore(ds_i, dlm__vmul(p, dlm__vsub(dlm__vload(ds_i), d)));
+            dlm__vstore(ds_i, dlm__vmul(p, dlm__vload(ds_i) - d));
         }
     }
 }
@@ -2136,15 +2160,14 @@ static DLM__TARGET void DLM__K(dlm__few_scores)(float *s, int ld, const float *p
             DLM__UNROLL
             for (int i = 0; i < DLM__FEW; i++) acc[i] = dlm__vset1(0.0f);
             for (int d = 0; d < D; d++) {
-                const dlm__vf k_d = DLM__K(dlm__ld)(panels + d * DLM__MR + j,
-                                                    DLM__MR - j);
+                const dlm__vf k_d = dlm__ld(panels + d * DLM__MR + j, DLM__MR - j);
                 DLM__UNROLL
                 for (int i = 0; i < DLM__FEW; i++)
                     acc[i] = dlm__vfma(k_d, dlm__vset1(q[i * DLM__MAX_D + d]), acc[i]);
             }
             DLM__UNROLL
             for (int i = 0; i < DLM__FEW; i++)
-                DLM__K(dlm__st)(s + i * ld + p * DLM__MR + j, acc[i], DLM__MR - j);
+                dlm__st(s + i * ld + p * DLM__MR + j, acc[i], DLM__MR - j);
         }
 }
 
@@ -2160,8 +2183,8 @@ static DLM__TARGET void DLM__K(dlm__few_softmax)(float *s, int ld, int queries, 
         top = dlm__hmax(m);
         m = dlm__vset1(top);
         for (int j = 0; j < n; j += DLM__VW)
-            dlm__vstore(s + j, DLM__K(dlm__vexp)(dlm__vsub(dlm__vload(s + j), m)));
-        dlm__vstore(r, DLM__K(dlm__vexp)(dlm__vset1(max[i] - top)));
+            dlm__vstore(s + j, dlm__vexp(dlm__vload(s + j) - m));
+        dlm__vstore(r, dlm__vexp(dlm__vset1(max[i] - top)));
         rescale[i] = r[0];
         max[i] = top;
     }
@@ -2176,17 +2199,17 @@ static DLM__TARGET void DLM__K(dlm__few_mix)(
         dlm__vf acc[DLM__FEW];
         DLM__UNROLL
         for (int i = 0; i < DLM__FEW; i++)
-            acc[i] = dlm__vmul(DLM__K(dlm__ld)(o + i * DLM__MAX_D + d, D - d),
+            acc[i] = dlm__vmul(dlm__ld(o + i * DLM__MAX_D + d, D - d),
                                dlm__vset1(rescale[i]));
         for (int j = 0; j < n; j++) {
-            const dlm__vf v = DLM__K(dlm__ld)(rows + (size_t)j * ld_rows + d, D - d);
+            const dlm__vf v = dlm__ld(rows + (size_t)j * ld_rows + d, D - d);
             DLM__UNROLL
             for (int i = 0; i < DLM__FEW; i++)
                 acc[i] = dlm__vfma(v, dlm__vset1(s[i * ld + j]), acc[i]);
         }
         DLM__UNROLL
         for (int i = 0; i < DLM__FEW; i++)
-            DLM__K(dlm__st)(o + i * DLM__MAX_D + d, acc[i], D - d);
+            dlm__st(o + i * DLM__MAX_D + d, acc[i], D - d);
     }
     memset(total, 0, sizeof total);
     for (int j = 0; j < n; j++) {
@@ -2213,8 +2236,7 @@ static DLM__TARGET float DLM__K(dlm__dot)(const float *x, const float *y, int n)
 {
     dlm__vf sum = dlm__vset1(0.0f);
     for (int i = 0; i < n; i += DLM__VW)
-        sum = dlm__vfma(DLM__K(dlm__ld)(x + i, n - i), DLM__K(dlm__ld)(y + i, n - i),
-                        sum);
+        sum = dlm__vfma(dlm__ld(x + i, n - i), dlm__ld(y + i, n - i), sum);
     return dlm__hsum(sum);
 }
 
@@ -2225,8 +2247,8 @@ static DLM__TARGET float DLM__K(dlm__rmsnorm)(float *y, const float *x, const fl
     const float r = 1.0f / sqrtf(DLM__K(dlm__dot)(x, x, n) / (float)n + eps);
     const dlm__vf rv = dlm__vset1(r);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf xr = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), rv);
-        DLM__K(dlm__st)(y + i, dlm__vmul(xr, DLM__K(dlm__ld)(g + i, n - i)), n - i);
+        const dlm__vf xr = dlm__vmul(dlm__ld(x + i, n - i), rv);
+        dlm__st(y + i, dlm__vmul(xr, dlm__ld(g + i, n - i)), n - i);
     }
     return r;
 }
@@ -2236,17 +2258,15 @@ static DLM__TARGET void DLM__K(dlm__rmsnorm_backward)(
 {
     dlm__vf s = dlm__vset1(0.0f), rv = dlm__vset1(r), cv;
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf gdy = dlm__vmul(DLM__K(dlm__ld)(dy + i, n - i),
-                                      DLM__K(dlm__ld)(g + i, n - i));
-        s = dlm__vfma(gdy, DLM__K(dlm__ld)(x + i, n - i), s);
+        const dlm__vf gdy = dlm__vmul(dlm__ld(dy + i, n - i), dlm__ld(g + i, n - i));
+        s = dlm__vfma(gdy, dlm__ld(x + i, n - i), s);
     }
     cv = dlm__vset1(-dlm__hsum(s) * r * r * r / (float)n);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf gdy = dlm__vmul(DLM__K(dlm__ld)(dy + i, n - i),
-                                      DLM__K(dlm__ld)(g + i, n - i));
-        dlm__vf d = dlm__vfma(rv, gdy, DLM__K(dlm__ld)(dx + i, n - i));
-        d = dlm__vfma(cv, DLM__K(dlm__ld)(x + i, n - i), d);
-        DLM__K(dlm__st)(dx + i, d, n - i);
+        const dlm__vf gdy = dlm__vmul(dlm__ld(dy + i, n - i), dlm__ld(g + i, n - i));
+        dlm__vf d = dlm__vfma(rv, gdy, dlm__ld(dx + i, n - i));
+        d = dlm__vfma(cv, dlm__ld(x + i, n - i), d);
+        dlm__st(dx + i, d, n - i);
     }
 }
 
@@ -2258,11 +2278,12 @@ static DLM__TARGET void DLM__K(dlm__rope)(float *x, const float *cos_sin, int ha
     const dlm__vf sg = dlm__vset1(sign);
     for (int i = 0; i < half; i += DLM__VW) {
         const int n = half - i;
-        const dlm__vf c = DLM__K(dlm__ld)(cos_sin + i, n);
-        const dlm__vf s = dlm__vmul(DLM__K(dlm__ld)(cos_sin + half + i, n), sg);
-        const dlm__vf a = DLM__K(dlm__ld)(x + i, n), b = DLM__K(dlm__ld)(x + half + i, n);
-        DLM__K(dlm__st)(x + i, dlm__vsub(dlm__vmul(a, c), dlm__vmul(b, s)), n);
-        DLM__K(dlm__st)(x + half + i, dlm__vadd(dlm__vmul(a, s), dlm__vmul(b, c)), n);
+        const dlm__vf c = dlm__ld(cos_sin + i, n);
+        const dlm__vf s = dlm__vmul(dlm__ld(cos_sin + half + i, n), sg);
+        const dlm__vf a = dlm__ld(x + i, n), b = dlm__ld(x + half + i, n);
+        const dlm__vf bs = dlm__vmul(b, s), bc = dlm__vmul(b, c);
+        dlm__st(x + i, dlm__vmul(a, c) - bs, n);
+        dlm__st(x + half + i, dlm__vmul(a, s) + bc, n);
     }
 }
 
@@ -2270,9 +2291,9 @@ static DLM__TARGET void DLM__K(dlm__swiglu)(float *y, const float *gate, const f
                                             int n)
 {
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf z = DLM__K(dlm__ld)(gate + i, n - i);
+        const dlm__vf z = dlm__ld(gate + i, n - i);
         const dlm__vf silu = dlm__vmul(z, DLM__K(dlm__vsigmoid)(z));
-        DLM__K(dlm__st)(y + i, dlm__vmul(silu, DLM__K(dlm__ld)(up + i, n - i)), n - i);
+        dlm__st(y + i, dlm__vmul(silu, dlm__ld(up + i, n - i)), n - i);
     }
 }
 
@@ -2281,21 +2302,20 @@ static DLM__TARGET void DLM__K(dlm__swiglu_backward)(
 {
     const dlm__vf one = dlm__vset1(1.0f);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf z = DLM__K(dlm__ld)(gate + i, n - i);
-        const dlm__vf u = DLM__K(dlm__ld)(up + i, n - i);
-        const dlm__vf d = DLM__K(dlm__ld)(dy + i, n - i);
+        const dlm__vf z = dlm__ld(gate + i, n - i);
+        const dlm__vf u = dlm__ld(up + i, n - i);
+        const dlm__vf d = dlm__ld(dy + i, n - i);
         const dlm__vf s = DLM__K(dlm__vsigmoid)(z);
-        const dlm__vf slope = dlm__vmul(s, dlm__vfma(z, dlm__vsub(one, s), one));
-        DLM__K(dlm__st)(dup + i, dlm__vmul(d, dlm__vmul(z, s)), n - i);
-        DLM__K(dlm__st)(dgate + i, dlm__vmul(dlm__vmul(d, u), slope), n - i);
+        const dlm__vf slope = dlm__vmul(s, dlm__vfma(z, one - s, one));
+        dlm__st(dup + i, dlm__vmul(d, dlm__vmul(z, s)), n - i);
+        dlm__st(dgate + i, dlm__vmul(dlm__vmul(d, u), slope), n - i);
     }
 }
 
 static DLM__TARGET void DLM__K(dlm__add)(float *y, const float *x, int n)
 {
     for (int i = 0; i < n; i += DLM__VW)
-        DLM__K(dlm__st)(y + i, dlm__vadd(DLM__K(dlm__ld)(y + i, n - i),
-                                         DLM__K(dlm__ld)(x + i, n - i)), n - i);
+        dlm__st(y + i, dlm__ld(y + i, n - i) + dlm__ld(x + i, n - i), n - i);
 }
 
 /* y += r x z */
@@ -2304,9 +2324,9 @@ static DLM__TARGET void DLM__K(dlm__add_product)(float *y, const float *x, const
 {
     const dlm__vf rv = dlm__vset1(r);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf xr = dlm__vmul(DLM__K(dlm__ld)(x + i, n - i), rv);
-        const dlm__vf zi = DLM__K(dlm__ld)(z + i, n - i);
-        DLM__K(dlm__st)(y + i, dlm__vfma(xr, zi, DLM__K(dlm__ld)(y + i, n - i)), n - i);
+        const dlm__vf xr = dlm__vmul(dlm__ld(x + i, n - i), rv);
+        const dlm__vf zi = dlm__ld(z + i, n - i);
+        dlm__st(y + i, dlm__vfma(xr, zi, dlm__ld(y + i, n - i)), n - i);
     }
 }
 
@@ -2314,9 +2334,9 @@ static DLM__TARGET void DLM__K(dlm__lerp)(float *y, const float *x, float r, int
 {
     const dlm__vf rv = dlm__vset1(r);
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf a = DLM__K(dlm__ld)(y + i, n - i);
-        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i), a);
-        DLM__K(dlm__st)(y + i, dlm__vfma(rv, d, a), n - i);
+        const dlm__vf a = dlm__ld(y + i, n - i);
+        const dlm__vf d = dlm__ld(x + i, n - i) - a;
+        dlm__st(y + i, dlm__vfma(rv, d, a), n - i);
     }
 }
 
@@ -2346,9 +2366,9 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
         dlm__vf s = dlm__vset1(0.0f), sx = dlm__vset1(0.0f);
         int i = run;
         for (; i + DLM__VW <= end; i += DLM__VW) {
-            const dlm__vf d = dlm__vmax(floor_, dlm__vsub(dlm__vload(x + i), sh));
-            const dlm__vf e = DLM__K(dlm__vexp)(d);
-            s = dlm__vadd(s, e);
+            const dlm__vf d = dlm__vmax(floor_, dlm__vload(x + i) - sh);
+            const dlm__vf e = dlm__vexp(d);
+            s = s + e;
             sx = dlm__vfma(e, d, sx);
         }
         if (i < end) {              /* lanes beyond the end hold shift + floor: 0  */
@@ -2357,8 +2377,8 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
             for (int j = 0; j < DLM__VW; j++)
                 rest[j] = i + j < end ? x[i + j] - shift : -INFINITY;
             d = dlm__vmax(floor_, dlm__vload(rest));
-            e = DLM__K(dlm__vexp)(d);
-            s = dlm__vadd(s, e);
+            e = dlm__vexp(d);
+            s = s + e;
             sx = dlm__vfma(e, d, sx);
         }
         total += (double)dlm__hsum(s);
@@ -2376,9 +2396,8 @@ static DLM__TARGET void DLM__K(dlm__exp_scaled)(float *y, const float *x, int n,
     float shifts[DLM__VW];
     dlm__vstore(shifts, dlm__vset1(shift));
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf d = dlm__vsub(DLM__K(dlm__ld)(x + i, n - i),
-                                    DLM__K(dlm__ld)(shifts, n - i));
-        DLM__K(dlm__st)(y + i, dlm__vmul(DLM__K(dlm__vexp)(d), sc), n - i);
+        const dlm__vf d = dlm__ld(x + i, n - i) - dlm__ld(shifts, n - i);
+        dlm__st(y + i, dlm__vmul(dlm__vexp(d), sc), n - i);
     }
 }
 
@@ -2386,23 +2405,23 @@ static DLM__TARGET void DLM__K(dlm__exp_scaled)(float *y, const float *x, int n,
 static DLM__TARGET float DLM__K(dlm__unsound)(const float *m, const float *v, int n)
 {
     const dlm__vf zero = dlm__vset1(0.0f);
-    dlm__vf bad = zero, least = zero;
+    dlm__vf bad = zero, most = zero;                    /* of -v                   */
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf v_i = DLM__K(dlm__ld)(v + i, n - i);
-        const dlm__vf both = dlm__vadd(DLM__K(dlm__ld)(m + i, n - i), v_i);
-        bad = dlm__vadd(bad, dlm__vsub(both, both));
-        least = dlm__vmin(v_i, least);
+        const dlm__vf v_i = dlm__ld(v + i, n - i);
+        const dlm__vf both = dlm__ld(m + i, n - i) + v_i;
+        bad = bad + (both - both);
+        most = dlm__vmax(zero - v_i, most);
     }
-    return dlm__hsum(dlm__vadd(bad, dlm__vsqrt(least)));
+    return dlm__hsum(bad + dlm__vsqrt(zero - most));
 }
 
 /* Denormals become 0. */
 static DLM__TARGET void DLM__K(dlm__flush)(float *x, int n)
 {
     for (int i = 0; i < n; i += DLM__VW) {
-        const dlm__vf x_i = DLM__K(dlm__ld)(x + i, n - i);
+        const dlm__vf x_i = dlm__ld(x + i, n - i);
         const dlm__vf size = dlm__floats(dlm__bits(x_i) & 0x7fffffffU);
-        DLM__K(dlm__st)(x + i, dlm__vnotbelow(x_i, size, dlm__vset1(FLT_MIN)), n - i);
+        dlm__st(x + i, dlm__vnotbelow(x_i, size, dlm__vset1(FLT_MIN)), n - i);
     }
 }
 
@@ -2417,17 +2436,16 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     const dlm__vf decay = dlm__vset1(-constants[6]), clip = dlm__vset1(constants[7]);
     for (int i = 0; i < n; i += DLM__VW) {
         const int left = n - i;
-        const dlm__vf gi = dlm__vmul(DLM__K(dlm__ld)(g + i, left), clip);
-        dlm__vf mi = DLM__K(dlm__ld)(m + i, left), vi = DLM__K(dlm__ld)(v + i, left);
-        dlm__vf wi = DLM__K(dlm__ld)(w + i, left), step;
-        mi = dlm__vfma(c1, dlm__vsub(gi, mi), mi);
-        vi = dlm__vfma(c2, dlm__vsub(dlm__vmul(gi, gi), vi), vi);
-        step = dlm__vdiv(dlm__vmul(mi, u1),
-                         dlm__vadd(dlm__vsqrt(dlm__vmul(vi, u2)), eps));
+        const dlm__vf gi = dlm__vmul(dlm__ld(g + i, left), clip);
+        dlm__vf mi = dlm__ld(m + i, left), vi = dlm__ld(v + i, left);
+        dlm__vf wi = dlm__ld(w + i, left), step;
+        mi = dlm__vfma(c1, gi - mi, mi);
+        vi = dlm__vfma(c2, dlm__vmul(gi, gi) - vi, vi);
+        step = dlm__vmul(mi, u1) / (dlm__vsqrt(dlm__vmul(vi, u2)) + eps);
         wi = dlm__vfma(decay, wi, wi);
-        DLM__K(dlm__st)(w + i, dlm__vfma(lr, step, wi), left);
-        DLM__K(dlm__st)(m + i, mi, left);
-        DLM__K(dlm__st)(v + i, vi, left);
+        dlm__st(w + i, dlm__vfma(lr, step, wi), left);
+        dlm__st(m + i, mi, left);
+        dlm__st(v + i, vi, left);
     }
 }
 
@@ -2469,11 +2487,15 @@ static const dlm__kernels dlm__table_amx = {
 #undef dlm__bits
 #undef dlm__floats
 #undef dlm__vnan
+#undef dlm__vmul
+#undef dlm__ld
+#undef dlm__st
+#undef dlm__vexp
+#undef dlm__vu
+#undef dlm__vs
 #undef dlm__bf16_parts
-#undef dlm__bf16_part
 #undef dlm__bf16_fma
 #undef dlm__int8_parts
-#undef dlm__int8_part
 #undef dlm__int8_fma
 #undef dlm__int8_offset
 #ifndef DLM__SAME_WORDS             /* the next instance has all others in common  */
@@ -2481,8 +2503,6 @@ static const dlm__kernels dlm__table_amx = {
 #undef DLM__MR
 #undef DLM__NV
 #undef dlm__vf
-#undef dlm__vu
-#undef dlm__vs
 #undef dlm__vload
 #undef dlm__vstore
 #undef dlm__vloadn
@@ -2490,20 +2510,13 @@ static const dlm__kernels dlm__table_amx = {
 #undef dlm__vstore16
 #undef dlm__vstore8
 #undef dlm__vset1
-#undef dlm__vadd
-#undef dlm__vsub
-#undef dlm__vmul
-#undef dlm__vdiv
 #undef dlm__vfma
 #undef dlm__fma1
 #undef dlm__vmadd16
 #undef dlm__vtoint
 #undef dlm__vfromint
 #undef dlm__vmax
-#undef dlm__vmin
 #undef dlm__vsqrt
-#undef dlm__vround
-#undef dlm__vpow2
 #undef dlm__vnotbelow
 #undef dlm__hsum
 #undef dlm__hmax
@@ -2546,11 +2559,9 @@ DLM__INLINE float dlm__int8_fma_scalar(float a, float b, float c)
     return dlm__floats_scalar(sum);
 }
 
-DLM__INLINE float dlm__pow2_scalar(float n)
+DLM__INLINE uint32_t dlm__toint_scalar(float x)          /* |x| <= 128; NaN: 0     */
 {
-    union { uint32_t u; float f; } bits;
-    bits.u = (uint32_t)((int)(n < 128.0f ? n : 128.0f) + 127) << 23;    /* NaN too */
-    return bits.f;
+    return x == x ? (uint32_t)(int32_t)rintf(x < 128.0f ? x : 128.0f) : 0U;
 }
 
 #define DLM__KERNEL_PASS scalar
@@ -2559,61 +2570,29 @@ DLM__INLINE float dlm__pow2_scalar(float n)
 #define DLM__MR 4
 #define DLM__NV 4
 #define dlm__vf float
-#define dlm__vu uint32_t
 #define dlm__bits(v) dlm__bits_scalar(v)
 #define dlm__floats(u) dlm__floats_scalar(u)
 #define dlm__vnan(v) ((v) != (v) ? ~0U : 0U)
-#define dlm__int8_parts 1
-#define dlm__int8_part(w, part) ((void)(part), (w))
 #define dlm__int8_fma(a, b, c) dlm__int8_fma_scalar(a, b, c)
-#define dlm__vtoint(v) ((v) == (v) ? (uint32_t)(int32_t)rintf(v) : 0U)
+#define dlm__vtoint(v) dlm__toint_scalar(v)
 #define dlm__vfromint(u) ((float)(int32_t)(u))
 #define dlm__vstore16(p, u) dlm__store16_scalar(p, u)
 #define dlm__vstore8(p, u) (*(p) = (char)(u))
 #define dlm__vload(p) (*(p))
 #define dlm__vstore(p, v) (*(p) = (v))
-#define dlm__vloadn(p, n) ((void)(n), *(p))
-#define dlm__vstoren(p, v, n) ((void)(n), *(p) = (v))
 #define dlm__vset1(x) (x)
-#define dlm__vadd(a, b) ((a) + (b))
-#define dlm__vsub(a, b) ((a) - (b))
 #define dlm__vmul(a, b) ((a) * (b))
-#define dlm__vdiv(a, b) ((a) / (b))
 #define dlm__vfma(a, b, c) ((a) * (b) + (c))
 #define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) ((a) > (b) ? (a) : (b))
-#define dlm__vmin(a, b) ((a) < (b) ? (a) : (b))
 #define dlm__vsqrt(a) sqrtf(a)
-#define dlm__vround(a) rintf(a)
-#define dlm__vpow2(n) dlm__pow2_scalar(n)
 #define dlm__vnotbelow(v, x, low) ((x) < (low) ? 0.0f : (v))
 #define dlm__hsum(v) (v)
 #define dlm__hmax(v) (v)
 #include DLM_SELF                   /* not found?  see DLM_SELF in the top comment */
 
 #ifdef DLM__X86
-typedef uint32_t dlm__u32x4  __attribute__((vector_size(16)));
-typedef uint32_t dlm__u32x8  __attribute__((vector_size(32)));
-typedef uint32_t dlm__u32x16 __attribute__((vector_size(64)));
-typedef int16_t  dlm__i16x8  __attribute__((vector_size(16)));
-typedef int16_t  dlm__i16x16 __attribute__((vector_size(32)));
-typedef int16_t  dlm__i16x32 __attribute__((vector_size(64)));
-
 /* --[ sse2 ]------------------------------------------------------------------ */
-DLM__INLINE __m128 dlm__loadn_sse2(const float *p, int n)
-{
-    float v[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-    for (int i = 0; i < n; i++) v[i] = p[i];
-    return _mm_loadu_ps(v);
-}
-
-DLM__INLINE void dlm__storen_sse2(float *p, __m128 x, int n)
-{
-    float v[4];
-    _mm_storeu_ps(v, x);
-    for (int i = 0; i < n; i++) p[i] = v[i];
-}
-
 DLM__INLINE float dlm__hsum_sse2(__m128 v)
 {
     v = _mm_add_ps(v, _mm_movehl_ps(v, v));
@@ -2645,8 +2624,6 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define DLM__MR 4
 #define DLM__NV 2
 #define dlm__vf __m128
-#define dlm__vu dlm__u32x4
-#define dlm__vs dlm__i16x8
 #define dlm__vmadd16(a, b) _mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm_cvtps_epi32(v))
 #define dlm__vfromint(u) _mm_cvtepi32_ps((__m128i)(u))
@@ -2654,22 +2631,11 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define dlm__vstore8(p, u) dlm__store8_sse2(p, (__m128i)(u))
 #define dlm__vload(p) _mm_loadu_ps(p)
 #define dlm__vstore(p, v) _mm_storeu_ps(p, v)
-#define dlm__vloadn(p, n) dlm__loadn_sse2(p, n)
-#define dlm__vstoren(p, v, n) dlm__storen_sse2(p, v, n)
 #define dlm__vset1(x) _mm_set1_ps(x)
-#define dlm__vadd(a, b) _mm_add_ps(a, b)
-#define dlm__vsub(a, b) _mm_sub_ps(a, b)
-#define dlm__vmul(a, b) _mm_mul_ps(a, b)
-#define dlm__vdiv(a, b) _mm_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
 #define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) _mm_max_ps(a, b)
-#define dlm__vmin(a, b) _mm_min_ps(a, b)
 #define dlm__vsqrt(a) _mm_sqrt_ps(a)
-#define dlm__vround(a) _mm_cvtepi32_ps(_mm_cvtps_epi32(a))
-#define dlm__vpow2(n) _mm_castsi128_ps(_mm_slli_epi32( \
-    _mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23))
-#define dlm__vnotbelow(v, x, low) _mm_and_ps(v, _mm_cmpnlt_ps(x, low))
 #define dlm__hsum(v) dlm__hsum_sse2(v)
 #define dlm__hmax(v) dlm__hmax_sse2(v)
 #include DLM_SELF
@@ -2711,8 +2677,6 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define DLM__MR 6
 #define DLM__NV 2
 #define dlm__vf __m256
-#define dlm__vu dlm__u32x8
-#define dlm__vs dlm__i16x16
 #define dlm__vmadd16(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm256_cvtps_epi32(v))
 #define dlm__vfromint(u) _mm256_cvtepi32_ps((__m256i)(u))
@@ -2723,19 +2687,10 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vloadn(p, n) _mm256_maskload_ps(p, dlm__first_avx2(n))
 #define dlm__vstoren(p, v, n) _mm256_maskstore_ps(p, dlm__first_avx2(n), v)
 #define dlm__vset1(x) _mm256_set1_ps(x)
-#define dlm__vadd(a, b) _mm256_add_ps(a, b)
-#define dlm__vsub(a, b) _mm256_sub_ps(a, b)
-#define dlm__vmul(a, b) _mm256_mul_ps(a, b)
-#define dlm__vdiv(a, b) _mm256_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm256_max_ps(a, b)
-#define dlm__vmin(a, b) _mm256_min_ps(a, b)
 #define dlm__vsqrt(a) _mm256_sqrt_ps(a)
-#define dlm__vround(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#define dlm__vpow2(n) _mm256_castsi256_ps(_mm256_slli_epi32( \
-    _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
-#define dlm__vnotbelow(v, x, low) _mm256_and_ps(v, _mm256_cmp_ps(x, low, _CMP_NLT_UQ))
 #define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx2(v, 1))
 #define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx2(v, 0))
 #include DLM_SELF
@@ -2764,8 +2719,6 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
 #define DLM__MR 12
 #define DLM__NV 2
 #define dlm__vf __m512
-#define dlm__vu dlm__u32x16
-#define dlm__vs dlm__i16x32
 #define dlm__vmadd16(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #define dlm__vtoint(v) ((dlm__vu)_mm512_maskz_cvtps_epi32(DLM__ALL, v))
 #define dlm__vfromint(u) _mm512_maskz_cvtepi32_ps(DLM__ALL, (__m512i)(u))
@@ -2779,17 +2732,10 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
 #define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
 #define dlm__vstoren(p, v, n) _mm512_mask_storeu_ps(p, (__mmask16)((1U << (n)) - 1U), v)
 #define dlm__vset1(x) _mm512_set1_ps(x)
-#define dlm__vadd(a, b) _mm512_add_ps(a, b)
-#define dlm__vsub(a, b) _mm512_sub_ps(a, b)
-#define dlm__vmul(a, b) _mm512_mul_ps(a, b)
-#define dlm__vdiv(a, b) _mm512_div_ps(a, b)
 #define dlm__vfma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm512_maskz_max_ps(DLM__ALL, a, b)
-#define dlm__vmin(a, b) _mm512_maskz_min_ps(DLM__ALL, a, b)
 #define dlm__vsqrt(a) _mm512_maskz_sqrt_ps(DLM__ALL, a)
-#define dlm__vround(a) dlm__vfromint(dlm__vtoint(a))
-#define dlm__vpow2(n) dlm__floats((dlm__vtoint(n) + 127U) << 23)
 #define dlm__vnotbelow(v, x, low) \
     _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v)
 #define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx512(v, 1))
@@ -2859,11 +2805,7 @@ DLM__AMX_TILE(int8, _tile_dpbssd)
    The same words, but those that multiply narrow ones; the tables of avx512bf16, amx. */
 #define DLM__KERNEL_PASS avx512bf16
 #define DLM__TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,avx512vnni")))
-#define dlm__bf16_parts 1
-#define dlm__bf16_part(w, part) ((void)(part), (w))
 #define dlm__bf16_fma(a, b, c) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
-#define dlm__int8_parts 1
-#define dlm__int8_part(w, part) ((void)(part), (w))
 #define dlm__int8_fma(a, b, c) \
     ((__m512)_mm512_dpbusd_epi32((__m512i)(c), (__m512i)(a), (__m512i)(b)))
 #define dlm__int8_offset 128
@@ -2879,23 +2821,6 @@ DLM__AMX_TILE(int8, _tile_dpbssd)
 
 #ifdef DLM__ARM
 /* --[ neon ]------------------------------------------------------------------ */
-DLM__INLINE float32x4_t dlm__loadn_neon(const float *p, int n)
-{
-    float v[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-    for (int i = 0; i < n; i++) v[i] = p[i];
-    return vld1q_f32(v);
-}
-
-DLM__INLINE void dlm__storen_neon(float *p, float32x4_t x, int n)
-{
-    float v[4];
-    vst1q_f32(v, x);
-    for (int i = 0; i < n; i++) p[i] = v[i];
-}
-
-typedef uint32_t dlm__u32x4 __attribute__((vector_size(16)));
-typedef int16_t  dlm__i16x8 __attribute__((vector_size(16)));
-
 /* Sums of neighbouring products, as _mm_madd_epi16. */
 DLM__INLINE int32x4_t dlm__madd16_neon(int16x8_t a, int16x8_t b)
 {
@@ -2915,10 +2840,10 @@ DLM__INLINE void dlm__store8_neon(char *p, uint32x4_t x)
     memcpy(p, &four, 4);
 }
 
-/* vmaxq and vminq would return NaN where the x86 words return the second operand. */
-DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float32x4_t b)
+/* vmaxq would return NaN where the x86 words return the second operand. */
+DLM__INLINE float32x4_t dlm__max_neon(float32x4_t a, float32x4_t b)
 {
-    return vbslq_f32(first, a, b);
+    return vbslq_f32(vcgtq_f32(a, b), a, b);
 }
 
 #define DLM__KERNEL_PASS neon
@@ -2927,8 +2852,6 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define DLM__MR 8
 #define DLM__NV 2
 #define dlm__vf float32x4_t
-#define dlm__vu dlm__u32x4
-#define dlm__vs dlm__i16x8
 #define dlm__vmadd16(a, b) dlm__madd16_neon((int16x8_t)(a), (int16x8_t)(b))
 #define dlm__vtoint(v) ((dlm__vu)vcvtnq_s32_f32(v))
 #define dlm__vfromint(u) vcvtq_f32_s32((int32x4_t)(u))
@@ -2936,23 +2859,11 @@ DLM__INLINE float32x4_t dlm__choose_neon(uint32x4_t first, float32x4_t a, float3
 #define dlm__vstore8(p, u) dlm__store8_neon(p, (uint32x4_t)(u))
 #define dlm__vload(p) vld1q_f32(p)
 #define dlm__vstore(p, v) vst1q_f32(p, v)
-#define dlm__vloadn(p, n) dlm__loadn_neon(p, n)
-#define dlm__vstoren(p, v, n) dlm__storen_neon(p, v, n)
 #define dlm__vset1(x) vdupq_n_f32(x)
-#define dlm__vadd(a, b) vaddq_f32(a, b)
-#define dlm__vsub(a, b) vsubq_f32(a, b)
-#define dlm__vmul(a, b) vmulq_f32(a, b)
-#define dlm__vdiv(a, b) vdivq_f32(a, b)
 #define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
-#define dlm__vmax(a, b) dlm__choose_neon(vcgtq_f32(a, b), a, b)
-#define dlm__vmin(a, b) dlm__choose_neon(vcltq_f32(a, b), a, b)
+#define dlm__vmax(a, b) dlm__max_neon(a, b)
 #define dlm__vsqrt(a) vsqrtq_f32(a)
-#define dlm__vround(a) vrndnq_f32(a)
-#define dlm__vpow2(n) vreinterpretq_f32_s32(vshlq_n_s32( \
-    vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23))
-#define dlm__vnotbelow(v, x, low) vreinterpretq_f32_u32( \
-    vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, low)))
 #define dlm__hsum(v) vaddvq_f32(v)
 #define dlm__hmax(v) vmaxvq_f32(v)
 #include DLM_SELF
