@@ -2942,9 +2942,11 @@ typedef struct dlm__share {         /* of the jobs, alone in its cache line     
     int pad[14];
 } dlm__share;
 
+typedef struct dlm__bed { pthread_cond_t wake; int asleep; } dlm__bed;
+
 typedef struct dlm__pool {
-    pthread_mutex_t lock;
-    pthread_cond_t  work, idle;
+    pthread_mutex_t lock;           /* for those who go to sleep                   */
+    dlm__bed        workers, caller; /* until `round` changes, until all have left */
     pthread_t      *threads;
     dlm__share     *shares;         /* of the caller, then of each worker          */
     int             n_threads;      /* workers besides the caller                  */
@@ -2952,8 +2954,6 @@ typedef struct dlm__pool {
     void          (*job)(void *arg, int i);
     void           *arg;
     int             joined;         /* workers at work, + DLM__OPEN: more may join */
-    int             asleep;         /* workers that wait for `work`                */
-    int             waiting;        /* the caller waits for `idle`                 */
     int             round;          /* changes with every dlm__parallel            */
     int             stop;
     int             stay;           /* workers stay on the CPUs of `elsewhere`     */
@@ -2967,11 +2967,31 @@ static int dlm__atomic_add(int *p, int by)
     return __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST);
 }
 
-static void dlm__pause(void)
+/* Waits while *at is `value`: spins a moment, then lies down.  A sleeper says so and,
+   with the lock, looks once more; who changes *at does that first and then looks whether
+   anybody sleeps (dlm__wake).  Each sees the other in one of the two orders, so nobody
+   sleeps through. */
+static void dlm__await(dlm__pool *p, dlm__bed *bed, const int *at, int value)
 {
+    for (int i = 0; i < DLM__SPINS; i++) {
+        if (dlm__atomic_get(at) != value) return;
 #ifdef DLM__X86
-    _mm_pause();
+        _mm_pause();
 #endif
+    }
+    pthread_mutex_lock(&p->lock);
+    dlm__atomic_add(&bed->asleep, 1);
+    while (dlm__atomic_get(at) == value) pthread_cond_wait(&bed->wake, &p->lock);
+    dlm__atomic_add(&bed->asleep, -1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void dlm__wake(dlm__pool *p, dlm__bed *bed)
+{
+    if (dlm__atomic_get(&bed->asleep) == 0) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&bed->wake);
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* Its own share first: neighbouring jobs touch neighbouring rows, which the job before
@@ -2985,48 +3005,6 @@ static void dlm__pool_run(dlm__pool *p, int self)
     }
 }
 
-/* The lock is for those who go to sleep: a worker says so, looks once more whether there
-   is a new round, and sleeps; the caller first begins the round and then looks who
-   sleeps.  Each sees the other in one of the two orders, so nobody sleeps through. */
-static void dlm__pool_sleep(dlm__pool *p, int seen)
-{
-    pthread_mutex_lock(&p->lock);
-    dlm__atomic_add(&p->asleep, 1);
-    while (dlm__atomic_get(&p->round) == seen) pthread_cond_wait(&p->work, &p->lock);
-    dlm__atomic_add(&p->asleep, -1);
-    pthread_mutex_unlock(&p->lock);
-}
-
-static void dlm__pool_start_round(dlm__pool *p)
-{
-    dlm__atomic_add(&p->round, 1);
-    if (dlm__atomic_get(&p->asleep) == 0) return;
-    pthread_mutex_lock(&p->lock);
-    pthread_cond_broadcast(&p->work);
-    pthread_mutex_unlock(&p->lock);
-}
-
-/* The caller's wait for those who joined; the same protocol the other way round. */
-static void dlm__pool_wait(dlm__pool *p)
-{
-    for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->joined) > 0; i++) dlm__pause();
-    if (dlm__atomic_get(&p->joined) == 0) return;
-    pthread_mutex_lock(&p->lock);
-    dlm__atomic_add(&p->waiting, 1);
-    while (dlm__atomic_get(&p->joined) > 0) pthread_cond_wait(&p->idle, &p->lock);
-    dlm__atomic_add(&p->waiting, -1);
-    pthread_mutex_unlock(&p->lock);
-}
-
-static void dlm__pool_leave(dlm__pool *p)
-{
-    if (dlm__atomic_add(&p->joined, -1) != 1) return;    /* open, or others work   */
-    if (dlm__atomic_get(&p->waiting) == 0) return;
-    pthread_mutex_lock(&p->lock);
-    pthread_cond_signal(&p->idle);
-    pthread_mutex_unlock(&p->lock);
-}
-
 static void *dlm__pool_thread(void *arg)
 {
     dlm__pool *p = (dlm__pool *)arg;
@@ -3034,13 +3012,11 @@ static void *dlm__pool_thread(void *arg)
     int seen = 0;
     if (p->stay) dlm__stay_on(&p->elsewhere);
     for (;;) {
-        for (int i = 0; i < DLM__SPINS && dlm__atomic_get(&p->round) == seen; i++)
-            dlm__pause();
-        if (dlm__atomic_get(&p->round) == seen) dlm__pool_sleep(p, seen);
+        dlm__await(p, &p->workers, &p->round, seen);
         seen = dlm__atomic_get(&p->round);
         if (dlm__atomic_get(&p->stop)) return NULL;
         if (dlm__atomic_add(&p->joined, 1) >= DLM__OPEN) dlm__pool_run(p, self);
-        dlm__pool_leave(p);
+        if (dlm__atomic_add(&p->joined, -1) == 1) dlm__wake(p, &p->caller);
     }
 }
 
@@ -3054,20 +3030,23 @@ static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), vo
         p->shares[k].end = (int)((int64_t)n * (k + 1) / shares);
     }
     dlm__atomic_add(&p->joined, DLM__OPEN);
-    dlm__pool_start_round(p);
+    dlm__atomic_add(&p->round, 1);
+    dlm__wake(p, &p->workers);
     dlm__pool_run(p, 0);
     dlm__atomic_add(&p->joined, -DLM__OPEN);
-    dlm__pool_wait(p);
+    for (int in; (in = dlm__atomic_get(&p->joined)) > 0; )
+        dlm__await(p, &p->caller, &p->joined, in);
 }
 
 static void dlm__pool_stop(dlm__pool *p)
 {
     if (p == NULL) return;
-    __atomic_store_n(&p->stop, 1, __ATOMIC_RELEASE);
-    dlm__pool_start_round(p);
+    dlm__atomic_add(&p->stop, 1);
+    dlm__atomic_add(&p->round, 1);
+    dlm__wake(p, &p->workers);
     for (int i = 0; i < p->n_threads; i++) pthread_join(p->threads[i], NULL);
-    pthread_cond_destroy(&p->idle);
-    pthread_cond_destroy(&p->work);
+    pthread_cond_destroy(&p->caller.wake);
+    pthread_cond_destroy(&p->workers.wake);
     pthread_mutex_destroy(&p->lock);
 }
 
@@ -3076,10 +3055,10 @@ static void dlm__pool_start(dlm__pool *p, int workers)
 {
     pthread_attr_t attr;
     pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->work, NULL);
-    pthread_cond_init(&p->idle, NULL);
+    pthread_cond_init(&p->workers.wake, NULL);
+    pthread_cond_init(&p->caller.wake, NULL);
     pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, (size_t)1 << 20);  /* attention tiles: 200 KiB */
+    pthread_attr_setstacksize(&attr, (size_t)1 << 20);  /* 300 KiB are used */
     p->stay = dlm__cpus_elsewhere(&p->elsewhere) > workers;
     for (int i = 0; i < workers; i++) {
         if (pthread_create(&p->threads[i], &attr, dlm__pool_thread, p) != 0) break;
@@ -3112,11 +3091,13 @@ static int  dlm__cores(void) { return 1; }
 
 #endif /* threads */
 
-/* flops: about what all jobs cost together; below half a million the hand-over costs
-   more than it saves. */
+/* flops: about what all jobs cost together.  One core does half a million in some 10 us,
+   about what waking a thread takes: below that a hand-over costs more than it saves. */
+enum { DLM__HAND_OVER = 500000 };
+
 static int dlm__alone(const dlm_ctx *ctx, double flops)
 {
-    return flops < 5e5 || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
+    return flops < DLM__HAND_OVER || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
 }
 
 static void dlm__parallel(dlm_ctx *ctx, int n, double flops, void (*job)(void *, int),
