@@ -8839,41 +8839,18 @@ static int dlm__arena_take(dlm_ctx *ctx, dlm__arena *a)
     return a->base != NULL;
 }
 
-/* A tokenizer of n ids; pieces are still to be added, text is of `size` bytes. */
-static dlm_error dlm__tokenizer_new(dlm_tokenizer **out, dlm_ctx *ctx,
-                                    dlm_tokenizer_kind kind, int n, size_t size)
+/* One id more, for `size` bytes of t->text from `at` on.  While t has no memory, here and
+   below, everything is only counted; then the same calls are made again. */
+static void dlm__add_piece(dlm_tokenizer *t, size_t at, size_t size, float score)
 {
-    const size_t n_pieces = kind == DLM_TOKENIZER_BYTES ? 0 : (size_t)n;
-    const int outside = kind == DLM_TOKENIZER_PIECES;     /* so is its mask        */
-    dlm__arena arena = { NULL, 0 };
-    dlm_tokenizer t;
-    memset(&t, 0, sizeof t);
-    for (;;) {
-        *out = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof t);
-        t.pieces = (dlm__piece *)dlm__push(&arena, n_pieces, sizeof *t.pieces);
-        t.sorted = (dlm__piece **)dlm__push(&arena, n_pieces, sizeof *t.sorted);
-        t.text = (char *)dlm__push(&arena, size + 1, 1);
-        if (arena.base) break;
-        if (!dlm__arena_take(ctx, &arena))
-            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    if (t->pieces) {
+        dlm__piece *p = &t->pieces[t->n_pieces];
+        p->text = t->text + at;
+        p->size = (int)size;
+        p->score = score;
+        t->sorted[t->n_pieces] = p;
     }
-    t.kind = kind;
-    t.vocab = outside ? n : n + 2;
-    t.stop = outside ? 1 : n;
-    t.mask = outside ? n : n + 1;
-    t.ctx = ctx;
-    **out = t;
-    return DLM_OK;
-}
-
-/* The next piece, whose text stays where it is. */
-static void dlm__add_piece(dlm_tokenizer *t, const char *text, size_t size, float score)
-{
-    dlm__piece *p = &t->pieces[t->n_pieces];
-    p->text = text;
-    p->size = (int)size;
-    p->score = score;
-    t->sorted[t->n_pieces++] = p;
+    t->n_pieces++;
 }
 
 static int dlm__compare_piece(const dlm__piece *a, const char *text, int size)
@@ -8882,7 +8859,7 @@ static int dlm__compare_piece(const dlm__piece *a, const char *text, int size)
     return c ? c : (a->size > size) - (a->size < size);
 }
 
-/* For qsort: by bytes, then by id.  Characters in UTF-8 are in order already. */
+/* For qsort: by bytes, then by id. */
 static int dlm__by_bytes(const void *a, const void *b)
 {
     const dlm__piece *x = *(dlm__piece *const *)a, *y = *(dlm__piece *const *)b;
@@ -8909,43 +8886,43 @@ static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
 
 enum { DLM__WINDOW = 1 << 15 };
 
-static dlm_error dlm__check_corpus(dlm_ctx *ctx, const char *text, size_t size,
-                                   uint64_t *windows)
+static void dlm__add_window(dlm_tokenizer *t, const char *text, size_t size,
+                            uint32_t first)
 {
+    unsigned char there[DLM__WINDOW / 8] = { 0 };
+    for (size_t i = 0; i < size;) {
+        uint32_t c;
+        dlm__utf8_get(text, size, &i, &c);
+        c -= first;                             /* wraps below the window          */
+        if (c < DLM__WINDOW) there[c / 8] |= (unsigned char)(1 << c % 8);
+    }
+    for (uint32_t c = 0; c < DLM__WINDOW; c++) {
+        char bytes[4];
+        size_t n;
+        if (!(there[c / 8] >> c % 8 & 1)) continue;
+        n = dlm__utf8_put(bytes, first + c);
+        if (t->text) memcpy(t->text + t->size, bytes, n);
+        dlm__add_piece(t, t->size, n, 0.0f);
+        t->size += n;
+    }
+}
+
+/* The characters of a text, ascending. */
+static dlm_error dlm__add_chars(dlm_tokenizer *t, const char *text, size_t size)
+{
+    uint64_t windows = 0;
     for (size_t i = 0; i < size;) {
         uint32_t c;
         if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
-            return dlm__fail(ctx, DLM_E_INPUT,
+            return dlm__fail(t->ctx, DLM_E_INPUT,
                              "text: malformed UTF-8, or a zero, at byte %.0f: not a text",
                              (double)i);
-        *windows |= (uint64_t)1 << c / DLM__WINDOW;
+        windows |= (uint64_t)1 << c / DLM__WINDOW;
     }
-    return DLM_OK;
-}
-
-/* The characters of a sound text, ascending, become the pieces of t; NULL counts. */
-static int dlm__list_chars(const char *text, size_t size, uint64_t windows,
-                           dlm_tokenizer *t)
-{
-    int n = 0;
-    for (uint32_t first = 0; windows; first += DLM__WINDOW, windows >>= 1) {
-        unsigned char there[DLM__WINDOW / 8] = { 0 };
-        for (size_t i = 0; windows & 1 && i < size;) {
-            uint32_t c;
-            dlm__utf8_get(text, size, &i, &c);
-            c -= first;                         /* wraps below the window          */
-            if (c < DLM__WINDOW) there[c / 8] |= (unsigned char)(1 << c % 8);
-        }
-        for (uint32_t c = 0; windows & 1 && c < DLM__WINDOW; c++) {
-            char *to = t ? t->text + t->size : NULL;
-            if (!(there[c / 8] >> c % 8 & 1)) continue;
-            n++;
-            if (t == NULL) continue;
-            t->size += dlm__utf8_put(to, first + c);
-            dlm__add_piece(t, to, (size_t)(t->text + t->size - to), 0.0f);
-        }
-    }
-    return n;
+    for (uint32_t k = 0; windows >> k; k++)
+        if (windows >> k & 1) dlm__add_window(t, text, size, k * DLM__WINDOW);
+    if (size > 0) return DLM_OK;
+    return dlm__fail(t->ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
 }
 
 /* Enters an object and goes to the value of `key`; 0: it is not there. */
@@ -8975,66 +8952,29 @@ static int dlm__is_vocabulary(const char *text, size_t size)
     return !again.bad && ids >= 256;            /* fewer may be a text             */
 }
 
-static dlm_error dlm__tokenizer_chars(dlm_tokenizer **out, dlm_ctx *ctx,
-                                      const char *text, size_t size)
-{
-    uint64_t windows = 0;
-    int n;
-    dlm_error e;
-    if (dlm__is_vocabulary(text, size))
-        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a corpus");
-    e = dlm__check_corpus(ctx, text, size, &windows);
-    if (e != DLM_OK) return e;
-    if (size == 0)
-        return dlm__fail(ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
-    n = dlm__list_chars(text, size, windows, NULL);
-    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_CHARS, n, 4 * (size_t)n);
-    if (e != DLM_OK) return e;
-    dlm__list_chars(text, size, windows, *out);
-    (*out)->text[(*out)->size] = '\0';
-    return DLM_OK;
-}
-
 /* --[ pieces ]----------------------------------------------------------------
    i32 longest, then for every id f32 score, i32 length, bytes. */
 
-/* Reads the file into t, or with t NULL counts; -1 when it is malformed. */
-static int dlm__read_pieces(dlm_tokenizer *t, const char *file, size_t size)
+static dlm_error dlm__add_pieces(dlm_tokenizer *t, const char *file, size_t size)
 {
     size_t at = 4;
-    int n = 0;
-    if (size < 4) return -1;
-    for (; at < size; n++) {
+    if (t->text) memcpy(t->text, file, size);
+    t->size = size;
+    while (at < size && size - at >= 8) {
         float score;
         int32_t length;
-        if (size - at < 8) return -1;
         memcpy(&score, file + at, 4);
         memcpy(&length, file + at + 4, 4);
+        if (length < 0 || (size_t)length > size - at - 8 || score != score
+            || t->n_pieces >= 1 << 22) break;
         at += 8;
-        if (length < 0 || (size_t)length > size - at || score != score || n >= 1 << 22)
-            return -1;
-        if (t) dlm__add_piece(t, file + at, (size_t)length, score);
-        for (size_t i = 1; t && i < (size_t)length; i++)
-            t->spaces |= file[at + i] == ' ' && file[at + i - 1] != ' ';
+        dlm__add_piece(t, at, (size_t)length, score);
+        for (size_t i = at + 1; i < at + (size_t)length; i++)
+            t->spaces |= file[i] == ' ' && file[i - 1] != ' ';
         at += (size_t)length;
     }
-    return n;
-}
-
-static dlm_error dlm__tokenizer_pieces(dlm_tokenizer **out, dlm_ctx *ctx,
-                                       const char *file, size_t size)
-{
-    const int n = dlm__read_pieces(NULL, file, size);
-    dlm_error e;
-    if (n < 3)
-        return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: not a file of scored pieces");
-    e = dlm__tokenizer_new(out, ctx, DLM_TOKENIZER_PIECES, n, size);
-    if (e != DLM_OK) return e;
-    memcpy((*out)->text, file, size);
-    (*out)->size = size;
-    dlm__read_pieces(*out, (*out)->text, size);
-    qsort((*out)->sorted, (size_t)n, sizeof *(*out)->sorted, dlm__by_bytes);
-    return DLM_OK;
+    if (at == size && t->n_pieces >= 3) return DLM_OK;
+    return dlm__fail(t->ctx, DLM_E_FORMAT, "tokenizer: not a file of scored pieces");
 }
 
 /* One id per character, or, for characters without a piece, per byte (ids 3..258). */
@@ -9124,15 +9064,51 @@ static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, siz
     return byte;
 }
 
+static dlm_error dlm__add_all(dlm_tokenizer *t, const char *text, size_t size)
+{
+    t->n_pieces = 0;
+    t->size = 0;
+    if (t->kind == DLM_TOKENIZER_BYTES) return DLM_OK;
+    if (t->kind == DLM_TOKENIZER_CHARS) return dlm__add_chars(t, text, size);
+    if (t->kind == DLM_TOKENIZER_PIECES) return dlm__add_pieces(t, text, size);
+    return dlm__fail(t->ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)t->kind);
+}
+
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size)
 {
+    const int outside = kind == DLM_TOKENIZER_PIECES;     /* is the mask           */
+    dlm__arena arena = { NULL, 0 };
+    dlm_tokenizer t, *to;
+    dlm_error e;
     *out = NULL;
-    if (kind == DLM_TOKENIZER_PIECES) return dlm__tokenizer_pieces(out, ctx, text, size);
-    if (kind == DLM_TOKENIZER_BYTES) return dlm__tokenizer_new(out, ctx, kind, 256, 0);
-    if (kind == DLM_TOKENIZER_CHARS) return dlm__tokenizer_chars(out, ctx, text, size);
-    return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
+    memset(&t, 0, sizeof t);
+    t.kind = kind;
+    t.ctx = ctx;
+    if (kind == DLM_TOKENIZER_CHARS && dlm__is_vocabulary(text, size))
+        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a corpus");
+    e = dlm__add_all(&t, text, size);
+    if (e != DLM_OK) return e;
+    for (;;) {
+        to = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof t);
+        t.pieces = (dlm__piece *)dlm__push(&arena, (size_t)t.n_pieces, sizeof *t.pieces);
+        t.sorted = (dlm__piece **)dlm__push(&arena, (size_t)t.n_pieces, sizeof *t.sorted);
+        t.text = (char *)dlm__push(&arena, t.size + 1, 1);
+        if (arena.base) break;
+        if (!dlm__arena_take(ctx, &arena))
+            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
+    }
+    (void)dlm__add_all(&t, text, size);
+    t.text[t.size] = '\0';
+    qsort(t.sorted, (size_t)t.n_pieces, sizeof *t.sorted, dlm__by_bytes);
+    t.vocab = kind == DLM_TOKENIZER_BYTES ? 256 : t.n_pieces;
+    t.stop = outside ? 1 : t.vocab;
+    t.mask = outside ? t.vocab : t.vocab + 1;
+    t.vocab += outside ? 0 : 2;
+    *to = t;
+    *out = to;
+    return DLM_OK;
 }
 
 DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
@@ -9324,7 +9300,7 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
     if (e != DLM_OK) return e;
     dlm__json_space(&j);
     if (j.bad || j.p != j.end)
-        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed header at byte %.0f",
+        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: malformed near byte %.0f",
                          (double)(j.p - header) + 8.0);
     return DLM_OK;
 }
@@ -9355,8 +9331,7 @@ static dlm_error dlm__st_check_places(dlm_safetensors *f)
         at += t->bytes;
     }
     if (at != f->data + f->bytes)
-        return dlm__fail(f->ctx, DLM_E_FORMAT, "safetensors: %.0f bytes behind them all",
-                         (double)(f->data + f->bytes - at));
+        return dlm__bad_header(f->ctx, "its end", "bytes behind the last tensor");
     qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, dlm__by_name);
     for (int i = 1; i < f->count; i++)
         if (strcmp(f->tensors[i - 1].name, f->tensors[i].name) == 0)

@@ -11720,8 +11720,18 @@ TEST(pieces_refuse_malformed_files)
                     DLM_E_FORMAT, ctx, "tokenizer");
         CHECK(t == NULL);
     }
+    LABEL("empty pieces are pieces");
+    piece_make(&f, 0);
+    piece_put(&f, "", 0);
+    piece_put(&f, "b a", 2);
+    dlm_tokenizer *t = piece_tokenizer(ctx, &f);
+    const int last[2] = { f.count - 2, f.count - 1 };
+    char out[8];
+    CHECK(t->vocab == f.count && t->spaces == 1);
+    CHECK(dlm_decode(t, last, 2, out, sizeof out) == 3 && !strcmp(out, "b a"));
+    dlm_tokenizer_free(t);
     piece_make(&f, 1);
-    dlm_tokenizer *t = NULL;
+    t = NULL;
     heap.fail_at = heap.calls + 1;
     CHECK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_PIECES, f.x, f.n) == DLM_E_NOMEM);
     CHECK(t == NULL && heap.live == live);
