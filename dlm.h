@@ -9262,10 +9262,10 @@ static dlm_error dlm__st_entry(dlm_safetensors *f, dlm__json *j, dlm_st_tensor *
 }
 
 /* Metadata: null or an object of strings. */
-static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j)
+static const char *dlm__st_metadata(dlm_safetensors *f, dlm__json *j)
 {
     int count = 0;
-    if (dlm__json_word(j, "null")) return DLM_OK;
+    if (dlm__json_word(j, "null")) return NULL;
     dlm__json_want(j, '{');
     while (dlm__json_next(j, '}', &count)) {
         dlm__pair *pair = &f->meta[f->n_meta++];
@@ -9273,8 +9273,7 @@ static dlm_error dlm__st_metadata(dlm_safetensors *f, dlm__json *j)
         dlm__json_want(j, ':');
         pair->value = dlm__st_string(f, j);
     }
-    return j->bad ? dlm__bad_header(f->ctx, "__metadata__", "not an object of strings")
-                  : DLM_OK;
+    return j->bad ? "not an object of strings" : NULL;
 }
 
 static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t size)
@@ -9290,8 +9289,8 @@ static dlm_error dlm__st_walk(dlm_safetensors *f, const char *header, size_t siz
         dlm__json_want(&j, ':');
         if (j.bad) break;
         if (strcmp(t->name, "__metadata__") == 0) {
-            e = meta++ ? dlm__bad_header(f->ctx, t->name, "there twice")
-                       : dlm__st_metadata(f, &j);
+            const char *wrong = meta++ ? "there twice" : dlm__st_metadata(f, &j);
+            if (wrong) e = dlm__bad_header(f->ctx, t->name, wrong);
         } else {
             e = dlm__st_entry(f, &j, t);
             f->count++;
@@ -9498,44 +9497,37 @@ static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safeten
 static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
                                   const dlm_tensor *want)
 {
-    const int n_dims = want->cols > 1 ? 2 : 1;
     const dlm_st_tensor *t = dlm_safetensors_find(f, want->name);
+    int64_t rows, cols;
     if (t == NULL)
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", want->name);
     f->tensors[t - f->tensors].used = 1;
-    if (t->n_dims != n_dims || t->dims[0] != want->rows
-        || (n_dims == 2 && t->dims[1] != want->cols))
+    rows = t->n_dims > 0 ? t->dims[0] : 1;
+    cols = t->n_dims > 1 ? t->dims[1] : 1;
+    if (t->n_dims != (want->cols > 1 ? 2 : 1) || rows != want->rows || cols != want->cols)
         return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s has %d dimensions [%.0f, "
                          "%.0f], the config needs [%d, %d]", want->name, t->n_dims,
-                         t->n_dims > 0 ? (double)t->dims[0] : 1.0,
-                         t->n_dims > 1 ? (double)t->dims[1] : 1.0, want->rows,
-                         want->cols);
+                         (double)rows, (double)cols, want->rows, want->cols);
     return dlm_safetensors_floats(ctx, t, want->data);
 }
 
 static const char *const dlm__kind_names[] = { "bytes", "chars", "pieces" };
 
-/* A file of pieces travels as hexadecimal digits. */
-static dlm_error dlm__pieces_from_hex(dlm_tokenizer **tok, dlm_ctx *ctx, const char *hex)
+/* A file of pieces travels as hexadecimal digits, which become bytes where they are. */
+static dlm_error dlm__pieces_from(dlm_tokenizer **tok, dlm_ctx *ctx, char *hex)
 {
-    const size_t size = strlen(hex) / 2;
-    char *file = (char *)dlm__alloc(ctx, size + 1);
-    int wrong = strlen(hex) % 2 != 0;
-    dlm_error e;
-    if (file == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-    for (size_t i = 0; i < size; i++) {
-        const int byte = dlm__hex(hex + 2 * i, 2);
-        wrong |= byte < 0;
-        file[i] = (char)byte;
+    const size_t n = strlen(hex);
+    for (size_t i = 0; i < n; i += 2) {
+        const int byte = dlm__hex(hex + i, 2);
+        if (byte < 0)
+            return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars is not hexadecimal");
+        hex[i / 2] = (char)byte;
     }
-    e = wrong ? dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars is not hexadecimal")
-              : dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, file, size);
-    dlm__release(ctx, file);
-    return e;
+    return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, hex, n / 2);
 }
 
 static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
-                                     const dlm_safetensors *f)
+                                     dlm_safetensors *f)
 {
     const char *kind = dlm_safetensors_metadata(f, "dlm.tokenizer");
     const char *chars = dlm_safetensors_metadata(f, "dlm.chars");
@@ -9543,7 +9535,8 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
     *tok = NULL;
     if (kind == NULL) return DLM_OK;
     while (k < 3 && strcmp(kind, dlm__kind_names[k]) != 0) k++;
-    if (k == DLM_TOKENIZER_PIECES && chars) return dlm__pieces_from_hex(tok, ctx, chars);
+    if (k == DLM_TOKENIZER_PIECES && chars)
+        return dlm__pieces_from(tok, ctx, (char *)chars);      /* f's own memory   */
     if (k == DLM_TOKENIZER_BYTES || (k == DLM_TOKENIZER_CHARS && chars))
         return dlm_tokenizer_create(tok, ctx, (dlm_tokenizer_kind)k, chars,
                                     chars ? strlen(chars) : 0);
@@ -9595,11 +9588,9 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
    The flat arrays of a trainer, as they are. */
 
 typedef struct dlm__array {
-    char   name[64];
-    float *data;
-    size_t count;
-    int    rows, cols;              /* of a matrix; else cols is at most 1         */
-    float  least;                   /* no sound value is below                     */
+    dlm_tensor t;                   /* of a state's arrays: name and data alone    */
+    size_t     count;
+    float      least;               /* no sound value is below                     */
 } dlm__array;
 
 /* Array i of a file: a tensor of the model m or, t not NULL, what the state of t consists
@@ -9607,26 +9598,19 @@ typedef struct dlm__array {
 static int dlm__array_at(const dlm_model *m, const dlm_trainer *t, int i, dlm__array *a)
 {
     static const char *const names[] = { "weights", "adam.m", "adam.v", "ema" };
+    float *const state[] = { m->weights, t ? t->adam_m : NULL, t ? t->adam_v : NULL,
+                             t ? t->ema : NULL };
     memset(a, 0, sizeof *a);
-    a->least = -FLT_MAX;
-    if (t) {
-        float *const state[] = { m->weights, t->adam_m, t->adam_v, t->ema };
-        if (i >= 4 || state[i] == NULL) return 0;
-        snprintf(a->name, sizeof a->name, "%s", names[i]);
-        a->data = state[i];
+    a->least = t && i == 2 ? 0.0f : -FLT_MAX;           /* a mean of squares       */
+    if (t == NULL && i < dlm_model_tensors(m)) {
+        dlm_model_tensor(m, i, &a->t);
+        a->count = (size_t)a->t.rows * (size_t)a->t.cols;
+    } else if (t && i < 4 && state[i]) {
+        snprintf(a->t.name, sizeof a->t.name, "%s", names[i]);
+        a->t.data = state[i];
         a->count = m->n_params;
-        if (i == 2) a->least = 0.0f;            /* a mean of squares               */
-    } else {
-        dlm_tensor x;
-        if (i >= dlm_model_tensors(m)) return 0;
-        dlm_model_tensor(m, i, &x);
-        memcpy(a->name, x.name, sizeof a->name);
-        a->data = x.data;
-        a->count = (size_t)x.rows * (size_t)x.cols;
-        a->rows = x.rows;
-        a->cols = x.cols;
     }
-    return 1;
+    return a->count > 0;
 }
 
 /* data (count), maybe unaligned: finite, and no mean of squares below zero, whose root
@@ -9638,7 +9622,7 @@ static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const char *what
         float x;
         memcpy(&x, (const char *)data + i * sizeof x, sizeof x);
         if (!(x >= a->least && x <= FLT_MAX))
-            return dlm__fail(ctx, code, "%s: %s[%.0f] is %g", what, a->name, (double)i,
+            return dlm__fail(ctx, code, "%s: %s[%.0f] is %g", what, a->t.name, (double)i,
                              (double)x);
     }
     return DLM_OK;
@@ -9666,15 +9650,15 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         return dlm__fail(ctx, DLM_E_FORMAT, "training state: step \"%.40s\", not 0..2^53",
                          step);
     for (int i = 0; dlm__array_at(t->m, t, i, &to); i++) {
-        from[i] = dlm_safetensors_find(f, to.name);
+        from[i] = dlm_safetensors_find(f, to.t.name);
         if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to.count)
             return dlm__fail(ctx, DLM_E_MISMATCH, "training state: no %s of %.0f floats",
-                             to.name, (double)to.count);
+                             to.t.name, (double)to.count);
         e = dlm__check_array(ctx, DLM_E_FORMAT, "training state", &to, from[i]->data);
         if (e != DLM_OK) return e;
     }
     for (int i = 0; dlm__array_at(t->m, t, i, &to); i++)
-        memcpy(to.data, from[i]->data, from[i]->bytes);
+        memcpy(to.t.data, from[i]->data, from[i]->bytes);
     t->step = steps;
     memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
     return DLM_OK;
@@ -9731,10 +9715,10 @@ static void dlm__put_array(dlm__text *t, const dlm__array *a, size_t *offset)
 {
     char line[256], shape[64];
     const size_t end = *offset + a->count * sizeof(float);
-    if (a->cols > 1) snprintf(shape, sizeof shape, "%d,%d", a->rows, a->cols);
+    if (a->t.cols > 1) snprintf(shape, sizeof shape, "%d,%d", a->t.rows, a->t.cols);
     else snprintf(shape, sizeof shape, "%.0f", (double)a->count);
     snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
-             "\"data_offsets\":[%.0f,%.0f]}", a->name, shape, (double)*offset,
+             "\"data_offsets\":[%.0f,%.0f]}", a->t.name, shape, (double)*offset,
              (double)end);
     dlm__put(t, line);
     *offset = end;
@@ -9809,7 +9793,7 @@ static int dlm__write_content(FILE *f, const void *content)
     if (fwrite(&length, sizeof length, 1, f) != 1) return 0;
     dlm__put_header(&header, c);
     for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
-        if (fwrite(a.data, sizeof(float), a.count, f) != a.count) return 0;
+        if (fwrite(a.t.data, sizeof(float), a.count, f) != a.count) return 0;
     return !header.bad;
 }
 
@@ -9822,7 +9806,7 @@ static dlm_error dlm__save(dlm_ctx *ctx, const char *path, const dlm_model *m,
     dlm__array a;
     dlm_error e = DLM_OK;
     for (int i = 0; e == DLM_OK && dlm__array_at(m, t, i, &a); i++)
-        e = dlm__check_array(ctx, DLM_E_INPUT, what, &a, a.data);
+        e = dlm__check_array(ctx, DLM_E_INPUT, what, &a, a.t.data);
     return e == DLM_OK ? dlm__write_file(ctx, path, dlm__write_content, &c) : e;
 }
 
