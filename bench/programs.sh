@@ -150,7 +150,7 @@ for source in $halves; do
     unset DLM_ISA
 done
 absent out.st 12_convert; absent out.txt gen
-for name in 01_first_program 06_matmul_only 10_likelihood demo; do
+for name in 01_first_program 06_matmul_only 10_likelihood demo picture; do
     says 2 'usage: ' $name block.st
 done
 
