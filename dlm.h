@@ -973,7 +973,20 @@ typedef struct dlm_report {
     double  bin_gold_kept[DLM_BINS], bin_gold_rejected[DLM_BINS];
 } dlm_report;
 
-typedef struct dlm_trainer dlm_trainer;
+typedef struct dlm_trainer {               /* open for reading                     */
+    dlm_ctx   *ctx;
+    dlm_model *model;
+    dlm_train_options options;             /* with every default filled in         */
+    int64_t    steps;                      /* updates done                         */
+    float     *gradients;                  /* (n_params) of the passes since; writable */
+    float     *adam_m, *adam_v;            /* (n_params) moments                   */
+    float     *ema;                        /* (n_params) averaged weights, or NULL */
+    double     flops;                      /* of the passes since the last update  */
+    dlm_state *state;                      /* max_rows large; yours between steps  */
+    double      *partial;                  /* private, as all that follows         */
+    dlm_example *windows;
+    struct dlm__work *work;
+} dlm_trainer;
 
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
                                      const dlm_train_options *opt, dlm_memory *mem);
@@ -1001,9 +1014,6 @@ DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score
 DLM_API dlm_error dlm_trainer_score(dlm_trainer *t, const dlm_batch *b,
                                     dlm_score_fn score, void *user);
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
-DLM_API float    *dlm_trainer_gradients(dlm_trainer *t);           /* (n_params)     */
-DLM_API float    *dlm_trainer_ema(dlm_trainer *t);                 /* (n_params), NULL */
-DLM_API int64_t   dlm_trainer_steps(const dlm_trainer *t);         /* updates done   */
 
 /* --[ distillation ]----------------------------------------------------------
    OPDLM (arXiv 2606.06712): an autoregressive model becomes a block-diffusion model by
@@ -6271,17 +6281,11 @@ DLM_API void dlm_state_free(dlm_state *s)
    What learns: passes that add up gradients, and what happens to masks before them.
    Gradients and both moments are flat arrays in the order of the weights. */
 
-struct dlm_trainer {
-    dlm__work         w;
-    dlm_model        *m;
-    dlm_train_options opt;          /* with every default filled in                */
-    float            *grads, *adam_m, *adam_v, *ema;     /* (n_params) each        */
-    double           *partial;      /* (n_params / 4096) sums of squares           */
-    dlm_state         state;
-    dlm_example      *windows;      /* (rows) for dlm_trainer_step_text            */
-    int64_t           step;
-    double            pass_flops;   /* since the last update                       */
-};
+typedef struct dlm__trainer_parts { /* what a trainer points to, in one block      */
+    dlm_trainer t;
+    dlm_state   state;
+    dlm__work   work;
+} dlm__trainer_parts;
 
 enum { DLM__GRAD_RUN = 4096 };
 
@@ -6332,48 +6336,54 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
 
 static void dlm__trainer_carve(dlm__arena *a, void *object)
 {
-    dlm_trainer *t = (dlm_trainer *)object;
-    const size_t n = t->m->n_params;
-    dlm__work *w = &t->w;
-    t->grads = dlm__push_floats(a, n, 1);
+    dlm__trainer_parts *p = (dlm__trainer_parts *)object;
+    dlm_trainer *t = &p->t;
+    const size_t n = t->model->n_params, rows = (size_t)p->work.rows;
+    t->gradients = dlm__push_floats(a, n, 1);
     t->adam_m = dlm__push_floats(a, n, 1);
     t->adam_v = dlm__push_floats(a, n, 1);
-    t->ema = t->opt.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
+    t->ema = t->options.ema > 0.0f ? dlm__push_floats(a, n, 1) : NULL;
     t->partial = (double *)dlm__push(a, n / DLM__GRAD_RUN + 1, sizeof(double));
-    t->windows = (dlm_example *)dlm__push(a, (size_t)w->rows, sizeof(dlm_example));
-    dlm__state_carve(a, &t->state);
-    dlm__work_carve(a, w);
+    t->windows = (dlm_example *)dlm__push(a, rows, sizeof(dlm_example));
+    dlm__state_carve(a, &p->state);
+    dlm__work_carve(a, &p->work);
 }
 
 /* Everything but the arrays. */
-static dlm_error dlm__trainer_prepare(dlm_trainer *t, dlm_ctx *ctx, dlm_model *m,
+static dlm_error dlm__trainer_prepare(dlm__trainer_parts *p, dlm_ctx *ctx, dlm_model *m,
                                       const dlm_train_options *opt)
 {
+    dlm__work *w = &p->work;
+    dlm_train_options *o = &p->t.options;
     dlm_error e;
-    memset(t, 0, sizeof *t);
-    e = dlm__train_resolve(ctx, m, opt, &t->opt);
+    memset(p, 0, sizeof *p);
+    e = dlm__train_resolve(ctx, m, opt, o);
     if (e != DLM_OK) return e;
-    t->m = m;
-    dlm__state_prepare(&t->state, ctx, &m->config, t->opt.objective, t->opt.max_rows, 0);
-    t->w.ctx = ctx;
-    t->w.c = m->config;
-    t->w.training = 1;
-    t->w.type = t->opt.precision;
-    t->w.rows = t->w.out = t->w.slots = t->opt.max_rows;
-    t->w.seqs = t->state.seqs;
+    p->t.ctx = ctx;
+    p->t.model = m;
+    dlm__state_prepare(&p->state, ctx, &m->config, o->objective, o->max_rows, 0);
+    w->ctx = ctx;
+    w->c = m->config;
+    w->training = 1;
+    w->type = o->precision;
+    w->rows = w->out = w->slots = o->max_rows;
+    w->seqs = p->state.seqs;
     return DLM_OK;
 }
 
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
                                      const dlm_train_options *opt, dlm_memory *mem)
 {
-    dlm_trainer draft, *t;
+    dlm__trainer_parts draft, *p;
     dlm_error e = dlm__trainer_prepare(&draft, ctx, m, opt);
-    t = (dlm_trainer *)dlm__make(&e, ctx, "trainer", dlm__trainer_carve, &draft,
-                                 sizeof draft, out != NULL, mem);
-    if (t) dlm__fill_cos_sin(&t->w);
-    if (t && t->ema) memcpy(t->ema, m->weights, m->n_params * sizeof(float));
-    if (out) *out = t;
+    p = (dlm__trainer_parts *)dlm__make(&e, ctx, "trainer", dlm__trainer_carve, &draft,
+                                        sizeof draft, out != NULL, mem);
+    if (out) *out = p ? &p->t : NULL;
+    if (p == NULL) return e;
+    p->t.state = &p->state;
+    p->t.work = &p->work;
+    dlm__fill_cos_sin(&p->work);
+    if (p->t.ema) memcpy(p->t.ema, m->weights, m->n_params * sizeof(float));
     return e;
 }
 
@@ -6382,23 +6392,19 @@ DLM_API void dlm_trainer_free(dlm_trainer *t)
     dlm__unmake(t);
 }
 
-DLM_API float *dlm_trainer_gradients(dlm_trainer *t) { return t->grads; }
-DLM_API float *dlm_trainer_ema(dlm_trainer *t) { return t->ema; }
-DLM_API int64_t dlm_trainer_steps(const dlm_trainer *t) { return t->step; }
-
 /* --[ passes ]----------------------------------------------------------------  */
 
 /* learn: keep activations, add to the gradients.  Otherwise only score. */
 static dlm_error dlm__pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                            void *user, int learn)
 {
-    dlm_error e = dlm__take_batch(&t->w, b);
+    dlm_error e = dlm__take_batch(t->work, b);
     if (e != DLM_OK) return e;
     if (b->n_out == 0) return DLM_OK;
-    dlm__layers_forward(&t->w, t->m, learn);
-    dlm__head(&t->w, t->m, learn ? t->grads : NULL, score, user);
-    if (learn) dlm__layers_backward(&t->w, t->m, t->grads);
-    t->pass_flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->w.c, b);
+    dlm__layers_forward(t->work, t->model, learn);
+    dlm__head(t->work, t->model, learn ? t->gradients : NULL, score, user);
+    if (learn) dlm__layers_backward(t->work, t->model, t->gradients);
+    t->flops += (learn ? 3.0 : 1.0) * dlm_forward_flops(&t->model->config, b);
     return DLM_OK;
 }
 
@@ -6450,19 +6456,19 @@ static void dlm__square_job(void *arg, int i)
 {
     const dlm_trainer *t = (const dlm_trainer *)arg;
     const size_t at = (size_t)i * DLM__GRAD_RUN;
-    const size_t left = t->m->n_params - at;
+    const size_t left = t->model->n_params - at;
     const int n = left < DLM__GRAD_RUN ? (int)left : DLM__GRAD_RUN;
-    const dlm__kernels *k = t->w.ctx->k;
-    t->partial[i] = dlm__sum_of_squares(k, t->grads + at, n)
+    const dlm__kernels *k = t->ctx->k;
+    t->partial[i] = dlm__sum_of_squares(k, t->gradients + at, n)
                   + (double)k->unsound(t->adam_m + at, t->adam_v + at, n);
 }
 
 /* Not finite, too, when there are moments that must not meet the weights. */
 static double dlm__gradient_norm(dlm_trainer *t)
 {
-    const int runs = (int)((t->m->n_params + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN);
+    const int runs = (int)((t->model->n_params + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN);
     double sum = 0.0;
-    dlm__parallel(t->w.ctx, runs, 6.0 * (double)t->m->n_params, dlm__square_job, t);
+    dlm__parallel(t->ctx, runs, 6.0 * (double)t->model->n_params, dlm__square_job, t);
     for (int i = 0; i < runs; i++) sum += t->partial[i];
     return sqrt(sum);
 }
@@ -6485,24 +6491,24 @@ static void dlm__adam_job(void *arg, int i)
     const size_t run = (size_t)i * DLM__GRAD_RUN, at = a->first + run;
     const int n = a->n - run < DLM__GRAD_RUN ? (int)(a->n - run) : DLM__GRAD_RUN;
     const dlm_trainer *t = a->t;
-    const dlm__kernels *k = t->w.ctx->k;
-    if (t->step % DLM__FLUSH_EVERY == 0) {
-        k->flush(t->m->weights + at, n);
+    const dlm__kernels *k = t->ctx->k;
+    if (t->steps % DLM__FLUSH_EVERY == 0) {
+        k->flush(t->model->weights + at, n);
         k->flush(t->adam_m + at, n);
         k->flush(t->adam_v + at, n);
         if (t->ema) k->flush(t->ema + at, n);
     }
-    k->adamw(t->m->weights + at, t->grads + at, t->adam_m + at, t->adam_v + at, n,
+    k->adamw(t->model->weights + at, t->gradients + at, t->adam_m + at, t->adam_v + at, n,
              a->constants);
-    memset(t->grads + at, 0, (size_t)n * sizeof *t->grads);
-    if (t->ema) k->lerp(t->ema + at, t->m->weights + at, 1.0f - t->opt.ema, n);
+    memset(t->gradients + at, 0, (size_t)n * sizeof *t->gradients);
+    if (t->ema) k->lerp(t->ema + at, t->model->weights + at, 1.0f - t->options.ema, n);
 }
 
 static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
 {
-    const dlm_train_options *o = &t->opt;
-    const double n = (double)(t->step + 1);
-    const int tensors = dlm_model_tensors(t->m);
+    const dlm_train_options *o = &t->options;
+    const double n = (double)(t->steps + 1);
+    const int tensors = dlm_model_tensors(t->model);
     dlm__adam a;
     a.t = t;
     a.constants[0] = 1.0f - o->beta1;
@@ -6514,32 +6520,32 @@ static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
     a.constants[7] = (float)clip;
     for (int i = 0; i < tensors; i++) {
         dlm_tensor x;
-        dlm_model_tensor(t->m, i, &x);
+        dlm_model_tensor(t->model, i, &x);
         a.constants[6] = x.decayed ? (float)(lr * (double)o->weight_decay) : 0.0f;
-        a.first = (size_t)(x.data - t->m->weights);
+        a.first = (size_t)(x.data - t->model->weights);
         a.n = (size_t)x.rows * (size_t)x.cols;
-        dlm__parallel(t->w.ctx, (int)((a.n + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN),
+        dlm__parallel(t->ctx, (int)((a.n + DLM__GRAD_RUN - 1) / DLM__GRAD_RUN),
                       12.0 * (double)a.n, dlm__adam_job, &a);
     }
 }
 
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
 {
-    const double norm = dlm__gradient_norm(t), lr = dlm__learning_rate(&t->opt, t->step);
-    const double limit = (double)t->opt.clip;
+    const double lr = dlm__learning_rate(&t->options, t->steps);
+    const double norm = dlm__gradient_norm(t), limit = (double)t->options.clip;
     const double clip = norm > limit ? limit / norm : 1.0;
     if (norm - norm == 0.0)                                 /* neither NaN nor inf */
         dlm__adam_run(t, lr, clip);
     else
-        memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
-    t->step++;
+        memset(t->gradients, 0, t->model->n_params * sizeof *t->gradients);
+    t->steps++;
     if (report) {
-        report->step = t->step;
+        report->step = t->steps;
         report->grad_norm = norm;
         report->lr = lr;
-        report->flops = t->pass_flops;
+        report->flops = t->flops;
     }
-    t->pass_flops = 0.0;
+    t->flops = 0.0;
     return DLM_OK;
 }
 
@@ -6643,7 +6649,7 @@ typedef struct dlm__method {
    also of a token that no row predicts.  Then everything is wanted again. */
 static dlm_error dlm__score_cells(dlm_trainer *t, dlm_score_fn score)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     dlm_error e;
     memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
     dlm_state_layout(s, 0);
@@ -6688,8 +6694,8 @@ static void dlm__lift_refill(dlm_state *s, const dlm_unit *u, dlm_report *r)
 /* With one_pass, units that need scores wait for dlm__learn_in_one_pass. */
 static dlm_error dlm__choose_lift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
-    const dlm_lift_options *o = &t->opt.lift;
-    dlm_state *s = &t->state;
+    const dlm_lift_options *o = &t->options.lift;
+    dlm_state *s = t->state;
     dlm_error e = DLM_OK;
     for (int k = 0; k < s->n_units; k++) {
         dlm_unit *u = &s->units[k];
@@ -6713,20 +6719,20 @@ static dlm_error dlm__choose_lift(dlm_trainer *t, const dlm__method *m, dlm_repo
    to score, then with the rejected rows weighing nothing; they stay masked. */
 static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, dlm_report *r)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     const dlm_batch *b = &s->batch;
-    dlm_error e = dlm__take_batch(&t->w, b);
+    dlm_error e = dlm__take_batch(t->work, b);
     if (e != DLM_OK || b->n_out == 0) return e;
     memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
-    dlm__layers_forward(&t->w, t->m, 1);
-    dlm__head(&t->w, t->m, NULL, dlm_state_gold, s);
+    dlm__layers_forward(t->work, t->model, 1);
+    dlm__head(t->work, t->model, NULL, dlm_state_gold, s);
     for (int k = 0; k < s->n_units; k++)
         if (s->units[k].keep != DLM_SELECT_RANDOM) dlm__lift_refill(s, &s->units[k], r);
     for (int i = 0; i < b->n_out; i++)
         if (!s->masked[s->out_cell[i]]) s->out_weight[i] = 0.0f;
-    dlm__head(&t->w, t->m, t->grads, dlm_state_loss, s);
-    dlm__layers_backward(&t->w, t->m, t->grads);
-    t->pass_flops += 3.0 * dlm_forward_flops(&t->w.c, b);
+    dlm__head(t->work, t->model, t->gradients, dlm_state_loss, s);
+    dlm__layers_backward(t->work, t->model, t->gradients);
+    t->flops += 3.0 * dlm_forward_flops(&t->model->config, b);
     return DLM_OK;
 }
 
@@ -6748,15 +6754,15 @@ static void dlm__cart_weights(float *weight, const unsigned char *masked, int P,
 
 static dlm_error dlm__choose_cart(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     (void)m; (void)r;
     for (int k = 0; k < s->n_examples; k++) {
         const int first = s->first_cell[k];
         dlm__cart_weights(s->score + first, s->masked + first, s->examples[k].prompt,
-                          s->first_cell[k + 1] - first, (double)t->opt.lift.cart_p);
+                          s->first_cell[k + 1] - first, (double)t->options.lift.cart_p);
     }
     for (int i = 0; i < s->n_cells; i++)
-        s->weight[i] = s->score[i] * (t->opt.lift.cart_time_scaling ? s->weight[i]
+        s->weight[i] = s->score[i] * (t->options.lift.cart_time_scaling ? s->weight[i]
                                                                     : 1.0f);
     return DLM_OK;
 }
@@ -6813,7 +6819,7 @@ static double dlm__gift_mean(const dlm_state *s, int *cells)
 
 static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     double mean;
     int cells, hits;
     dlm_error e;
@@ -6827,7 +6833,7 @@ static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_repo
         for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, s->units[k].t);
         hits = dlm__gift_cells(s, mean, 0);     /* weighed by their own levels       */
     }
-    if (t->opt.lift.gift_masked_mean && hits > 0)
+    if (t->options.lift.gift_masked_mean && hits > 0)
         for (int i = 0; i < s->n_cells; i++) s->weight[i] *= (float)cells / (float)hits;
     return DLM_OK;
 }
@@ -6874,9 +6880,9 @@ static void dlm__report_state(dlm_report *r, const dlm_state *s)
    whatever the options. */
 static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
 {
-    const dlm_lift_options *o = &t->opt.lift;
+    const dlm_lift_options *o = &t->options.lift;
     const dlm__method *m = &dlm__methods[learn ? o->method : DLM_METHOD_VANILLA];
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     dlm_error e = DLM_OK;
     for (int k = 0; k < s->n_units && learn && o->no_time_scaling; k++)
         dlm__weigh(s, k, 1.0);
@@ -6902,8 +6908,8 @@ static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
                                    dlm_noise *noise, int learn, dlm_report *r)
 {
-    const int views = 1 + t->opt.lift.complementary, unit = dlm__unit_length(&t->state);
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
+    const int views = 1 + t->options.lift.complementary, unit = dlm__unit_length(s);
     dlm_error error = DLM_OK;
     for (int k = 0; k < n; k++) {
         r->tokens += dlm__could_carry(s, &e[k]);
@@ -6926,55 +6932,53 @@ static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
     return error;
 }
 
-static dlm_noise dlm__noise(uint64_t seed, uint32_t step, int independent, double lo,
-                            double hi)
+static dlm_noise dlm__noise_of(const dlm_trainer *t, uint64_t seed, uint32_t step)
 {
     dlm_noise noise;
     memset(&noise, 0, sizeof noise);
-    noise.seed = seed; noise.step = step; noise.independent = independent;
-    noise.lo = lo; noise.hi = hi;
+    noise.seed = seed;
+    noise.step = step;
+    noise.independent = t->options.independent_levels;
     return noise;
 }
 
 static dlm_error dlm__check_step(const dlm_trainer *t, const dlm_example *e, int n)
 {
-    return dlm__check_examples(&t->state, e, n, 1 + t->opt.lift.complementary);
+    return dlm__check_examples(t->state, e, n, 1 + t->options.lift.complementary);
 }
 
 DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
                                    dlm_report *report)
 {
     dlm_report local, *r = report ? report : &local;
-    dlm_noise noise = dlm__noise(t->opt.seed, (uint32_t)t->step,
-                                 t->opt.independent_levels, (double)t->opt.level_min,
-                                 (double)t->opt.level_max);
+    dlm_noise noise = dlm__noise_of(t, t->options.seed, (uint32_t)t->steps);
     dlm_error e = dlm__check_step(t, examples, n);
     memset(r, 0, sizeof *r);
+    noise.lo = (double)t->options.level_min;
+    noise.hi = (double)t->options.level_max;
     if (e == DLM_OK) e = dlm__run_examples(t, examples, n, &noise, 1, r);
     return e == DLM_OK ? dlm_trainer_update(t, r) : e;
 }
 
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
-                                        size_t n_tokens,
-                                        int T, int B, dlm_report *report)
+                                        size_t n_tokens, int T, int B,
+                                        dlm_report *report)
 {
+    const int max_seq = t->model->config.max_seq, rows = t->state->rows;
     if (report) memset(report, 0, sizeof *report);
-    if (T < 1 || T > t->w.c.max_seq || (size_t)T > n_tokens)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT,
-                         "window: T = %d is not in 1..%d (max_seq), "
-                         "or the text has fewer tokens (%.0f)", T, t->w.c.max_seq,
+    if (T < 1 || T > max_seq || (size_t)T > n_tokens)
+        return dlm__fail(t->ctx, DLM_E_INPUT, "window: T = %d is not in 1..%d (max_seq), "
+                         "or the text has fewer tokens (%.0f)", T, max_seq,
                          (double)n_tokens);
-    if (B < 1 || B > t->w.rows)
-        return dlm__fail(t->w.ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)",
-                         B,
-                         t->w.rows);
+    if (B < 1 || B > rows)
+        return dlm__fail(t->ctx, DLM_E_INPUT, "windows: %d is not in 1..%d (max_rows)", B,
+                         rows);
     for (int i = 0; i < B; i++) {
-        dlm_address at = dlm__address(t->opt.seed, DLM_RANDOM_DATA, (uint32_t)t->step,
-                                      (uint32_t)i, 0);
+        const dlm_address at = dlm__address(t->options.seed, DLM_RANDOM_DATA,
+                                            (uint32_t)t->steps, (uint32_t)i, 0);
         const double u = dlm_uniform(&at, 0);
         t->windows[i].tokens = tokens + (size_t)(u * (double)(n_tokens - (size_t)T + 1));
         t->windows[i].length = T;
-        t->windows[i].prompt = 0;
     }
     return dlm_trainer_step(t, t->windows, B, report);
 }
@@ -6983,15 +6987,15 @@ DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
                                        uint32_t draw, dlm_report *report)
 {
-    const double flops = t->pass_flops;
-    dlm_noise noise = dlm__noise(~t->opt.seed, draw, t->opt.independent_levels, 0.0, 0.0);
+    const double flops = t->flops;
+    dlm_noise noise = dlm__noise_of(t, ~t->options.seed, draw);
     dlm_error e = dlm__check_step(t, examples, n);
     memset(report, 0, sizeof *report);
     if (e != DLM_OK) return e;
     e = dlm__run_examples(t, examples, n, &noise, 0, report);
-    report->step = t->step;
-    report->flops = t->pass_flops - flops;
-    t->pass_flops = flops;
+    report->step = t->steps;
+    report->flops = t->flops - flops;
+    t->flops = flops;
     return e;
 }
 
@@ -8045,8 +8049,8 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
                                       const dlm_distill_options *opt,
                                       dlm_distill_options *o)
 {
-    const dlm_config *c = &teacher->config;
-    dlm_ctx *ctx = t->w.ctx;
+    const dlm_config *c = &teacher->config, *student = &t->model->config;
+    dlm_ctx *ctx = t->ctx;
     dlm_error e;
     memset(o, 0, sizeof *o);
     if (opt) *o = *opt;
@@ -8057,17 +8061,17 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     if (e != DLM_OK) return e;
     if (c->pattern != DLM_PATTERN_CAUSAL)
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the teacher is not causal");
-    if (t->opt.objective != DLM_OBJECTIVE_BLOCK)
+    if (t->options.objective != DLM_OBJECTIVE_BLOCK)
         return dlm__fail(ctx, DLM_E_CONFIG, "distill: the trainer's objective is %s, "
-                         "wants block", dlm__objective_names[t->opt.objective]);
-    if (c->vocab > t->w.c.vocab || c->max_seq < t->w.c.max_seq)
-        return dlm__fail(ctx, DLM_E_MISMATCH,
-                         "distill: teacher of %d tokens, %d long; the "
-                         "student has %d and %d", c->vocab, c->max_seq, t->w.c.vocab,
-                         t->w.c.max_seq);
-    if (o->max_targets == 0)
-        o->max_targets = dlm__min(t->w.rows, dlm__max(dlm__min(t->w.c.max_seq, 1024),
-                                                      (1 << 24) / c->vocab));
+                         "wants block", dlm__objective_names[t->options.objective]);
+    if (c->vocab > student->vocab || c->max_seq < student->max_seq)
+        return dlm__fail(ctx, DLM_E_MISMATCH, "distill: teacher of %d tokens, %d long; "
+                         "the student has %d and %d", c->vocab, c->max_seq,
+                         student->vocab, student->max_seq);
+    if (o->max_targets == 0)            /* 64 MiB                                  */
+        o->max_targets = dlm__min(t->state->rows,
+                                  dlm__max(dlm__min(student->max_seq, 1024),
+                                           (1 << 24) / c->vocab));
     if ((o->divergence.kind == DLM_REVERSE_KL || o->divergence.kind == DLM_MIXED_KL)
         && (o->divergence.top_k > 0 || o->divergence.top_p > 0.0f
             || o->divergence.min_p > 0.0f))
@@ -8080,10 +8084,10 @@ static dlm_limits dlm__teacher_limits(const dlm_trainer *t, const dlm_distill_op
 {
     dlm_limits lim;
     memset(&lim, 0, sizeof lim);
-    lim.seqs = t->w.seqs;
-    lim.slots = dlm__min(t->w.c.max_seq, t->w.rows);
-    lim.rows = t->w.rows;
-    lim.out = dlm__min(o->max_targets, t->w.rows);
+    lim.seqs = t->state->seqs;
+    lim.slots = dlm__min(t->model->config.max_seq, t->state->rows);
+    lim.rows = t->state->rows;
+    lim.out = dlm__min(o->max_targets, t->state->rows);
     return lim;
 }
 
@@ -8091,8 +8095,8 @@ static void dlm__distiller_carve(dlm__arena *a, void *object)
 {
     dlm_distiller *d = (dlm_distiller *)object;
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
-    d->target_of = dlm__push_ints(a, (size_t)d->t->w.rows);
-    d->values = dlm__push_ints(a, (size_t)d->t->w.rows);
+    d->target_of = dlm__push_ints(a, (size_t)d->t->state->rows);
+    d->values = dlm__push_ints(a, (size_t)d->t->state->rows);
     dlm__state_carve(a, &d->said);
     d->place.base = dlm__push(a, d->place.size, 1);
 }
@@ -8101,15 +8105,15 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
                                        const dlm_distill_options *o, dlm_memory *mem)
 {
-    dlm_ctx *ctx = t->w.ctx;
+    dlm_ctx *ctx = t->ctx;
     dlm_distiller draft, *d;
     dlm_limits lim;
     dlm_error e;
     memset(&draft, 0, sizeof draft);
     draft.t = t;
     draft.V = teacher->config.vocab;
-    dlm__state_prepare(&draft.said, ctx, &teacher->config, DLM_OBJECTIVE_AR, t->w.rows,
-                       t->w.seqs);
+    dlm__state_prepare(&draft.said, ctx, &teacher->config, DLM_OBJECTIVE_AR,
+                       t->state->rows, t->state->seqs);
     e = dlm__distill_resolve(t, teacher, o, &draft.opt);
     lim = dlm__teacher_limits(t, &draft.opt);
     if (e == DLM_OK) e = dlm_session_create(NULL, ctx, teacher, &lim, &draft.place);
@@ -8163,13 +8167,13 @@ static void dlm__random_round(dlm_state *s, const dlm_unit *u, const dlm_address
 /* Masks for every unit of the student's state; round < 0: a random one per block. */
 static void dlm__distill_masks(dlm_distiller *d, int first, int round)
 {
-    dlm_state *s = &d->t->state;
+    dlm_state *s = d->t->state;
     for (int k = 0; k < s->n_units; k++) {
         const dlm_unit *u = &s->units[k];
         const dlm_example *e = &s->examples[u->example];
         const int r = u->cell - s->first_cell[u->example], *map;
-        const dlm_address at = dlm__address(d->t->opt.seed, DLM_RANDOM_DISTILL,
-                                            (uint32_t)d->t->step,
+        const dlm_address at = dlm__address(d->t->options.seed, DLM_RANDOM_DISTILL,
+                                            (uint32_t)d->t->steps,
                                             (uint32_t)(first + u->example), (uint32_t)r);
         int value, rounds, pick = round;
         if (d->opt.states == DLM_STATES_RANDOM) {
@@ -8188,7 +8192,7 @@ static void dlm__distill_masks(dlm_distiller *d, int first, int round)
 /* Weights: the mean over each sample's masked cells, then the mean over rows. */
 static int dlm__distill_weights(dlm_distiller *d, double per_row)
 {
-    dlm_state *s = &d->t->state;
+    dlm_state *s = d->t->state;
     int rows = 0;
     for (int k = 0; k < s->n_examples; k++) {
         const dlm_example *e = &s->examples[k];
@@ -8213,13 +8217,13 @@ static void dlm__keep_target(void *user, int i, float *logits)
     const dlm_distiller *d = (const dlm_distiller *)user;
     float *row = d->targets + (size_t)i * (size_t)d->V;
     memcpy(row, logits, (size_t)d->V * sizeof *row);
-    dlm_teacher_probs(d->t->w.ctx, row, d->V, &d->opt.divergence);
+    dlm_teacher_probs(d->t->ctx, row, d->V, &d->opt.divergence);
 }
 
 /* One causal pass over the finished texts, whose cells are the student's. */
 static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
 {
-    const dlm_state *s = &d->t->state;
+    const dlm_state *s = d->t->state;
     dlm_state *q = &d->said;
     dlm__state_take(q, s->examples, s->n_examples, 1);
     memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
@@ -8232,7 +8236,7 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
 static void dlm__distill_score(void *user, int i, float *logits)
 {
     const dlm_distiller *d = (const dlm_distiller *)user;
-    const dlm_state *s = &d->t->state;
+    const dlm_state *s = d->t->state;
     const size_t target = (size_t)d->target_of[s->out_cell[i]];
     s->loss[i] = dlm_divergence(s->ctx, logits, d->targets + target * (size_t)d->V, d->V,
                                 (double)s->out_weight[i], &d->opt.divergence);
@@ -8241,7 +8245,7 @@ static void dlm__distill_score(void *user, int i, float *logits)
 
 static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 {
-    dlm_state *s = &d->t->state;
+    dlm_state *s = d->t->state;
     dlm_error e = dlm__teacher_pass(d, r);
     if (e != DLM_OK) return e;
     dlm_state_layout(s, 0);
@@ -8256,7 +8260,7 @@ static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 /* Rows that learn from example e: one, or with STATES_ALL the most rounds of a block. */
 static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e)
 {
-    const int b = d->t->state.config.block;
+    const int b = d->t->state->config.block;
     int most = 1;
     if (e->prompt == e->length) return 0;
     if (d->opt.states != DLM_STATES_ALL) return 1;
@@ -8268,7 +8272,7 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e)
 
 static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e, int k)
 {
-    dlm_ctx *ctx = d->t->w.ctx;
+    dlm_ctx *ctx = d->t->ctx;
     if (e->length - e->prompt > d->opt.max_targets)
         return dlm__fail(ctx, DLM_E_INPUT, "example %d: a response of %d tokens, "
                          "max_targets is %d", k, e->length - e->prompt,
@@ -8289,7 +8293,7 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
                                      dlm_report *report)
 {
     dlm_report local, *r = report ? report : &local;
-    dlm_state *s = &d->t->state;
+    dlm_state *s = d->t->state;
     const int all = d->opt.states == DLM_STATES_ALL;
     double rows = 0.0, teacher_flops;
     dlm_error e = dlm__check_examples(s, examples, n, 1);
@@ -9520,7 +9524,7 @@ static dlm_error dlm__pieces_from(dlm_tokenizer **tok, dlm_ctx *ctx, char *hex)
     for (size_t i = 0; i < n; i += 2) {
         const int byte = dlm__hex(hex + i, 2);
         if (byte < 0)
-            return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars is not hexadecimal");
+            return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars not hexadecimal");
         hex[i / 2] = (char)byte;
     }
     return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, hex, n / 2);
@@ -9631,17 +9635,17 @@ static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const char *what
 /* Checks everything before anything is copied. */
 static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
 {
-    dlm_ctx *ctx = t->w.ctx;
+    dlm_ctx *ctx = t->ctx;
     const char *step = dlm_safetensors_metadata(f, "dlm.step");
     const char *objective = dlm_safetensors_metadata(f, "dlm.objective");
-    const char *kind = dlm__objective_names[t->opt.objective];
+    const char *kind = dlm__objective_names[t->options.objective];
     const dlm_st_tensor *from[4];
     dlm__array to;
     dlm_config config;
     int64_t steps;
     dlm_error e = dlm__config_from(&config, ctx, f);
     if (e != DLM_OK) return e;
-    if (memcmp(&config, &t->m->config, sizeof config) != 0)
+    if (memcmp(&config, &t->model->config, sizeof config) != 0)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: of another config");
     if (step == NULL || objective == NULL || strcmp(objective, kind) != 0)
         return dlm__fail(ctx, DLM_E_MISMATCH, "training state: objective %s, not %s",
@@ -9649,7 +9653,7 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
     if (!dlm__int_from(step, 0, (int64_t)1 << 53, &steps))  /* exact in a double   */
         return dlm__fail(ctx, DLM_E_FORMAT, "training state: step \"%.40s\", not 0..2^53",
                          step);
-    for (int i = 0; dlm__array_at(t->m, t, i, &to); i++) {
+    for (int i = 0; dlm__array_at(t->model, t, i, &to); i++) {
         from[i] = dlm_safetensors_find(f, to.t.name);
         if (from[i] == NULL || from[i]->dtype != DLM_F32 || from[i]->count != to.count)
             return dlm__fail(ctx, DLM_E_MISMATCH, "training state: no %s of %.0f floats",
@@ -9657,17 +9661,17 @@ static dlm_error dlm__trainer_from(dlm_trainer *t, const dlm_safetensors *f)
         e = dlm__check_array(ctx, DLM_E_FORMAT, "training state", &to, from[i]->data);
         if (e != DLM_OK) return e;
     }
-    for (int i = 0; dlm__array_at(t->m, t, i, &to); i++)
+    for (int i = 0; dlm__array_at(t->model, t, i, &to); i++)
         memcpy(to.t.data, from[i]->data, from[i]->bytes);
-    t->step = steps;
-    memset(t->grads, 0, t->m->n_params * sizeof *t->grads);
+    t->steps = steps;
+    memset(t->gradients, 0, t->model->n_params * sizeof *t->gradients);
     return DLM_OK;
 }
 
 DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size_t size)
 {
     dlm_safetensors *f;
-    dlm_error e = dlm_safetensors_parse(&f, t->w.ctx, data, size);
+    dlm_error e = dlm_safetensors_parse(&f, t->ctx, data, size);
     if (e == DLM_OK) e = dlm__trainer_from(t, f);
     dlm_safetensors_close(f);
     return e;
@@ -9769,9 +9773,9 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
     dlm__put_config(t, &c->m->config);
     if (c->tok) dlm__put_tokenizer(t, c->tok);
     if (c->t) {
-        snprintf(steps, sizeof steps, "%.0f", (double)c->t->step);
+        snprintf(steps, sizeof steps, "%.0f", (double)c->t->steps);
         dlm__put_pair(t, "dlm.step", steps);
-        dlm__put_pair(t, "dlm.objective", dlm__objective_names[c->t->opt.objective]);
+        dlm__put_pair(t, "dlm.objective", dlm__objective_names[c->t->options.objective]);
     }
     dlm__put(t, "}");
     for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
@@ -9820,7 +9824,7 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
 
 DLM_API dlm_error dlm_trainer_save(dlm_trainer *t, const char *path)
 {
-    return dlm__save(t->w.ctx, path, t->m, NULL, t);
+    return dlm__save(t->ctx, path, t->model, NULL, t);
 }
 
 #endif /* !DLM_NO_STDIO */
@@ -9937,9 +9941,9 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
 {
     dlm__file file;
-    dlm_error e = dlm__open_file(t->w.ctx, path, &file);
+    dlm_error e = dlm__open_file(t->ctx, path, &file);
     if (e == DLM_OK) e = dlm_trainer_load_memory(t, file.data, file.size);
-    return dlm__end_file(t->w.ctx, path, &file, e);
+    return dlm__end_file(t->ctx, path, &file, e);
 }
 
 DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path)

@@ -5218,7 +5218,7 @@ static float *grad_of_pass_in(dlm_ctx *ctx, dlm_model *m, const dlm_batch *b, ce
     dlm_trainer *t = test_trainer(ctx, m, &o);
     float *grad = test_floats(m->n_params);
     CHECK_OK(dlm_trainer_pass(t, b, ce_apply, c));
-    memcpy(grad, dlm_trainer_gradients(t), m->n_params * sizeof(float));
+    memcpy(grad, t->gradients, m->n_params * sizeof(float));
     dlm_trainer_free(t);
     return grad;
 }
@@ -5382,7 +5382,7 @@ TEST(gradients_of_passes_add_up_until_the_update)
     dlm_train_options o = {0};
     o.lr = 1e-30f;                         /* the update leaves the weights alone  */
     dlm_trainer *tr = test_trainer(ctx, m, &o);
-    float *g = dlm_trainer_gradients(tr), *once = test_floats(m->n_params);
+    float *g = tr->gradients, *once = test_floats(m->n_params);
     for (int round = 0; round < 2; round++) {
         CHECK_OK(dlm_trainer_pass(tr, b, ce_apply, &score));
         if (round == 0) memcpy(once, g, m->n_params * sizeof(float));
@@ -5393,7 +5393,7 @@ TEST(gradients_of_passes_add_up_until_the_update)
             CHECK_CLOSE(g[i], 2 * once[i], 1e-5 * scale);
         CHECK_OK(dlm_trainer_update(tr, NULL));
     }
-    CHECK(dlm_trainer_steps(tr) == 2);
+    CHECK(tr->steps == 2);
     free(once);
     ce_close(&score);
     dlm_trainer_free(tr);
@@ -5424,7 +5424,7 @@ TEST(trainer_pass_refuses_bad_batches_by_name)
         LABEL("%s", names[kind]);
         CHECK_ERROR(dlm_trainer_pass(t, &r.b, batch_score, NULL), DLM_E_INPUT, ctx,
                     names[kind]);
-        float *g = dlm_trainer_gradients(t);
+        float *g = t->gradients;
         for (size_t i = 0; i < m->n_params; i++) CHECK(g[i] == 0);
     }
     dlm_trainer_free(t);
@@ -5474,7 +5474,7 @@ static void adam_compare(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *o)
         dlm_model_tensor(m, i, &x);
         memset(decayed + (x.data - m->weights), x.cols > 1, (size_t)(x.rows * x.cols));
     }
-    float *g = dlm_trainer_gradients(t), *random = test_floats(n);
+    float *g = t->gradients, *random = test_floats(n);
     for (int step = 0; step < 4; step++) {
         double norm;
         dlm_report report;
@@ -5487,7 +5487,7 @@ static void adam_compare(dlm_ctx *ctx, dlm_model *m, const dlm_train_options *o)
         CHECK(report.step == step + 1);
         for (size_t i = 0; i < n; i++) {
             CHECK_CLOSE(m->weights[i], a.w[i], 2e-6);
-            CHECK_CLOSE(dlm_trainer_ema(t)[i], a.ema[i], 2e-6);
+            CHECK_CLOSE(t->ema[i], a.ema[i], 2e-6);
         }
     }
     free(random); free(decayed); free(a.w);
@@ -5584,7 +5584,7 @@ TEST(gradient_norm_is_right_for_all_finite_gradients_on_every_isa)
                 test_state = kept;
                 update_open(&r, isa, threads, o);
                 update_keep(&r);
-                float *g = dlm_trainer_gradients(r.t), most = 0;
+                float *g = r.t->gradients, most = 0;
                 squares = 0;
                 for (size_t i = 0; i < r.n; i++) {
                     g[i] = (i % 3 ? size : other) * test_float();
@@ -5616,7 +5616,7 @@ TEST(update_reports_unsound_moments_and_changes_nothing)
                 dlm_report report;
                 dlm_train_options o = {0};
                 update_open(&r, isa, 1, o);
-                float *g = dlm_trainer_gradients(r.t);
+                float *g = r.t->gradients;
                 for (int step = 0; step < 2; step++) {
                     test_fill(g, r.n, 1.0f);
                     CHECK_OK(dlm_trainer_update(r.t, &report));
@@ -5659,7 +5659,7 @@ TEST(updates_leave_no_denormals_behind)
         CHECK_OK(dlm_trainer_update(r.t, NULL));
         for (size_t j = 1; j < r.n; j += 2)
             CHECK(r.t->adam_m[j] == 0 && r.t->adam_v[j] == 0);
-        while (r.t->step < 1025) CHECK_OK(dlm_trainer_update(r.t, NULL));
+        while (r.t->steps < 1025) CHECK_OK(dlm_trainer_update(r.t, NULL));
         for (int i = 0; i < 4; i++)
             for (size_t j = 0; j < r.n; j++) {
                 const float x = fabsf(update_array(&r, i)[j]);
@@ -5702,7 +5702,7 @@ TEST(schedules_warm_up_and_fall_as_documented)
                 LABEL("schedule %d, warm-up %d, step %d", schedule, warmup, step);
                 CHECK_CLOSE(report.lr, schedule_lr(&o, step), 1e-6);
             }
-            CHECK(dlm_trainer_ema(t) == NULL);
+            CHECK(t->ema == NULL);
             dlm_trainer_free(t);
             dlm_model_free(m);
         }
@@ -5875,8 +5875,8 @@ TEST(by_hand_updates_equal_those_of_dlm)
     dlm_trainer *t = test_trainer(ctx, m, &o);
     for (int n = 1; n <= 4; n++) {
         for (int i = 0; i < HAND_WEIGHTS; i++) {
-            dlm_trainer_gradients(t)[i] = 0.1f * test_float();
-            hand_flat()[i].d = (double)dlm_trainer_gradients(t)[i];
+            t->gradients[i] = 0.1f * test_float();
+            hand_flat()[i].d = (double)t->gradients[i];
         }
         CHECK_OK(dlm_trainer_update(t, NULL));
         adam(0.01, n);
@@ -6376,7 +6376,7 @@ static float *train_five(int isa, int threads, const dlm_config *c, dlm_dtype pr
     CHECK(losses > 0);
     float *w = test_floats(2 * m->n_params);
     memcpy(w, m->weights, m->n_params * sizeof(float));
-    memcpy(w + m->n_params, dlm_trainer_ema(t), m->n_params * sizeof(float));
+    memcpy(w + m->n_params, t->ema, m->n_params * sizeof(float));
     dlm_trainer_free(t);
     dlm_model_free(m);
     test_close(ctx);
@@ -8045,7 +8045,7 @@ static void train_run(train_rig *r, const int *text, int steps)
     dlm_example e[TRAIN_SEQS];
     train_examples(e, text);
     for (int i = 0; i < steps; i++) {
-        if (dlm_trainer_steps(r->t) % 2)
+        if (r->t->steps % 2)
             CHECK_OK(dlm_trainer_step(r->t, e, TRAIN_SEQS, NULL));
         else
             CHECK_OK(dlm_trainer_step_text(r->t, text, TRAIN_TEXT, 20, 4, NULL));
@@ -8054,9 +8054,9 @@ static void train_run(train_rig *r, const int *text, int steps)
 
 static int train_same(const train_rig *a, const train_rig *b)
 {
-    const float *x = dlm_trainer_ema(a->t), *y = dlm_trainer_ema(b->t);
+    const float *x = a->t->ema, *y = b->t->ema;
     size_t size = a->m->n_params * sizeof(float);
-    return dlm_trainer_steps(a->t) == dlm_trainer_steps(b->t)
+    return a->t->steps == b->t->steps
         && memcmp(a->m->weights, b->m->weights, size) == 0
         && (x != NULL) == (y != NULL) && (!x || memcmp(x, y, size) == 0);
 }
@@ -8089,7 +8089,7 @@ static void train_try_resume(dlm_ctx *ctx, int kind, const dlm_train_options *o)
         CHECK(train_same(&a, &b));
         train_run(&c, text, 1);
         CHECK_OK(dlm_trainer_load(c.t, path));
-        CHECK(dlm_trainer_steps(c.t) == 3);
+        CHECK(c.t->steps == 3);
         train_run(&c, text, 4);
         CHECK(train_same(&a, &c));
         for (int k = 0; k < 2; k++) {                    /* both files, byte for byte */
@@ -8275,7 +8275,7 @@ TEST(trainer_load_refuses_numbers_that_are_none_and_steps_without_end)
     LABEL("the largest");
     g = train_with_step(&f, "9007199254740992");
     CHECK_OK(dlm_trainer_load_memory(a.t, g.data, g.size));
-    CHECK(dlm_trainer_steps(a.t) == (int64_t)1 << 53);
+    CHECK(a.t->steps == (int64_t)1 << 53);
     train_run(&a, text, 1);
     free(g.data);
     LABEL("afterwards");
@@ -8283,7 +8283,7 @@ TEST(trainer_load_refuses_numbers_that_are_none_and_steps_without_end)
     train_run(&a, text, 2);
     train_run(&b, text, 2);
     CHECK(train_same(&a, &b));
-    dlm_trainer_ema(a.t)[3] = NAN;         /* nor is such a state saved            */
+    a.t->ema[3] = NAN;         /* nor is such a state saved            */
     CHECK_ERROR(dlm_trainer_save(a.t, path), DLM_E_INPUT, ctx, "ema[3]");
     g = file_read(path);
     CHECK(file_equal(&f, &g));
@@ -8495,12 +8495,12 @@ TEST(trainer_learns_a_sentence_by_heart)
             }
             CHECK_CLOSE(before, log((double)TOY_VOCAB), 0.4);
             for (int i = 0; i < 150; i++) CHECK_OK(dlm_trainer_step(a.t, e, 4, &r));
-            CHECK(r.step == 150 && dlm_trainer_steps(a.t) == 150);
+            CHECK(r.step == 150 && a.t->steps == 150);
             for (uint32_t d = 0; d < 64; d++) {
                 CHECK_OK(dlm_trainer_evaluate(a.t, e, 4, d, &r));
                 after += r.loss / 64;
             }
-            CHECK(dlm_trainer_steps(a.t) == 150);
+            CHECK(a.t->steps == 150);
             CHECK_CLOSE(after, 0, 0.5 * before);
         }
         train_close(&a);
@@ -8647,7 +8647,7 @@ TEST(gradcheck_notices_one_percent_in_one_tensor)
             dlm_tensor x;
             gradcheck_row found;
             dlm_model_tensor(m, i, &x);
-            float *wrong = dlm_trainer_gradients(tr) + (x.data - m->weights);
+            float *wrong = tr->gradients + (x.data - m->weights);
             const size_t n = (size_t)x.rows * (size_t)x.cols;
             const float factor = i % 2 ? 1.01f : 0.99f;
             for (size_t k = 0; k < n; k++) wrong[k] *= factor;
@@ -9488,19 +9488,19 @@ static void lift_check_step(dlm_ctx *ctx, dlm_model *m, reference *ref, dlm_trai
     dlm_report r;
     double squares = 0;
     memset(&p, 0, sizeof p);
-    p.c = m->config; p.o = *o; p.e = e; p.step = (uint32_t)dlm_trainer_steps(t);
+    p.c = m->config; p.o = *o; p.e = e; p.step = (uint32_t)t->steps;
     memset(t->adam_m, 0, m->n_params * sizeof(float));
     CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r));
     lift_draw(&p);
     if (p.lift || o->lift.method == DLM_METHOD_GIFT) lift_score(&p, ref);
-    lift_check_kept(&p, &t->state);
+    lift_check_kept(&p, t->state);
     lift_weigh(&p);
     lift_view(&rows, &p, 0, p.seen, p.weight);
     if (o->lift.complementary) lift_view(&rows, &p, 1, p.rest, p.other);
     const dlm_batch *b = lift_rows_end(&rows, &p, &c);
-    const int n_rows = t->state.start[t->state.batch.n_seqs];
+    const int n_rows = t->state->start[t->state->batch.n_seqs];
     CHECK(n_rows == rows.t.start[b->n_seqs]);
-    for (int i = 0; i < n_rows; i++) CHECK(t->state.tokens[i] == rows.t.tokens[i]);
+    for (int i = 0; i < n_rows; i++) CHECK(t->state->tokens[i] == rows.t.tokens[i]);
     lift_check_gradient(ctx, m, ref, b, &c, t->adam_m);
     for (size_t i = 0; i < m->n_params; i++) squares += pow((double)t->adam_m[i], 2);
     CHECK_CLOSE(r.grad_norm, sqrt(squares), 1e-5 * sqrt(squares));
@@ -9566,7 +9566,7 @@ TEST(lift_steps_of_every_method_follow_their_formulas)
 /* Selection with rho = 0, then the gradient, at the masks of the vanilla step before. */
 static double lift_again_without_rho(dlm_trainer *t)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     dlm_report r;
     memset(&r, 0, sizeof r);
     for (int k = 0; k < s->n_units; k++) {
@@ -9668,7 +9668,7 @@ TEST(lift_without_extra_masks_is_vanilla_bit_for_bit)
         LABEL("%s", toy_kind_names[kind]);
         CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &want));
         CHECK(want.scored > 0 && want.loss == lift_again_without_rho(t));
-        CHECK(memcmp(t->adam_m, t->grads, size) == 0);
+        CHECK(memcmp(t->adam_m, t->gradients, size) == 0);
         dlm_trainer_free(t);
         o.level_min = o.level_max = 1;
         for (int i = DLM_METHOD_VANILLA; i <= DLM_METHOD_RANDOM_K; i++) {
@@ -9704,12 +9704,12 @@ TEST(lift_scores_equal_those_of_the_learning_pass_bit_for_bit)
                 t[one] = test_trainer(ctx, m, &o);
                 CHECK_OK(dlm_trainer_step(t[one], e, LIFT_SEQS, NULL));
             }
-            const dlm_state *s = &t[1]->state;
+            const dlm_state *s = t[1]->state;
             LABEL("%s, %s", dlm_isa_name((dlm_isa)isa), toy_kind_names[kind]);
             CHECK(s->batch.n_out > 15);
             for (int i = 0; i < s->batch.n_out; i++) {
                 int cell = s->out_cell[i];
-                CHECK(t[0]->state.score[cell] == s->score[cell]);
+                CHECK(t[0]->state->score[cell] == s->score[cell]);
                 CHECK(s->score[cell] == (float)-s->loss[i]);
             }
             dlm_trainer_free(t[0]);
@@ -9737,7 +9737,7 @@ TEST(lift_blocks_choose_independently)
     for (int step = 0; step < STEPS; step++) {
         CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, NULL));
         for (int k = 0, before = -1; k < LIFT_SEQS * (int)BLOCKS; k++) {
-            const unsigned char *x = t->state.masked + 4 * k;
+            const unsigned char *x = t->state->masked + 4 * k;
             int place = x[0] + x[1] + x[2] + x[3] == 1 ? x[1] + 2 * x[2] + 3 * x[3] : -1;
             pairs += k % 2 && before >= 0 && place >= 0;
             alike += k % 2 && before >= 0 && place == before;
@@ -10482,7 +10482,7 @@ static void stop_write(stop_watch *w, dlm_ctx *ctx, const dlm_model *m, int P, i
 static int stop_compare(const stop_watch *w, dlm_ctx *ctx, const dlm_model *m,
                         dlm_trainer *t, const dlm_example *e, const int *steps, int step)
 {
-    dlm_state *s = &t->state;
+    dlm_state *s = t->state;
     int rows = 0;
     for (int i = e->length; i < TOY_SLOTS; i++)
         if (w->canvas[step - 1][i] != TOY_MASK) return 0;
@@ -10781,7 +10781,7 @@ static double opd_add_row(const opd_rig *r, dlm_trainer *plain, int k,
    the state, which must be one of the rounds, or random with a mask in every block. */
 static void opd_cells(const opd_rig *r, int k, int round, unsigned char *masked)
 {
-    const dlm_state *s = &r->t->state;
+    const dlm_state *s = r->t->state;
     const int P = r->e[k].prompt, R = r->e[k].length - P, b = r->copy->config.block;
     const int *steps = r->steps[k] + P;
     for (int a = 0; a < R; a += b) {
@@ -10838,7 +10838,7 @@ static void opd_try_step(dlm_ctx *ctx, int block, int mask_id, dlm_distill_optio
         if (o.states == DLM_STATES_RANDOM) r.e[k].steps = NULL;
     CHECK_OK(dlm_distiller_step(r.d, r.e, OPD_EX, &report));
     double loss = opd_expect(&r, plain, &scored), largest = 0, norm = 0;
-    const float *want = dlm_trainer_gradients(plain);
+    const float *want = plain->gradients;
     for (size_t i = 0; i < r.copy->n_params; i++) {
         largest = fmax(largest, fabs((double)want[i]));
         norm += (double)want[i] * (double)want[i];
@@ -10962,10 +10962,10 @@ TEST(distiller_states_are_drawn_uniformly)
             CHECK_OK(dlm_distiller_step(r.d, e, 2, NULL));
             for (int k = 0; k < 24; k += 4) {
                 int n = 0;
-                for (int j = 0; j < 4; j++) n += r.t->state.masked[k + j];
+                for (int j = 0; j < 4; j++) n += r.t->state->masked[k + j];
                 if (n > 0 && n < 5) counts[k / 4 % 3][n - 1]++;
             }
-            both += memcmp(r.t->state.masked, r.t->state.masked + 12, 12) == 0;
+            both += memcmp(r.t->state->masked, r.t->state->masked + 12, 12) == 0;
         }
         LABEL("states %d", states);
         CHECK(both < 250);                      /* examples draw for themselves    */
@@ -11104,7 +11104,7 @@ TEST(distiller_refuses_bad_examples_and_forgets_them)
         if (i == 4) r.e[5].steps = NULL;
         CHECK_ERROR(dlm_distiller_step(r.d, r.e, i == 5 ? 0 : OPD_EX, NULL),
                     DLM_E_INPUT, ctx, texts[i]);
-        CHECK(dlm_trainer_steps(r.t) == 0);
+        CHECK(r.t->steps == 0);
         r.e[5] = kept;
         r.tokens[5][3] = token; r.steps[5][8] = step;
     }

@@ -168,7 +168,7 @@ static void product_backward(const run *r, const product *p, int first, int n)
 static void run_products(void *arg)
 {
     const run *r = (const run *)arg;
-    const int N = r->batch.n_out, chunk = r->trainer->w.chunk;     /* private to dlm.h */
+    const int N = r->batch.n_out, chunk = r->trainer->work->chunk;   /* private */
     for (int i = 0; i < r->n_products; i++) product_forward(r, &r->products[i], 0, N);
     for (int first = 0; first < N; first += chunk) {
         const int n = first + chunk < N ? chunk : N - first;
@@ -201,7 +201,7 @@ static int product_of(const run *r, const dlm_tensor *t, product *p)
         p->out = firsts[i].tensors * t->rows;
         p->in = t->cols;
         p->w = t->data;
-        p->dw = dlm_trainer_gradients(r->trainer) + (t->data - r->model->weights);
+        p->dw = r->trainer->gradients + (t->data - r->model->weights);
         return 1;
     }
     return 0;
@@ -216,7 +216,7 @@ static float *take(float **from, size_t rows, int cols)
 
 static void run_open_products(run *r)
 {
-    const int tensors = dlm_model_tensors(r->model), chunk = r->trainer->w.chunk;
+    const int tensors = dlm_model_tensors(r->model), chunk = r->trainer->work->chunk;
     const size_t N = (size_t)r->batch.n_out;
     size_t n = N * (size_t)r->shape->dim + (size_t)chunk * (size_t)r->shape->vocab;
     int widest = r->shape->dim;

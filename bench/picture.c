@@ -184,7 +184,7 @@ int main(int argc, char **argv)
     cfg.dim = 64, cfg.layers = 3, cfg.heads = 4;
     dlm_error e = dlm_init(&ctx, &machine);
     if (!e) e = dlm_tokenizer_create(&tok, ctx, DLM_TOKENIZER_CHARS, letters, 28);
-    if (!e) cfg.vocab = dlm_tokenizer_vocab(tok);
+    if (!e) cfg.vocab = tok->vocab;
     if (!e) e = dlm_model_create(&model, ctx, &cfg, 1, NULL);
     if (!e) e = dlm_trainer_create(&trainer, ctx, model, &how, NULL);
     if (!e) e = train(trainer, tok);

@@ -101,14 +101,14 @@ static void evaluate(dlm_trainer *t, size_t first, size_t n)
         windows[i].length = T;
     }
     require(dlm_trainer_evaluate(t, windows, WINDOWS, 0, &r));
-    printf("step %5d: held-out loss %.3f\n", (int)dlm_trainer_steps(t), r.loss);
+    printf("step %5d: held-out loss %.3f\n", (int)t->steps, r.loss);
 }
 
 static void train(dlm_trainer *t, size_t n, int steps)
 {
     double t0 = seconds(), shown = t0, tokens = 0.0;
-    int64_t first = dlm_trainer_steps(t);
-    while (dlm_trainer_steps(t) < steps && !interrupted) {
+    int64_t first = t->steps;
+    while (t->steps < steps && !interrupted) {
         dlm_report r;
         require(dlm_trainer_step_text(t, ids, n, T, B, &r));
         double now = seconds();
@@ -177,7 +177,7 @@ int main(int argc, char **argv)
     require(dlm_trainer_create(&trainer, ctx, model, &how, NULL));
     if (resumed) {
         require(dlm_trainer_load(trainer, state));
-        printf("%s: from step %d on\n", state, (int)dlm_trainer_steps(trainer));
+        printf("%s: from step %d on\n", state, (int)trainer->steps);
     }
     printf("%d parameters, %d tokens; single characters: %.3f nats/char\n",
            (int)model->n_params, (int)n, unigram_entropy(n, model->config.vocab));

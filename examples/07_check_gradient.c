@@ -55,7 +55,7 @@ static dlm_error gradcheck_begin(gradcheck *c)
     if (!e && !c->before) e = DLM_E_NOMEM;
     if (e) return e;
     memcpy(c->before, c->model->weights, bytes);
-    memset(dlm_trainer_gradients(c->trainer), 0, bytes);
+    memset(c->trainer->gradients, 0, bytes);
     return dlm_trainer_pass(c->trainer, c->batch, c->score, c->user);
 }
 
@@ -116,7 +116,7 @@ static dlm_error gradcheck_tensor(const gradcheck *c, int i, gradcheck_row *out)
     dlm_model_tensor(c->model, i, w);
     const size_t first = (size_t)(w->data - c->model->weights);
     const size_t n = (size_t)w->rows * (size_t)w->cols;
-    const float *g = dlm_trainer_gradients(c->trainer) + first;
+    const float *g = c->trainer->gradients + first;
     const uint32_t draw = gradcheck_direction(i, g, n, &out->analytic);
     for (int k = 0; k < GRADCHECK_STEPS && !e; k++, h /= 2.0) {
         double up = 0.0, down = 0.0;
