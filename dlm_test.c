@@ -4731,6 +4731,487 @@ TEST(sampler_refuses_a_session_too_small_for_a_step)
     test_close(ctx);
 }
 
+/* --[ asking and answering ]-------------------------------------------------- */
+
+enum { TAPE_STEPS = 4 * TOY_SLOTS };
+
+/* The logits of a run, as they were before the sampler overwrote them. */
+typedef struct sampler_tape {
+    int    n, n_out[TAPE_STEPS], tokens[TAPE_STEPS];     /* rows; a sum of their tokens */
+    float *logits[TAPE_STEPS];
+} sampler_tape;
+
+/* A fixed mixture of what a batch consists of. */
+static int sampler_batch_sum(const dlm_batch *b)
+{
+    unsigned sum = (unsigned)b->n_out;
+    for (int s = 0; s < b->n_seqs; s++)
+        for (int i = b->start[s]; i < b->start[s + 1]; i++)
+            sum = sum * 31 + (unsigned)(b->tokens[i] + 64 * b->slots[i] + b->lanes[s] +
+                                        7 * b->keys[i].lo0 + 9 * b->keys[i].hi0);
+    for (int i = 0; i < b->n_out; i++) sum = sum * 31 + (unsigned)b->out_rows[i];
+    return (int)(sum & 0x7FFFFFFF);
+}
+
+/* Shows the rows of the tape's step to the sampler, the last row first. */
+static void sampler_show(dlm_sampler *sm, const float *logits, int n_out)
+{
+    for (int i = n_out - 1; i >= 0; i--) {
+        float x[TOY_VOCAB];
+        memcpy(x, logits + i * TOY_VOCAB, sizeof x);
+        dlm_sampler_score(sm, i, x);
+    }
+}
+
+/* One step by hand: from the session to the tape, or, s NULL, from the tape. */
+static dlm_error sampler_by_hand(dlm_sampler *sm, dlm_session *s, sampler_tape *t)
+{
+    dlm_batch b;
+    dlm_error e = dlm_sampler_ask(sm, &b);
+    const int k = t->n++;
+    CHECK(t->n <= TAPE_STEPS);
+    if (e || k >= TAPE_STEPS) return e ? e : DLM_E_INPUT;
+    if (s) {
+        t->n_out[k] = b.n_out;
+        t->tokens[k] = sampler_batch_sum(&b);
+        t->logits[k] = (float *)test_malloc((size_t)b.n_out * TOY_VOCAB * sizeof(float));
+        e = dlm_logits(s, &b, t->logits[k]);
+    }
+    CHECK(b.n_out == t->n_out[k] && sampler_batch_sum(&b) == t->tokens[k]);
+    if (!e) sampler_show(sm, t->logits[k], b.n_out);
+    return e ? e : dlm_sampler_answer(sm);
+}
+
+static void sampler_run_by_hand(toy_run *r, dlm_sampler *sm, dlm_session *s,
+                                sampler_tape *t)
+{
+    t->n = 0;
+    CHECK_OK(dlm_sampler_begin(sm, r->canvas, r->lengths, r->n_seqs));
+    while (!dlm_sampler_done(sm) && !r->error) r->error = sampler_by_hand(sm, s, t);
+    CHECK_OK(r->error);
+    const dlm_event *trace = dlm_sampler_trace(sm, &r->n_events);
+    for (int i = 0; i < r->n_events && i < TOY_ALL; i++) r->events[i] = trace[i];
+    dlm_sampler_cost(sm, &r->forwards, &r->flops);
+}
+
+/* A sampler of a model's sizes, as a network of someone else's would have it. */
+static dlm_error sampler_of_sizes(dlm_sampler **sm, dlm_ctx *ctx, const dlm_config *c,
+                                  const dlm_limits *lim, const dlm_sample_options *o)
+{
+    dlm_config sizes = {0};
+    sizes.vocab = c->vocab; sizes.max_seq = c->max_seq; sizes.block = c->block;
+    sizes.pattern = c->pattern; sizes.shifted = c->shifted;
+    return dlm_sampler_create_for(sm, ctx, &sizes, lim, o, NULL);
+}
+
+static void sampler_try_by_hand(dlm_ctx *ctx, const dlm_model *m, int cached,
+                                const dlm_sample_options *o)
+{
+    static sampler_tape t;
+    toy_run step, hand, again;
+    dlm_session *s = toy_session(ctx, m, cached);
+    dlm_sampler *sm = NULL;
+    dlm_limits lim = {0};
+    toy_canvas(&step, m->config.pattern == DLM_PATTERN_CAUSAL);
+    if (o->guidance > 0) step.n_seqs = TOY_SEQS / 2;
+    hand = again = step;
+    toy_drive(&step, s, o);
+    CHECK_OK(step.error);
+    CHECK_OK(dlm_sampler_create(&sm, s, o, NULL));
+    sampler_run_by_hand(&hand, sm, s, &t);
+    CHECK(toy_same_tokens(&step, &hand) && toy_same_events(&step, &hand));
+    CHECK(step.forwards == hand.forwards && t.n == hand.forwards);
+    CHECK_CLOSE(hand.flops, step.flops, 1e-9 * step.flops);
+    dlm_sampler_free(sm); dlm_session_free(s);
+
+    lim.seqs = TOY_SEQS; lim.cached = cached;
+    CHECK_OK(sampler_of_sizes(&sm, ctx, &m->config, &lim, o));
+    sampler_run_by_hand(&again, sm, NULL, &t);
+    CHECK(toy_same_tokens(&step, &again) && toy_same_events(&step, &again));
+    CHECK(again.forwards == step.forwards && again.flops == 0);
+    dlm_sampler_free(sm);
+    for (int k = 0; k < t.n; k++) free(t.logits[k]);
+}
+
+/* The same tokens and events from dlm_sampler_step, from the halves with a forward in
+   between, and from the logits that this left, without any model. */
+TEST(sampler_asked_and_answered_by_hand_is_the_step_and_its_tape_replays)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    for (int k = 0; k < TOY_KINDS * 8 * (int)DLM_ORDER_COUNT; k++) {
+        dlm_sample_options o = {0};
+        const int kind = k % TOY_KINDS, variant = k / TOY_KINDS % 8;
+        dlm_model *m = toy_model(ctx, kind, 11);
+        o.order = (dlm_order)(k / TOY_KINDS / 8);
+        o.temperature = (float)(variant & 1);
+        o.guidance = variant & 4 ? 1.5f : 0.0f;
+        o.steps = variant & 2 ? 3 : 0;
+        o.seed = test_seed;
+        if (variant & 2 && o.order < DLM_ORDER_RANDOM) o.remask_below = 0.2f;
+        LABEL("%s, order %d, variant %d", toy_kind_names[kind], (int)o.order, variant);
+        if (m) sampler_try_by_hand(ctx, m, k & 1, &o);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+TEST(sampler_of_sizes_says_what_it_cannot_do)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    const dlm_config good = toy_config(0);
+    dlm_limits lim = {0};
+    dlm_sample_options o = {0};
+    dlm_sampler *sm = NULL;
+    dlm_batch b;
+    toy_run r, kept;
+#define TRY(lhs, value, text) \
+    do { dlm_config c = good; dlm_limits l = lim; dlm_sample_options how = o; \
+         (void)c; (void)l; (void)how; lhs = value; sm = (dlm_sampler *)&c; \
+         CHECK_ERROR(sampler_of_sizes(&sm, ctx, &c, &l, &how), DLM_E_CONFIG, ctx, text); \
+         CHECK(sm == NULL); } while (0)
+    TRY(c.vocab, 1, "vocab");
+    TRY(c.max_seq, 0, "max_seq");
+    TRY(c.pattern, 9, "pattern");
+    TRY(c.block, -1, "block");
+    TRY(l.seqs, -1, "limits.seqs");
+    TRY(l.rows, -1, "limits.rows");
+    TRY(how.steps, -1, "steps");
+#undef TRY
+    CHECK_OK(sampler_of_sizes(&sm, ctx, &good, &lim, &o));
+    toy_canvas(&r, 0);
+    kept = r;
+    CHECK_ERROR(dlm_sampler_begin(sm, r.canvas, r.lengths, 2), DLM_E_INPUT, ctx, "room");
+    CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, 1));
+    CHECK_ERROR(dlm_sampler_step(sm), DLM_E_INPUT, ctx, "no session");
+    dlm_sampler_free(sm);
+    for (int k = 0; k < 4; k++) {           /* 24 rows, 19 looked at; then twice that */
+        lim.seqs = 2;
+        lim.rows = k == 0 ? 23 : k == 1 ? 47 : 0;
+        lim.out = k == 2 ? 18 : k == 3 ? 37 : 0;
+        o.guidance = (float)(k & 1);
+        LABEL("case %d", k);
+        CHECK_OK(sampler_of_sizes(&sm, ctx, &good, &lim, &o));
+        CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, 1));
+        CHECK_ERROR(dlm_sampler_ask(sm, &b), DLM_E_INPUT, ctx,
+                    k == 0 ? "needs 24 rows, there is room for 23"
+                    : k == 1 ? "needs 48 rows, there is room for 47"
+                    : k == 2 ? "looks at 19 rows, there is room for 18"
+                             : "looks at 38 rows, there is room for 37");
+        CHECK_ERROR(dlm_sampler_answer(sm), DLM_E_INPUT, ctx, "nothing has been asked");
+        dlm_sampler_free(sm);
+    }
+    CHECK(toy_same_tokens(&r, &kept));
+    test_close(ctx);
+}
+
+/* One run in which every step fails first, in each way there is: nothing was asked, a row
+   was not shown, a logit is no number.  It is the run that never failed. */
+static void sampler_try_again(dlm_ctx *ctx, const dlm_config *c,
+                              const dlm_sample_options *o, const sampler_tape *t,
+                              const toy_run *want)
+{
+    dlm_sampler *sm = NULL;
+    dlm_limits lim = {0};
+    dlm_batch b;
+    toy_run r;
+    int k = 0;
+    lim.seqs = TOY_SEQS;
+    toy_canvas(&r, 0);
+    if (o->guidance > 0) r.n_seqs = TOY_SEQS / 2;
+    CHECK_OK(sampler_of_sizes(&sm, ctx, c, &lim, o));
+    CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, r.n_seqs));
+    for (; !dlm_sampler_done(sm) && k < t->n; k++) {
+        toy_run kept = r;
+        float x[TOY_VOCAB] = { 0 };
+        x[5] = (float)NAN;
+        CHECK_ERROR(dlm_sampler_answer(sm), DLM_E_INPUT, ctx, "nothing has been asked");
+        CHECK_OK(dlm_sampler_ask(sm, &b));
+        sampler_show(sm, t->logits[k], b.n_out - 1);
+        CHECK_ERROR(dlm_sampler_answer(sm), DLM_E_INPUT, ctx, "were not shown");
+        CHECK_OK(dlm_sampler_ask(sm, &b));
+        sampler_show(sm, t->logits[k], b.n_out);
+        dlm_sampler_score(sm, 0, x);
+        CHECK_ERROR(dlm_sampler_answer(sm), DLM_E_INPUT, ctx, "the logit of token 5");
+        CHECK_ERROR(dlm_sampler_answer(sm), DLM_E_INPUT, ctx, "nothing has been asked");
+        CHECK(toy_same_tokens(&r, &kept));
+        CHECK_OK(dlm_sampler_ask(sm, &b));
+        CHECK_OK(dlm_sampler_ask(sm, &b));
+        CHECK(sampler_batch_sum(&b) == t->tokens[k]);
+        sampler_show(sm, t->logits[k], b.n_out);
+        CHECK_OK(dlm_sampler_answer(sm));
+    }
+    CHECK(dlm_sampler_done(sm) && k == t->n);
+    CHECK_ERROR(dlm_sampler_ask(sm, &b), DLM_E_INPUT, ctx, "all is done");
+    const dlm_event *trace = dlm_sampler_trace(sm, &r.n_events);
+    for (int i = 0; i < r.n_events && i < TOY_ALL; i++) r.events[i] = trace[i];
+    CHECK(toy_same_tokens(&r, want) && toy_same_events(&r, want));
+    dlm_sampler_free(sm);
+}
+
+TEST(sampler_step_that_failed_can_be_asked_again)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4 * DLM_ORDER_COUNT; k++) {
+        static sampler_tape t;
+        toy_run want;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, k % 4, 11);
+        dlm_session *s = toy_session(ctx, m, 0);
+        dlm_sampler *sm = NULL;
+        o.order = (dlm_order)(k / 4);
+        o.temperature = 0.5f;
+        o.guidance = (float)(k / 4 % 2);
+        LABEL("%s, order %d", toy_kind_names[k % 4], (int)o.order);
+        toy_canvas(&want, 0);
+        if (o.guidance > 0) want.n_seqs = TOY_SEQS / 2;
+        CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        sampler_run_by_hand(&want, sm, s, &t);
+        CHECK_OK(dlm_sampler_step(sm));                     /* done: nothing to do */
+        sampler_try_again(ctx, &m->config, &o, &t, &want);
+        for (int i = 0; i < t.n; i++) free(t.logits[i]);
+        dlm_sampler_free(sm); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* --[ random numbers of one's own ]------------------------------------------- */
+
+typedef struct sampler_dice {
+    dlm_address asked[64 * TOY_ALL];
+    int    n, fixed;                       /* fixed: `value` for tokens            */
+    double value;
+} sampler_dice;
+
+static double sampler_throw(void *user, const dlm_address *at)
+{
+    sampler_dice *d = (sampler_dice *)user;
+    if (d->n < 64 * TOY_ALL) d->asked[d->n++] = *at;
+    return d->fixed && at->purpose == DLM_RANDOM_TOKEN ? d->value : dlm_uniform(at, 0);
+}
+
+/* Whether the documented table has this address, for the order and sequence. */
+static int sampler_in_table(const dlm_address *at, const dlm_sample_options *o,
+                            const toy_run *r, int seq, int last)
+{
+    const int p = (int)at->position, T = r->lengths[seq];
+    if (at->seed != o->seed || at->step >= (uint32_t)last) return 0;
+    if (at->purpose == DLM_RANDOM_ORDER && p == T)
+        return o->order == DLM_ORDER_FIRST_HITTING;
+    if (p >= T || r->canvas[seq * TOY_SLOTS + p] != TOY_MASK) return 0;
+    if (at->purpose == DLM_RANDOM_TOKEN) return o->temperature > 0;
+    if (at->purpose != DLM_RANDOM_ORDER) return 0;
+    if (o->order == DLM_ORDER_ANCESTRAL) return at->step == 0;
+    return o->order == DLM_ORDER_RANDOM || o->order == DLM_ORDER_FIRST_HITTING;
+}
+
+static void sampler_check_dice(const sampler_dice *d, const dlm_sample_options *o,
+                               const toy_run *before, const toy_run *after)
+{
+    int tokens = 0, times = 0;
+    for (int i = 0; i < d->n; i++) {
+        const dlm_address *at = &d->asked[i];
+        int seq = 0, last = 0;
+        while (seq < TOY_SEQS && o->ids[seq] != at->row) seq++;
+        CHECK(seq < TOY_SEQS);
+        if (seq == TOY_SEQS) return;
+        for (int k = 0; k < after->n_events; k++)
+            if (after->events[k].seq == seq) last = after->events[k].step;
+        CHECK(sampler_in_table(at, o, before, seq, last));
+        tokens += at->purpose == DLM_RANDOM_TOKEN;
+        times += at->purpose == DLM_RANDOM_ORDER
+              && at->position == (uint32_t)before->lengths[seq];
+    }
+    if (o->temperature > 0) CHECK(tokens >= after->n_events);
+    if (o->order == DLM_ORDER_FIRST_HITTING) CHECK(times == after->n_events);
+    CHECK((d->n > 0) == (o->temperature > 0 || o->order == DLM_ORDER_RANDOM
+                         || o->order >= DLM_ORDER_ANCESTRAL));
+}
+
+TEST(sampler_asks_for_the_random_numbers_that_are_documented)
+{
+    static const uint32_t ids[TOY_SEQS] = { 40, 7, 19, 3, 1u << 31, 5 };
+    static sampler_dice d;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 3 * 2 * DLM_ORDER_COUNT; k++) {
+        toy_run before, want, got;
+        dlm_sample_options o = {0};
+        dlm_model *m = toy_model(ctx, k % 3 * 2, 11);
+        o.order = (dlm_order)(k / 6);
+        o.temperature = (float)(k / 3 % 2);
+        o.seed = 0x123456789ABCull;
+        o.ids = ids;
+        LABEL("%s, order %d", toy_kind_names[k % 3 * 2], (int)o.order);
+        toy_canvas(&before, k % 3 == 2);
+        want = got = before;
+        toy_generate(&want, ctx, m, 0, &o);
+        d.n = d.fixed = 0;
+        o.uniform = sampler_throw; o.uniform_user = &d;
+        toy_generate(&got, ctx, m, 0, &o);
+        CHECK(toy_same_tokens(&want, &got) && toy_same_events(&want, &got));
+        sampler_check_dice(&d, &o, &before, &got);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* p descending as the position goes up, in steps that no rounding blurs. */
+static double sampler_backwards(void *user, const dlm_address *at)
+{
+    (void)user;
+    return at->position == 8 ? 0.5 : 1.0 - (at->position + 1) / 16.0;
+}
+
+/* Probabilities 1/8, 1/8, 1/4, 1/2: u says which; and numbers that fall to the right let
+   the blind orders go from right to left. */
+TEST(sampler_uses_the_random_numbers_that_it_is_given)
+{
+    static const float bias[5] = { 0, 0, 0.69314718f, 1.38629436f, 0 };
+    static const struct { double u; int token; } draws[] = {
+        { 0, 0 }, { 0.1249, 0 }, { 0.1251, 1 }, { 0.2499, 1 }, { 0.2501, 2 },
+        { 0.4999, 2 }, { 0.5001, 3 }, { 0.999999, 3 },
+    };
+    static sampler_dice d;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_blank(ctx, 5);
+    for (int k = 0; m && k < 8; k++) {
+        int tokens[8] = { 4, 4, 4, 4, 4, 4, 4, 4 };
+        dlm_sample_options o = {0};
+        o.temperature = 1; o.logit_bias = bias;
+        o.uniform = sampler_throw; o.uniform_user = &d;
+        d.n = 0; d.fixed = 1; d.value = draws[k].u;
+        CHECK_OK(dlm_sample(ctx, m, tokens, 8, &o));
+        for (int i = 0; i < 8; i++) CHECK(tokens[i] == draws[k].token);
+    }
+    dlm_session *s = toy_session(ctx, m, 0);
+    for (int order = DLM_ORDER_RANDOM; s && order < DLM_ORDER_COUNT; order++) {
+        toy_run r;
+        dlm_sample_options o = {0};
+        double time = 1;
+        memset(&r, 0, sizeof r);
+        r.n_seqs = 1; r.lengths[0] = 8;
+        for (int i = 0; i < 8; i++) r.canvas[i] = 4;
+        o.order = (dlm_order)order; o.uniform = sampler_backwards; o.steps = 16;
+        LABEL("order %d", order);
+        toy_drive(&r, s, &o);
+        CHECK(r.n_events == 8);
+        for (int i = 0; i < 8; i++) {
+            const dlm_event *e = &r.events[i];
+            CHECK(e->position == (order == DLM_ORDER_SEQUENTIAL ? i : 7 - i));
+            if (order == DLM_ORDER_FIRST_HITTING)
+                CHECK_CLOSE(e->time, time *= pow(0.5, 1.0 / (8 - i)), 1e-6);
+            if (order == DLM_ORDER_ANCESTRAL)     /* turns 8 .. 15 of 16           */
+                CHECK_CLOSE(e->time, (7 - i) / 16.0, 1e-6);
+        }
+    }
+    dlm_session_free(s);
+    dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* --[ what was drawn ]-------------------------------------------------------- */
+
+/* Events of one step of a sequence: those filled in, then the others by rank, which is
+   their confidence here; together all masks the canvas had there.  Moves canvas on and
+   returns how many there were. */
+static int sampler_check_drawn(int *canvas, const dlm_event *e, int n, int a, int end)
+{
+    int k = 0, masks = 0, seq = e->seq;
+    char named[TOY_SLOTS] = { 0 };
+    for (int i = a; i < end; i++) masks += canvas[seq * TOY_SLOTS + i] == TOY_MASK;
+    for (; k < n && e[k].seq == seq && e[k].step == e->step; k++) {
+        CHECK(e[k].drawn_only == 0 || e[k].drawn_only == 1);
+        CHECK(e[k].position >= a && e[k].position < end && !named[e[k].position]);
+        CHECK(canvas[seq * TOY_SLOTS + e[k].position] == TOY_MASK);
+        CHECK(e[k].token >= 0 && e[k].token < TOY_MASK && e[k].confidence > 0);
+        if (k) CHECK(e[k].drawn_only >= e[k - 1].drawn_only);
+        if (k) CHECK(e[k].confidence <= e[k - 1].confidence);
+        CHECK(e[k].time >= 0 && e[k].time < 1);
+        named[e[k].position] = 1;
+    }
+    CHECK(k == masks && !e->drawn_only);
+    for (int i = 0; i < k; i++)
+        if (!e[i].drawn_only) canvas[seq * TOY_SLOTS + e[i].position] = e[i].token;
+    return k;
+}
+
+TEST(sampler_trace_can_list_what_was_drawn_and_not_filled_in)
+{
+    static dlm_event only[TOY_ALL];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4 * DLM_ORDER_COUNT; k++) {
+        toy_run plain, r;
+        dlm_sample_options o = {0};
+        dlm_sampler *sm = NULL;
+        dlm_model *m = toy_model(ctx, k % 4, 11);
+        dlm_session *s = toy_session(ctx, m, 1);
+        int canvas[TOY_ALL], n = 0, kept = 0, drawn = 0, steps[TOY_SLOTS];
+        o.order = (dlm_order)(k / 4);
+        o.temperature = 0.7f;
+        LABEL("%s, order %d", toy_kind_names[k % 4], (int)o.order);
+        toy_canvas(&plain, 0);
+        r = plain;
+        memcpy(canvas, r.canvas, sizeof canvas);
+        toy_drive(&plain, s, &o);
+        o.list_drawn = 1;
+        CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        CHECK_OK(dlm_sampler_begin(sm, r.canvas, r.lengths, r.n_seqs));
+        CHECK_OK(dlm_sampler_step(sm));
+        dlm_sampler_steps(sm, 0, steps);            /* of what is filled in alone  */
+        for (int i = 0; i < 24; i++)
+            CHECK(steps[i] == (i >= 5 && r.canvas[i] != TOY_MASK));
+        while (!dlm_sampler_done(sm)) CHECK_OK(dlm_sampler_step(sm));
+        const dlm_event *e = dlm_sampler_trace(sm, &n);
+        CHECK(toy_same_tokens(&plain, &r));
+        for (int i = 0; i < n; i++) {
+            drawn += e[i].drawn_only;
+            if (!e[i].drawn_only && kept < TOY_ALL) only[kept++] = e[i];
+        }
+        CHECK(kept == plain.n_events
+              && !memcmp(only, plain.events, (size_t)kept * sizeof only[0]));
+        CHECK((drawn > 0) == (o.order < DLM_ORDER_RANDOM));
+        if (o.order == DLM_ORDER_CONFIDENCE || o.order == DLM_ORDER_THRESHOLD)
+            for (int i = 0; i < n; ) {
+                const int T = r.lengths[e[i].seq], full = k % 4 < 2;
+                const int P = e[i].seq == 1 ? 0 : e[i].seq == 0 ? 5 : e[i].seq == 3 ? 0
+                            : e[i].seq == 4 ? 6 : 4;
+                const int first = (e[i].position - P % 4) / 4 * 4 + P % 4;
+                const int a = full || e[i].position < P % 4 ? 0 : first;
+                const int end = full ? T : a == 0 && P % 4 ? P % 4 : a + 4;
+                i += sampler_check_drawn(canvas, e + i, n - i, a, end < T ? end : T);
+            }
+        dlm_sampler_free(sm); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* The longest trace there is: one token a step, each taken back once. */
+TEST(sampler_trace_of_all_draws_has_room_when_everything_is_taken_back)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int kind = 0; kind < 4; kind++) {
+        dlm_sample_options o = {0};
+        dlm_sampler *sm = NULL;
+        dlm_model *m = toy_model(ctx, kind, 11);
+        dlm_session *s = toy_session(ctx, m, 0);
+        const int length = TOY_SLOTS, b = kind < 2 ? (int)TOY_SLOTS : 4;
+        int canvas[TOY_SLOTS], n = 0, steps[TOY_SLOTS];
+        o.remask_below = 1; o.list_drawn = 1; o.temperature = 1;
+        for (int i = 0; i < TOY_SLOTS; i++) canvas[i] = TOY_MASK;
+        LABEL("%s", toy_kind_names[kind]);
+        CHECK_OK(dlm_sampler_create(&sm, s, &o, NULL));
+        CHECK_OK(dlm_sampler_begin(sm, canvas, &length, 1));
+        while (!dlm_sampler_done(sm)) CHECK_OK(dlm_sampler_step(sm));
+        const dlm_event *e = dlm_sampler_trace(sm, &n);
+        CHECK(n > TOY_SLOTS * b / 2 && n <= 2 * TOY_SLOTS * b);
+        dlm_sampler_steps(sm, 0, steps);
+        for (int i = 0; i < n; i++)
+            if (!e[i].drawn_only && steps[e[i].position] == e[i].step)
+                CHECK(canvas[e[i].position] == e[i].token);
+        dlm_sampler_free(sm); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
 /* ==[ objectives ]=========================================================== */
 
 TEST(noise_levels_stay_in_range_and_spread)
@@ -11963,6 +12444,13 @@ static const test_case test_cases[] = {
     RUN(sampler_smallest_temperatures_are_argmax),
     RUN(sampler_refuses_a_canvas_longer_than_its_rows),
     RUN(sampler_refuses_a_session_too_small_for_a_step),
+    RUN(sampler_asked_and_answered_by_hand_is_the_step_and_its_tape_replays),
+    RUN(sampler_of_sizes_says_what_it_cannot_do),
+    RUN(sampler_step_that_failed_can_be_asked_again),
+    RUN(sampler_asks_for_the_random_numbers_that_are_documented),
+    RUN(sampler_uses_the_random_numbers_that_it_is_given),
+    RUN(sampler_trace_can_list_what_was_drawn_and_not_filled_in),
+    RUN(sampler_trace_of_all_draws_has_room_when_everything_is_taken_back),
     RUN(noise_levels_stay_in_range_and_spread),
     RUN(stratified_noise_levels_of_every_row_are_uniform),
     RUN(states_mask_a_fraction_t_of_the_response),

@@ -150,7 +150,8 @@ for source in $halves; do
     unset DLM_ISA
 done
 absent out.st 12_convert; absent out.txt gen
-for name in 01_first_program 06_matmul_only 10_likelihood demo picture; do
+for name in 01_first_program 06_matmul_only 10_likelihood 14_own_network demo \
+            picture; do
     says 2 'usage: ' $name block.st
 done
 
@@ -186,6 +187,7 @@ says 1 'cannot take the 65 tokens' 12_convert ar_short.st - out.st
 says 1 'cannot be written' 12_convert ar.st - no/such/out.st
 says 1 'cannot be written' 12_convert ar.st - folder
 says 2 'usage: ' 12_convert ar.st - out.st never
+says 0 'kept: the same' 14_own_network
 absent out.st 12_convert
 
 keep block.st; keep run.st.train; keep run_capitals.st
