@@ -1698,22 +1698,6 @@ typedef struct dlm__kernels {
                   const float *constants);
 } dlm__kernels;
 
-DLM_API const char *dlm_isa_name(dlm_isa isa)
-{
-    switch (isa) {
-    case DLM_ISA_AUTO:   return "auto";
-    case DLM_ISA_SCALAR: return "scalar";
-    case DLM_ISA_SSE2:   return "sse2";
-    case DLM_ISA_AVX2:   return "avx2";
-    case DLM_ISA_AVX512: return "avx512";
-    case DLM_ISA_AVX512BF16: return "avx512bf16";
-    case DLM_ISA_AMX:    return "amx";
-    case DLM_ISA_NEON:   return "neon";
-    case DLM_ISA_COUNT:  break;
-    }
-    return "unknown";
-}
-
 #ifdef DLM__AMX
 /* Tiles have 8 KiB of state, which Linux keeps for a process only if it has asked:
    arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), called without a libc that may
@@ -1730,30 +1714,6 @@ static int dlm__ask_for_amx(void)
     return result == 0;
 }
 #endif
-
-DLM_API int dlm_isa_supported(dlm_isa isa)
-{
-#ifdef DLM__X86
-    if (isa == DLM_ISA_SSE2) return 1;                  /* part of x86-64          */
-    if (isa == DLM_ISA_AVX2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == DLM_ISA_AVX512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-#endif
-#ifdef DLM__AVX512BF16
-    if (isa == DLM_ISA_AVX512BF16)
-        return dlm_isa_supported(DLM_ISA_AVX512) && __builtin_cpu_supports("avx512bf16")
-            && __builtin_cpu_supports("avx512vnni");
-#endif
-#ifdef DLM__AMX
-    if (isa == DLM_ISA_AMX)
-        return dlm_isa_supported(DLM_ISA_AVX512BF16) && dlm__ask_for_amx();
-#endif
-#ifdef DLM__ARM
-    if (isa == DLM_ISA_NEON) return 1;                  /* part of AArch64         */
-#endif
-    return isa == DLM_ISA_SCALAR;
-}
 
 #endif /* implementation, part 1 */
 #endif /* !DLM__KERNEL_PASS */
@@ -2879,25 +2839,72 @@ DLM__INLINE float32x4_t dlm__max_neon(float32x4_t a, float32x4_t b)
 #include DLM_SELF
 #endif /* DLM__ARM */
 
-/* NULL when the ISA is not compiled in. */
-static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
-{
-    if (isa == DLM_ISA_SCALAR) return &dlm__table_scalar;
+/* --[ the table ]-------------------------------------------------------------  */
+
+static int dlm__everywhere(void) { return 1; }      /* part of x86-64, of AArch64   */
 #ifdef DLM__X86
-    if (isa == DLM_ISA_SSE2) return &dlm__table_sse2;
-    if (isa == DLM_ISA_AVX2) return &dlm__table_avx2;
-    if (isa == DLM_ISA_AVX512) return &dlm__table_avx512;
+static int dlm__has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static int dlm__has_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+}
 #endif
 #ifdef DLM__AVX512BF16
-    if (isa == DLM_ISA_AVX512BF16) return &dlm__table_avx512bf16;
+static int dlm__has_avx512bf16(void)
+{
+    return dlm__has_avx512() && __builtin_cpu_supports("avx512bf16")
+        && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 #ifdef DLM__AMX
-    if (isa == DLM_ISA_AMX) return &dlm__table_amx;
+static int dlm__has_amx(void) { return dlm__has_avx512bf16() && dlm__ask_for_amx(); }
+#endif
+
+/* In the order of dlm_isa, which is that of AUTO's preference from the end. */
+static const struct dlm__isa {
+    const char         *name;
+    const dlm__kernels *kernels;    /* NULL: not compiled in                       */
+    int               (*supported)(void);           /* by this CPU                 */
+} dlm__isas[DLM_ISA_COUNT] = {
+    { "auto", NULL, NULL },
+    { "scalar", &dlm__table_scalar, dlm__everywhere },
+#ifdef DLM__X86
+    { "sse2", &dlm__table_sse2, dlm__everywhere },
+    { "avx2", &dlm__table_avx2, dlm__has_avx2 },
+    { "avx512", &dlm__table_avx512, dlm__has_avx512 },
+#else
+    { "sse2", NULL, NULL }, { "avx2", NULL, NULL }, { "avx512", NULL, NULL },
+#endif
+#ifdef DLM__AVX512BF16
+    { "avx512bf16", &dlm__table_avx512bf16, dlm__has_avx512bf16 },
+#else
+    { "avx512bf16", NULL, NULL },
+#endif
+#ifdef DLM__AMX
+    { "amx", &dlm__table_amx, dlm__has_amx },
+#else
+    { "amx", NULL, NULL },
 #endif
 #ifdef DLM__ARM
-    if (isa == DLM_ISA_NEON) return &dlm__table_neon;
+    { "neon", &dlm__table_neon, dlm__everywhere },
+#else
+    { "neon", NULL, NULL },
 #endif
-    return NULL;
+};
+
+DLM_API const char *dlm_isa_name(dlm_isa isa)
+{
+    return (unsigned)isa < DLM_ISA_COUNT ? dlm__isas[isa].name : "unknown";
+}
+
+DLM_API int dlm_isa_supported(dlm_isa isa)
+{
+    return (unsigned)isa < DLM_ISA_COUNT && dlm__isas[isa].kernels
+        && dlm__isas[isa].supported();
 }
 
 /* ==[ threads ]===============================================================
@@ -3344,7 +3351,7 @@ static dlm_error dlm__choose_isa(dlm_ctx *ctx)
     if (isa == DLM_ISA_AUTO) isa = dlm__best_isa();
     if (!dlm_isa_supported(isa)) return dlm__no_isa(ctx, asked);
     ctx->opt.isa = isa;
-    ctx->k = dlm__kernels_of(isa);
+    ctx->k = dlm__isas[isa].kernels;
     return DLM_OK;
 }
 
@@ -4756,13 +4763,19 @@ static size_t dlm__count_params(const dlm_config *c)
     return n + (size_t)c->layers * dlm__layer_size(c);
 }
 
+/* Where `in`, a dlm__layer or dlm__globals, has parameter p. */
+static float **dlm__param_in(void *in, const dlm__param *p)
+{
+    return (float **)(void *)((char *)in + p->offset);
+}
+
 /* Places one list's pointers into `at` (a dlm__layer or dlm__globals), from base on. */
 static float *dlm__place_params(const dlm_config *c, void *at, const dlm__param *list,
                                 int n, float *base)
 {
     for (int i = 0; i < n; i++) {
         const size_t size = dlm__param_size(c, &list[i]);
-        *(float **)((char *)at + list[i].offset) = size ? base : NULL;
+        *dlm__param_in(at, &list[i]) = size ? base : NULL;
         base += size;
     }
     return base;
@@ -4938,7 +4951,7 @@ typedef struct dlm__layer_weights {
 
 typedef struct dlm__outer_weights {
     dlm_matrix   embed, head;               /* (V, C); the same when tied          */
-    const float *norm_out;                  /* (C)                                 */
+    float       *norm_out;                  /* (C)                                 */
 } dlm__outer_weights;
 
 struct dlm__packed {
@@ -4994,6 +5007,12 @@ static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
     return w;
 }
 
+/* Floats of what a packed model keeps as it is; 0 for matrices and what is not there. */
+static size_t dlm__vector_size(const dlm_config *c, const dlm__param *p)
+{
+    return p->cols == DLM__ONE ? dlm__param_size(c, p) : 0;
+}
+
 static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows, int cols)
 {
     dlm_matrix w = dlm__plain(NULL, rows, cols, m->type);
@@ -5017,9 +5036,8 @@ static void dlm__packed_carve(dlm__arena *a, void *object)
         memset(w, 0, sizeof *w);
         for (int i = 0; i < DLM__N_LAYER; i++) {
             const dlm__param *x = &dlm__layer_params[i];
-            if (x->cols == DLM__ONE && dlm__param_size(c, x) > 0)
-                *(float **)((char *)&w->p + x->offset)
-                    = dlm__push_floats(a, dlm__param_size(c, x), 1);
+            const size_t n = dlm__vector_size(c, x);
+            if (n > 0) *dlm__param_in(&w->p, x) = dlm__push_floats(a, n, 1);
         }
         for (int i = 0; i < DLM__N_PRODUCTS; i++) {
             const struct dlm__product *x = &dlm__products[i];
@@ -5076,16 +5094,14 @@ static void dlm__repack(const dlm_model *m, const dlm_model *plain)
         dlm__layer_weights from = dlm__layer_of(plain, l, DLM_F32), *to = &p->layers[l];
         for (int i = 0; i < DLM__N_LAYER; i++) {
             const dlm__param *x = &dlm__layer_params[i];
-            if (x->cols == DLM__ONE && dlm__param_size(c, x) > 0)
-                memcpy(*(float **)((char *)&to->p + x->offset),
-                       *(float **)((char *)&from.p + x->offset),
-                       dlm__param_size(c, x) * sizeof(float));
+            const size_t n = dlm__vector_size(c, x);
+            if (n > 0) memcpy(*dlm__param_in(&to->p, x), *dlm__param_in(&from.p, x),
+                              n * sizeof(float));
         }
         for (int i = 0; i < DLM__N_PRODUCTS; i++)
             dlm__repack_matrix(m->ctx, dlm__product_of(to, i), dlm__product_of(&from, i));
     }
-    memcpy((float *)(uintptr_t)p->outer.norm_out, outer.norm_out,
-           (size_t)c->dim * sizeof(float));
+    memcpy(p->outer.norm_out, outer.norm_out, (size_t)c->dim * sizeof(float));
     dlm__repack_matrix(m->ctx, &p->outer.head, &outer.head);
     if (c->untied_head) dlm__repack_matrix(m->ctx, &p->outer.embed, &outer.embed);
 }

@@ -2081,7 +2081,7 @@ static void batch_any_keys(test_batch *t)
 
 static const dlm_batch *case_batch(test_batch *t, const dlm_config *c, int shape)
 {
-    int V = c->vocab, pattern = c->pattern, block = c->block;
+    int V = c->vocab, pattern = (int)c->pattern, block = c->block;
     batch_clear(t);
     if (shape == 0) batch_add(t, 23, V, pattern, block, 0);
     if (shape == 1) {
@@ -2389,8 +2389,8 @@ TEST(cached_forward_equals_one_whole_forward_bit_for_bit)
             dlm_model *m = test_model(ctx, &c);
             int block = c.pattern == DLM_PATTERN_CAUSAL ? 7 : m->config.block;
             batch_clear(&whole);
-            batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
-            batch_add(&whole, 61, c.vocab, c.pattern, block, 0);
+            batch_add(&whole, 61, c.vocab, (int)c.pattern, block, 0);
+            batch_add(&whole, 61, c.vocab, (int)c.pattern, block, 0);
             LABEL("case %d, %s", g, dlm_isa_name((dlm_isa)isa));
             cached_compare(ctx, m, &whole, 61, block);
             dlm_model_free(m);
@@ -2612,7 +2612,7 @@ TEST(narrow_sessions_differ_from_f32_by_their_rounding)
             dlm_model *m = test_model(ctx, &c);
             double difference = 0, size = 0;
             batch_clear(&t);
-            batch_add(&t, 20, c.vocab, c.pattern, c.block, 0);
+            batch_add(&t, 20, c.vocab, (int)c.pattern, c.block, 0);
             batch_close(&t, 1);
             LABEL("type %d, %s", (int)cases[p].type, dlm_isa_name((dlm_isa)isa));
             float *got = test_logits_in(ctx, m, &t.b, cases[p].type);
@@ -2732,8 +2732,8 @@ TEST(rows_decoded_one_by_one_equal_one_whole_forward_bit_for_bit)
                 dlm_model *plain = test_model(ctx, &c);
                 dlm_model *m = test_packed(ctx, plain, type);
                 batch_clear(&whole);
-                batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
-                batch_add(&whole, 131, c.vocab, c.pattern, 1, 0);
+                batch_add(&whole, 131, c.vocab, (int)c.pattern, 1, 0);
+                batch_add(&whole, 131, c.vocab, (int)c.pattern, 1, 0);
                 LABEL("%d key/value heads, type %d, %s", kv, (int)type,
                       dlm_isa_name((dlm_isa)isa));
                 cached_compare(ctx, m, &whole, 131, 1);
@@ -9220,8 +9220,8 @@ static void heap_work(heap_objects *o)
     static float logits[TEST_ROWS * 21];
     int canvas[3 * 64], lengths[3] = { 32, 7, 20 };
     batch_clear(&t);
-    batch_add(&t, 20, 21, o->m->config.pattern, 8, 0);
-    batch_add(&t, 32, 21, o->m->config.pattern, 8, 3);
+    batch_add(&t, 20, 21, (int)o->m->config.pattern, 8, 0);
+    batch_add(&t, 32, 21, (int)o->m->config.pattern, 8, 3);
     batch_close(&t, 0.5);
     CHECK_OK(dlm_logits(o->s, &t.b, logits));
     CHECK_OK(dlm_forward(o->s, &t.b, NULL, NULL));
@@ -9232,7 +9232,7 @@ static void heap_work(heap_objects *o)
     CHECK_OK(dlm_trainer_step_text(o->t, train_tokens[0], 64, 16, 3, NULL));
     dlm_report report;
     CHECK_OK(dlm_trainer_evaluate(o->t, e, 4, 1, &report));
-    int slots = heap_limits(o->m->config.pattern).slots;
+    int slots = heap_limits((int)o->m->config.pattern).slots;
     for (int i = 0; i < 3 * slots; i++)
         canvas[i] = i % slots < 3 ? 1 : o->m->config.mask_id;
     CHECK_OK(dlm_sampler_begin(o->sm, canvas, lengths, 3));
@@ -11652,7 +11652,7 @@ static float *opd_canvas_logits(dlm_ctx *ctx, const dlm_model *m, const int *can
 {
     static test_batch t;
     batch_clear(&t);
-    batch_add(&t, T, 2, m->config.pattern, m->config.block, offset);
+    batch_add(&t, T, 2, (int)m->config.pattern, m->config.block, offset);
     memcpy(t.tokens, canvas, (size_t)T * sizeof(int));
     return test_logits(ctx, m, batch_close(&t, 2), 0);
 }
