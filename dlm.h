@@ -1332,27 +1332,7 @@ DLM__INLINE int dlm__round_up(int a, int b) { return dlm__ceil_div(a, b) * b; }
    memory, carved by one function that runs twice: with no base it counts, with a base it
    places.  What is predicted and what is used can therefore not differ. */
 
-enum {                              /* one, as C++20 regrets products of two       */
-#if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
-    DLM__MAX_MR = 32, DLM__MAX_NR = 32,
-#elif defined(DLM__ARM)
-    DLM__MAX_MR = 8, DLM__MAX_NR = 8,
-#else
-    DLM__MAX_MR = 4, DLM__MAX_NR = 4,
-#endif
-    DLM__ALIGN = 64, DLM__KC = 256, DLM__MAX_D = 256,
-    DLM__CHUNK = 96,                /* keys of attention at a time: a multiple of every
-                                       mr and nr                                   */
-    DLM__FEW_LANES = 4,             /* DLM__FEW of the widest vectors              */
-    DLM__FEW_LD = DLM__CHUNK + DLM__MAX_NR
-};
-
-/* Factors of a product are kept in words of 32 bits: one f32, or two bf16 or four int8
-   that follow each other along K.  Two words are multiplied into the sum of their
-   values' products, so that one tile, one panel and one packing serve all three. */
-typedef enum dlm__word {
-    DLM__WORD_F32, DLM__WORD_BF16, DLM__WORD_I8, DLM__WORDS
-} dlm__word;
+enum { DLM__ALIGN = 64 };           /* bytes: a cache line, the widest vector      */
 
 struct dlm__pool;
 struct dlm__kernels;
@@ -1614,6 +1594,29 @@ DLM_API size_t dlm_shuffled(uint64_t seed, uint32_t epoch, size_t n, size_t i)
 #define DLM_SELF "dlm.h"            /* vendored under another name?  define this too */
 #endif
 
+enum {                              /* one, as C++20 regrets products of two       */
+#if defined(DLM__X86)               /* the largest tile of any compiled ISA        */
+    DLM__MAX_MR = 32, DLM__MAX_NR = 32,
+#elif defined(DLM__ARM)
+    DLM__MAX_MR = 8, DLM__MAX_NR = 8,
+#else
+    DLM__MAX_MR = 4, DLM__MAX_NR = 4,
+#endif
+    DLM__KC = 256,                  /* words of K in a block of a product          */
+    DLM__MAX_D = 256,               /* widest head                                 */
+    DLM__CHUNK = 96,                /* keys of attention at a time: a multiple of every
+                                       mr and nr                                   */
+    DLM__FEW_LANES = 4,             /* DLM__FEW of the widest vectors              */
+    DLM__FEW_LD = DLM__CHUNK + DLM__MAX_NR
+};
+
+/* Factors of a product are kept in words of 32 bits: one f32, or two bf16 or four int8
+   that follow each other along K.  Two words are multiplied into the sum of their
+   values' products, so that one tile, one panel and one packing serve all three. */
+typedef enum dlm__word {
+    DLM__WORD_F32, DLM__WORD_BF16, DLM__WORD_I8, DLM__WORDS
+} dlm__word;
+
 /* How an ISA wants the narrow words, bf16 and int8, of a product laid out. */
 typedef struct dlm__narrow {
     int mr;                         /* rows of the largest tile                    */
@@ -1637,7 +1640,61 @@ DLM__INLINE dlm__left dlm__left_of(const float *at, size_t by_i, size_t by_k)
     return a;
 }
 
-/* Letters: x, y rows of n floats; "tile" arrays are [rows][nr], one lane per column. */
+/* The kernels: name, what it returns, what it is given.  One list makes the fields of the
+   struct and the entries of every table.  Letters: x, y rows of n floats; "tile" arrays
+   are [rows][nr], one lane per column.
+     to_bf16 to_int8    words = x in bf16, to nearest even; or in int8, as round(x scale)
+                        + offset.  Up to vw - 1 values past n are written, too
+     pair               words[i] = x[i] and y[i] as one word of bf16; y NULL: zeros
+     magnitude          the largest |x_i|, NaN if one of them is not finite
+     scale_int          y_i, an integer, becomes the float (y_i r) x_i
+     tiny               the tiles' chain of multiply-adds, where they would cost more than
+                        it does: c (m, n) (+)= a b, a(i,k) = a[i*a_i + k*a_k], b likewise
+     few_*              attention of at most vw / 4 queries, keys in the lanes: as the
+                        tiles, to the bit.  s (F, ld): a query's scores in a row, ld with
+                        room for a vector more; q, o (F, DLM__MAX_D); F = (vw + 3) / 4
+                        rows are computed, needed or not
+     add                y += x              add_product  y += r x z
+     lerp               y += r (x - y) */
+#define DLM__KERNEL_LIST(K) \
+    K(to_bf16, void, (float *words, const float *x, int n)) \
+    K(to_int8, void, (float *words, const float *x, int n, float scale, int offset)) \
+    K(pair, void, (float *words, const float *x, const float *y, int n)) \
+    K(magnitude, float, (const float *x, int n)) \
+    K(scale_int, void, (float *y, const float *x, float r, int n)) \
+    K(tiny, void, (float *c, size_t ldc, const float *a, size_t a_i, size_t a_k, \
+                   const float *b, size_t b_k, size_t b_j, const int mnk[3], int add)) \
+    K(softmax_tile, void, (float *s, int rows, int lanes, float *max, float *sum, \
+                           float *rescale)) \
+    K(softmax_tile_backward, void, (float *s, float *ds, int rows, int lanes, \
+                                    const float *lse, const float *delta)) \
+    K(scale_tile, void, (float *s, int rows, int lanes, const float *scale)) \
+    K(few_scores, void, (float *s, int ld, const float *panels, int n_panels, \
+                         const float *q, int D)) \
+    K(few_softmax, void, (float *s, int ld, int queries, int n, float *max, \
+                          float *rescale)) \
+    K(few_mix, void, (float *o, float *sum, const float *rescale, int D, \
+                      const float *rows, size_t ld_rows, const float *s, int ld, int n)) \
+    K(rmsnorm, float, (float *y, const float *x, const float *g, int n, float eps)) \
+    K(rmsnorm_backward, void, (float *dx, const float *dy, const float *x, \
+                               const float *g, float r, int n)) \
+    K(rope, void, (float *x, const float *cos_sin, int half, float sign)) \
+    K(swiglu, void, (float *y, const float *gate, const float *up, int n)) \
+    K(swiglu_backward, void, (float *dgate, float *dup, const float *dy, \
+                              const float *gate, const float *up, int n)) \
+    K(add, void, (float *y, const float *x, int n)) \
+    K(add_product, void, (float *y, const float *x, const float *z, float r, int n)) \
+    K(lerp, void, (float *y, const float *x, float r, int n)) \
+    K(dot, float, (const float *x, const float *y, int n)) \
+    K(max, float, (const float *x, int n)) \
+    K(sum_exp, double, (const float *x, int n, float shift, double *sum_exp_x)) \
+    K(exp_scaled, void, (float *y, const float *x, int n, float shift, float scale)) \
+    K(unsound, float, (const float *m, const float *v, int n)) \
+    K(flush, void, (float *x, int n)) \
+    K(adamw, void, (float *w, const float *g, float *m, float *v, int n, \
+                    const float *constants))
+
+#define DLM__FIELD(name, type, given) type (*name) given;
 typedef struct dlm__kernels {
     int mr, nr, vw;                 /* the largest tile: mr rows, nr columns; lanes
                                        of one vector                               */
@@ -1651,52 +1708,9 @@ typedef struct dlm__kernels {
        single row too few chains of multiply-adds to hide their latency.  Or NULL. */
     void (*row[DLM__WORDS])(float *c, dlm__left a, const float *b, int ldb, size_t next,
                             int k, int add);
-    /* words = x in bf16, to nearest even; or in int8, as round(x scale) + offset.  Up to
-       vw - 1 values past n are written, too. */
-    void (*to_bf16)(float *words, const float *x, int n);
-    void (*to_int8)(float *words, const float *x, int n, float scale, int offset);
-    /* words[i] = x[i] and y[i] as one word of bf16; y NULL: zeros. */
-    void (*pair)(float *words, const float *x, const float *y, int n);
-    /* The largest |x_i|, NaN if one of them is not finite. */
-    float (*magnitude)(const float *x, int n);
-    /* y_i, an integer, becomes the float (y_i r) x_i. */
-    void (*scale_int)(float *y, const float *x, float r, int n);
-    /* The same chain of multiply-adds where a tile would cost more than it does: c (m, n)
-       (+)= a b, a(i,k) = a[i*a_i + k*a_k], b(k,j) = b[k*b_k + j*b_j]. */
-    void (*tiny)(float *c, size_t ldc, const float *a, size_t a_i, size_t a_k,
-                 const float *b, size_t b_k, size_t b_j, const int mnk[3], int add);
-    void (*softmax_tile)(float *s, int rows, int lanes, float *max, float *sum,
-                         float *rescale);
-    /* Attention of at most vw / 4 queries, keys in the lanes: as the tiles, to the bit.
-       s (F, ld): a query's scores in a row, ld with room for a vector more; q, o (F,
-       DLM__MAX_D); F = (vw + 3) / 4 rows are computed, needed or not. */
-    void (*few_scores)(float *s, int ld, const float *panels, int n_panels,
-                       const float *q, int D);
-    void (*few_softmax)(float *s, int ld, int queries, int n, float *max, float *rescale);
-    void (*few_mix)(float *o, float *sum, const float *rescale, int D, const float *rows,
-                    size_t ld_rows, const float *s, int ld, int n);
-    void (*softmax_tile_backward)(float *s, float *ds, int rows, int lanes,
-                                  const float *lse, const float *delta);
-    void (*scale_tile)(float *s, int rows, int lanes, const float *scale);
-    float (*rmsnorm)(float *y, const float *x, const float *g, int n, float eps);
-    void (*rmsnorm_backward)(float *dx, const float *dy, const float *x, const float *g,
-                             float r, int n);
-    void (*rope)(float *x, const float *cos_sin, int half, float sign);
-    void (*swiglu)(float *y, const float *gate, const float *up, int n);
-    void (*swiglu_backward)(float *dgate, float *dup, const float *dy, const float *gate,
-                            const float *up, int n);
-    void (*add)(float *y, const float *x, int n);                   /* y += x      */
-    void (*add_product)(float *y, const float *x, const float *z, float r, int n);
-    void (*lerp)(float *y, const float *x, float r, int n);         /* y += r (x-y) */
-    float (*dot)(const float *x, const float *y, int n);
-    float (*max)(const float *x, int n);
-    double (*sum_exp)(const float *x, int n, float shift, double *sum_exp_x);
-    void (*exp_scaled)(float *y, const float *x, int n, float shift, float scale);
-    float (*unsound)(const float *m, const float *v, int n);
-    void (*flush)(float *x, int n);
-    void (*adamw)(float *w, const float *g, float *m, float *v, int n,
-                  const float *constants);
+    DLM__KERNEL_LIST(DLM__FIELD)
 } dlm__kernels;
+#undef DLM__FIELD
 
 #ifdef DLM__AMX
 /* Tiles have 8 KiB of state, which Linux keeps for a process only if it has asked:
@@ -2310,7 +2324,7 @@ static DLM__TARGET void DLM__K(dlm__lerp)(float *y, const float *x, float r, int
     }
 }
 
-static DLM__TARGET float DLM__K(dlm__max_of)(const float *x, int n)
+static DLM__TARGET float DLM__K(dlm__max)(const float *x, int n)
 {
     const dlm__vf low = dlm__vset1(-INFINITY);
     dlm__vf m = low;
@@ -2419,22 +2433,12 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     }
 }
 
-#define DLM__ALL_BUT_PRODUCTS \
-    DLM__K(dlm__to_bf16), DLM__K(dlm__to_int8), DLM__K(dlm__pair), \
-    DLM__K(dlm__magnitude), DLM__K(dlm__scale_int), DLM__K(dlm__tiny), \
-    DLM__K(dlm__softmax_tile), DLM__K(dlm__few_scores), DLM__K(dlm__few_softmax), \
-    DLM__K(dlm__few_mix), DLM__K(dlm__softmax_tile_backward), \
-    DLM__K(dlm__scale_tile), DLM__K(dlm__rmsnorm), DLM__K(dlm__rmsnorm_backward), \
-    DLM__K(dlm__rope), DLM__K(dlm__swiglu), DLM__K(dlm__swiglu_backward), \
-    DLM__K(dlm__add), DLM__K(dlm__add_product), DLM__K(dlm__lerp), DLM__K(dlm__dot), \
-    DLM__K(dlm__max_of), DLM__K(dlm__sum_exp), DLM__K(dlm__exp_scaled), \
-    DLM__K(dlm__unsound), DLM__K(dlm__flush), DLM__K(dlm__adamw)
-
+#define DLM__ENTRY(name, type, given) DLM__K(dlm__##name),
 static const dlm__kernels DLM__K(dlm__table) = {
     DLM__MR, DLM__NR, DLM__VW, { DLM__MR, 1, 0, dlm__int8_offset, NULL },
     { DLM__K(dlm__tile_f32), DLM__K(dlm__tile_bf16), DLM__K(dlm__tile_int8) },
     { DLM__K(dlm__row_f32), DLM__K(dlm__row_bf16), DLM__K(dlm__row_int8) },
-    DLM__ALL_BUT_PRODUCTS
+    DLM__KERNEL_LIST(DLM__ENTRY)
 };
 
 #ifdef DLM__AMX_TILES               /* see instances                               */
@@ -2442,7 +2446,7 @@ static const dlm__kernels dlm__table_amx = {
     DLM__MR, DLM__NR, DLM__VW, { 32, 16, 1, 0, dlm__amx_enter },
     { DLM__K(dlm__tile_f32), dlm__amx_tile_bf16, dlm__amx_tile_int8 },
     { DLM__K(dlm__row_f32), NULL, NULL },
-    DLM__ALL_BUT_PRODUCTS
+    DLM__KERNEL_LIST(DLM__ENTRY)
 };
 #endif
 
@@ -2451,7 +2455,7 @@ static const dlm__kernels dlm__table_amx = {
 #undef DLM__FEW
 #undef DLM__PARTS
 #undef DLM__PRODUCTS
-#undef DLM__ALL_BUT_PRODUCTS
+#undef DLM__ENTRY
 #undef DLM__KERNEL_PASS
 #undef DLM__TARGET
 #undef dlm__bits
@@ -2733,42 +2737,53 @@ static DLM__AMX_TARGET void dlm__amx_enter(int yes)
     else _tile_release();
 }
 
-#define DLM__AMX_TILE(name, multiply) \
-static DLM__AMX_TARGET void dlm__amx_tile_##name( \
-    float *c, int ldc, dlm__left a, const float *b, int ldb, \
-    int m, int n, int k, int add) \
-{ \
-    float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge; \
-    const size_t a_row = 4 * a.by_i, b_row = 4 * (size_t)ldb; \
-    const size_t ld = (size_t)(block == c ? ldc : 32), row = 4 * ld; \
-    float *lower = block + 16 * ld; \
-    for (int i = 0; add && block != c && i < m; i++) \
-        memcpy(edge + 32 * i, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c); \
-    DLM__BARRIER; \
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); \
-    if (add) { \
-        _tile_loadd(0, block, row); _tile_loadd(1, block + 16, row); \
-        if (m > 16) { _tile_loadd(2, lower, row); _tile_loadd(3, lower + 16, row); } \
-    } \
-    for (int kk = 0; kk < k; kk += 16, a.at += 16, b += 16 * ldb) { \
-        _tile_loadd(4, a.at, a_row); \
-        _tile_loadd(6, b, b_row); \
-        _tile_loadd(7, b + 16, b_row); \
-        multiply(0, 4, 6); \
-        multiply(1, 4, 7); \
-        if (m > 16) { \
-            _tile_loadd(5, a.at + 16 * a.by_i, a_row); \
-            multiply(2, 5, 6); \
-            multiply(3, 5, 7); \
-        } \
-    } \
-    _tile_stored(0, block, row); _tile_stored(1, block + 16, row); \
-    if (m > 16) { _tile_stored(2, lower, row); _tile_stored(3, lower + 16, row); } \
-    for (int i = 0; block != c && i < m; i++) \
-        memcpy(c + (size_t)i * (size_t)ldc, edge + 32 * i, (size_t)n * sizeof *c); \
+DLM__INLINE DLM__AMX_TARGET void dlm__amx_tile(
+    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add,
+    const dlm__word kind)
+{
+    float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge;
+    const size_t a_row = 4 * a.by_i, b_row = 4 * (size_t)ldb;
+    const size_t ld = (size_t)(block == c ? ldc : 32), row = 4 * ld;
+    float *lower = block + 16 * ld;
+    for (int i = 0; add && block != c && i < m; i++)
+        memcpy(edge + 32 * i, c + (size_t)i * (size_t)ldc, (size_t)n * sizeof *c);
+    DLM__BARRIER;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    if (add) {
+        _tile_loadd(0, block, row); _tile_loadd(1, block + 16, row);
+        if (m > 16) { _tile_loadd(2, lower, row); _tile_loadd(3, lower + 16, row); }
+    }
+#define DLM__MULTIPLY(c, a, b) \
+    if (kind == DLM__WORD_I8) _tile_dpbssd(c, a, b); else _tile_dpbf16ps(c, a, b)
+    for (int kk = 0; kk < k; kk += 16, a.at += 16, b += 16 * ldb) {
+        _tile_loadd(4, a.at, a_row);
+        _tile_loadd(6, b, b_row);
+        _tile_loadd(7, b + 16, b_row);
+        DLM__MULTIPLY(0, 4, 6);
+        DLM__MULTIPLY(1, 4, 7);
+        if (m <= 16) continue;
+        _tile_loadd(5, a.at + 16 * a.by_i, a_row);
+        DLM__MULTIPLY(2, 5, 6);
+        DLM__MULTIPLY(3, 5, 7);
+    }
+#undef DLM__MULTIPLY
+    _tile_stored(0, block, row); _tile_stored(1, block + 16, row);
+    if (m > 16) { _tile_stored(2, lower, row); _tile_stored(3, lower + 16, row); }
+    for (int i = 0; block != c && i < m; i++)
+        memcpy(c + (size_t)i * (size_t)ldc, edge + 32 * i, (size_t)n * sizeof *c);
 }
-DLM__AMX_TILE(bf16, _tile_dpbf16ps)
-DLM__AMX_TILE(int8, _tile_dpbssd)
+
+static DLM__AMX_TARGET void dlm__amx_tile_bf16(
+    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add)
+{
+    dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_BF16);
+}
+
+static DLM__AMX_TARGET void dlm__amx_tile_int8(
+    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add)
+{
+    dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_I8);
+}
 #endif
 
 /* --[ avx512bf16 ]------------------------------------------------------------
@@ -2782,7 +2797,6 @@ DLM__AMX_TILE(int8, _tile_dpbssd)
 #include DLM_SELF
 #undef DLM__AMX_TILES
 #undef DLM__AMX_TARGET
-#undef DLM__AMX_TILE
 #endif
 #undef DLM__AVX2
 #undef DLM__AVX512
@@ -2811,7 +2825,7 @@ DLM__INLINE void dlm__store8_neon(char *p, uint32x4_t x)
 }
 
 /* vmaxq would return NaN where the x86 words return the second operand. */
-DLM__INLINE float32x4_t dlm__max_neon(float32x4_t a, float32x4_t b)
+DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
 {
     return vbslq_f32(vcgtq_f32(a, b), a, b);
 }
@@ -2832,7 +2846,7 @@ DLM__INLINE float32x4_t dlm__max_neon(float32x4_t a, float32x4_t b)
 #define dlm__vset1(x) vdupq_n_f32(x)
 #define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
-#define dlm__vmax(a, b) dlm__max_neon(a, b)
+#define dlm__vmax(a, b) dlm__larger_neon(a, b)
 #define dlm__vsqrt(a) vsqrtq_f32(a)
 #define dlm__hsum(v) vaddvq_f32(v)
 #define dlm__hmax(v) vmaxvq_f32(v)
@@ -4198,6 +4212,39 @@ static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, 
     dlm__for_rows(ctx, rows, 30.0 * F, dlm__gated_rows, &s);
 }
 
+/* --[ cross-entropy ]---------------------------------------------------------
+     loss = log sum_v e^z_v - z_target          dz_v = w (softmax(z)_v - [v = target]) */
+
+/* The first place of the largest entry, V - 1 if none equals it: whole runs without it
+   are passed a vector at a time. */
+static int dlm__argmax(const dlm__kernels *k, const float *x, int V, float max)
+{
+    const int run = 512;
+    int at = 0;
+    while (V - at > run && !(k->max(x + at, run) == max)) at += run;
+    while (at < V - 1 && !(x[at] == max)) at++;
+    return at;
+}
+
+DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax)
+{
+    const float max = ctx->k->max(logits, V);
+    const float shift = max > -INFINITY ? max : 0.0f;
+    if (argmax) *argmax = dlm__argmax(ctx->k, logits, V, max);
+    return (double)shift + log(ctx->k->sum_exp(logits, V, shift, NULL));
+}
+
+DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
+                                 double weight)
+{
+    const float max = ctx->k->max(logits, V);
+    const double sum = ctx->k->sum_exp(logits, V, max, NULL);
+    const double loss = (double)max + log(sum) - (double)logits[target];
+    ctx->k->exp_scaled(logits, logits, V, max, (float)(weight / sum));
+    logits[target] -= (float)weight;
+    return loss;
+}
+
 /* ==[ attention ]=============================================================
      s_ij = q_i . k_j / sqrt(D)     p_ij = e^(s_ij - lse_i)     o_i = sum_j p_ij v_j
    over the keys j in the two ranges of row i; lse_i = log sum_j e^s_ij is kept, p is
@@ -4565,41 +4612,10 @@ static void dlm__attention_backward_job(void *arg, int job)
 static void dlm__attention_backward(dlm__attention *a)
 {
     const double seen = dlm__keys_seen(a->keys, a->start[a->n_seqs]);
-    dlm__parallel(a->ctx, a->n_seqs * a->KV, 10.0 * a->D * a->H * seen + 1e6,
+    /* What is not in proportion to them, too, is worth a hand-over: whole columns. */
+    dlm__parallel(a->ctx, a->n_seqs * a->KV,
+                  10.0 * a->D * a->H * seen + 2.0 * DLM__HAND_OVER,
                   dlm__attention_backward_job, a);
-}
-
-/* --[ cross-entropy ]---------------------------------------------------------
-     loss = log sum_v e^z_v - z_target          dz_v = w (softmax(z)_v - [v = target]) */
-
-/* The first place of the largest entry, V - 1 if none equals it: whole runs without it
-   are passed a vector at a time. */
-static int dlm__argmax(const dlm__kernels *k, const float *x, int V, float max)
-{
-    const int run = 512;
-    int at = 0;
-    while (V - at > run && !(k->max(x + at, run) == max)) at += run;
-    while (at < V - 1 && !(x[at] == max)) at++;
-    return at;
-}
-
-DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *argmax)
-{
-    const float max = ctx->k->max(logits, V);
-    const float shift = max > -INFINITY ? max : 0.0f;
-    if (argmax) *argmax = dlm__argmax(ctx->k, logits, V, max);
-    return (double)shift + log(ctx->k->sum_exp(logits, V, shift, NULL));
-}
-
-DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
-                                 double weight)
-{
-    const float max = ctx->k->max(logits, V);
-    const double sum = ctx->k->sum_exp(logits, V, max, NULL);
-    const double loss = (double)max + log(sum) - (double)logits[target];
-    ctx->k->exp_scaled(logits, logits, V, max, (float)(weight / sum));
-    logits[target] -= (float)weight;
-    return loss;
 }
 
 /* ==[ config ]================================================================
