@@ -9556,7 +9556,7 @@ static dlm_error dlm__pieces_from(dlm_tokenizer **tok, dlm_ctx *ctx, char *hex)
     for (size_t i = 0; i < n; i += 2) {
         const int byte = dlm__hex(hex + i, 2);
         if (byte < 0)
-            return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars not hexadecimal");
+            return dlm__fail(ctx, DLM_E_FORMAT, "tokenizer: dlm.chars: not hexadecimal");
         hex[i / 2] = (char)byte;
     }
     return dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_PIECES, hex, n / 2);
