@@ -9712,11 +9712,11 @@ DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size
 #ifndef DLM_NO_STDIO
 
 /* --[ saving ]----------------------------------------------------------------
-   The header is written twice by the same calls, the first time only to count. */
+   How long the header is, is known and filled in when it has been written. */
 
 typedef struct dlm__text {
-    FILE  *out;                     /* NULL: count                                 */
-    size_t n;
+    FILE  *out;
+    size_t n;                       /* bytes so far                                */
     int    bad;                     /* 1: the disk is full, or worse               */
 } dlm__text;
 
@@ -9724,7 +9724,7 @@ static void dlm__put(dlm__text *t, const char *s)
 {
     const size_t n = strlen(s);
     t->n += n;
-    if (t->out && fwrite(s, 1, n, t->out) != n) t->bad = 1;
+    if (fwrite(s, 1, n, t->out) != n) t->bad = 1;
 }
 
 static void dlm__put_quoted(dlm__text *t, const char *s)
@@ -9819,18 +9819,16 @@ static void dlm__put_header(dlm__text *t, const dlm__content *c)
 static int dlm__write_content(FILE *f, const void *content)
 {
     const dlm__content *c = (const dlm__content *)content;
-    dlm__text header = { NULL, 0, 0 };
+    dlm__text header = { f, 0, 0 };
+    uint64_t length = 0;
     dlm__array a;
-    uint64_t length;
-    dlm__put_header(&header, c);
-    length = header.n;
-    header.out = f;
-    header.n = 0;
     if (fwrite(&length, sizeof length, 1, f) != 1) return 0;
     dlm__put_header(&header, c);
+    length = header.n;
     for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
         if (fwrite(a.t.data, sizeof(float), a.count, f) != a.count) return 0;
-    return !header.bad;
+    return !header.bad && fseek(f, 0, SEEK_SET) == 0
+        && fwrite(&length, sizeof length, 1, f) == 1;
 }
 
 /* What loading would refuse is not saved. */
