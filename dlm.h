@@ -8538,8 +8538,9 @@ static int dlm__is_number(const char *text)
 enum { DLM__NUMBER = 32, DLM__NUMBER_MOST = 255 };
 static const char *dlm__point(char out[DLM__NUMBER])
 {
-    snprintf(out, DLM__NUMBER, "%.1f", 0.5);
-    out[strlen(out) - 1] = '\0';
+    const int n = snprintf(out, DLM__NUMBER, "%.1f", 0.5);
+    if (n < 3) return ".";          /* a small library, which prints no floats     */
+    out[n - 1] = '\0';
     return out + 1;
 }
 
@@ -8829,10 +8830,10 @@ static dlm_error dlm__end_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm
 }
 
 /* write puts the content into a stream, and says 1 when all of it is there. */
-typedef int (*dlm__write_fn)(FILE *f, const void *content);
+typedef int (*dlm__write_fn)(FILE *f, void *content);
 
 static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__write_fn write_to,
-                                 const void *content)
+                                 void *content)
 {
     char target[DLM__PATH], beside[DLM__PATH + 24];
     const int mode = dlm__file_mode(path);
@@ -9714,9 +9715,12 @@ DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size
 /* --[ saving ]----------------------------------------------------------------
    How long the header is, is known and filled in when it has been written. */
 
-typedef struct dlm__text {
+typedef struct dlm__text {          /* what is written:                            */
+    const dlm_model     *m;
+    const dlm_tokenizer *tok;       /* with it, or NULL                            */
+    const dlm_trainer   *trainer;   /* not NULL: a training state                  */
     FILE  *out;
-    size_t n;                       /* bytes so far                                */
+    size_t n;                       /* bytes of header so far                      */
     int    bad;                     /* 1: the disk is full, or worse               */
 } dlm__text;
 
@@ -9775,13 +9779,6 @@ static void dlm__put_tokenizer(dlm__text *t, const dlm_tokenizer *tok)
     dlm__put(t, "\"");
 }
 
-/* What a file holds: a model and maybe its tokenizer, or a training state. */
-typedef struct dlm__content {
-    const dlm_model     *m;
-    const dlm_tokenizer *tok;
-    const dlm_trainer   *t;
-} dlm__content;
-
 static void dlm__put_config(dlm__text *t, const dlm_config *c)
 {
     for (int i = 0; dlm__config_options[i].name; i++) {
@@ -9796,52 +9793,53 @@ static void dlm__put_config(dlm__text *t, const dlm_config *c)
     }
 }
 
-static void dlm__put_header(dlm__text *t, const dlm__content *c)
+static void dlm__put_header(dlm__text *t)
 {
     char steps[32];
     size_t offset = 0;
     dlm__array a;
     dlm__put(t, "{\"__metadata__\":{\"format\":\"pt\"");
-    dlm__put_config(t, &c->m->config);
-    if (c->tok) dlm__put_tokenizer(t, c->tok);
-    if (c->t) {
-        snprintf(steps, sizeof steps, "%.0f", (double)c->t->steps);
+    dlm__put_config(t, &t->m->config);
+    if (t->tok) dlm__put_tokenizer(t, t->tok);
+    if (t->trainer) {
+        snprintf(steps, sizeof steps, "%.0f", (double)t->trainer->steps);
         dlm__put_pair(t, "dlm.step", steps);
-        dlm__put_pair(t, "dlm.objective", dlm__objective_names[c->t->options.objective]);
+        dlm__put_pair(t, "dlm.objective",
+                      dlm__objective_names[t->trainer->options.objective]);
     }
     dlm__put(t, "}");
-    for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
+    for (int i = 0; dlm__array_at(t->m, t->trainer, i, &a); i++)
         dlm__put_array(t, &a, &offset);
     dlm__put(t, "}");
     while (t->n % 8 != 0) dlm__put(t, " ");
 }
 
-static int dlm__write_content(FILE *f, const void *content)
+static int dlm__write_text(FILE *f, void *text)
 {
-    const dlm__content *c = (const dlm__content *)content;
-    dlm__text header = { f, 0, 0 };
+    dlm__text *t = (dlm__text *)text;
     uint64_t length = 0;
     dlm__array a;
+    t->out = f;
     if (fwrite(&length, sizeof length, 1, f) != 1) return 0;
-    dlm__put_header(&header, c);
-    length = header.n;
-    for (int i = 0; dlm__array_at(c->m, c->t, i, &a); i++)
+    dlm__put_header(t);
+    length = t->n;
+    for (int i = 0; dlm__array_at(t->m, t->trainer, i, &a); i++)
         if (fwrite(a.t.data, sizeof(float), a.count, f) != a.count) return 0;
-    return !header.bad && fseek(f, 0, SEEK_SET) == 0
+    return !t->bad && fseek(f, 0, SEEK_SET) == 0
         && fwrite(&length, sizeof length, 1, f) == 1;
 }
 
 /* What loading would refuse is not saved. */
 static dlm_error dlm__save(dlm_ctx *ctx, const char *path, const dlm_model *m,
-                           const dlm_tokenizer *tok, const dlm_trainer *t)
+                           const dlm_tokenizer *tok, const dlm_trainer *trainer)
 {
-    const char *what = t ? "training state" : "checkpoint";
-    const dlm__content c = { m, tok, t };
+    const char *what = trainer ? "training state" : "checkpoint";
+    dlm__text t = { m, tok, trainer, NULL, 0, 0 };
     dlm__array a;
     dlm_error e = DLM_OK;
-    for (int i = 0; e == DLM_OK && dlm__array_at(m, t, i, &a); i++)
+    for (int i = 0; e == DLM_OK && dlm__array_at(m, trainer, i, &a); i++)
         e = dlm__check_array(ctx, DLM_E_INPUT, what, &a, a.t.data);
-    return e == DLM_OK ? dlm__write_file(ctx, path, dlm__write_content, &c) : e;
+    return e == DLM_OK ? dlm__write_file(ctx, path, dlm__write_text, &t) : e;
 }
 
 DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
@@ -9919,8 +9917,8 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
     c.norm_eps = 1e-5f;
     e = dlm_config_resolve(ctx, &c);
     if (e != DLM_OK) return e;
-    wanted = sizeof h + 4.0 * ((double)dlm__count_params(&c)    /* exact, and no    */
-                               + (double)(c.max_seq * c.head_dim));   /* overflow    */
+    wanted = sizeof h + 4.0 * ((double)dlm__count_params(&c)
+                               + (double)(c.max_seq * c.head_dim));
     if ((double)size != wanted)
         return dlm__fail(ctx, DLM_E_FORMAT, "llama2.c: %.0f bytes, its header wants %.0f",
                          (double)size, wanted);
