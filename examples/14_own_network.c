@@ -81,9 +81,9 @@ static dlm_error fill(dlm_ctx *ctx, const dlm_tokenizer *tok, const chain *c, ta
     dlm_sampler *sampler = NULL;
     dlm_config sizes = {0};                  /* the rest is for models               */
     dlm_sample_options how = {0};
-    sizes.vocab = dlm_tokenizer_vocab(tok);
+    sizes.vocab = tok->vocab;
     sizes.max_seq = T;
-    sizes.mask_id = dlm_tokenizer_mask(tok);
+    sizes.mask_id = tok->mask;
     sizes.pattern = DLM_PATTERN_FULL;        /* every row is to see all others       */
     how.steps = 12;
     how.temperature = 0.5f;
@@ -118,8 +118,8 @@ static dlm_error run(dlm_ctx *ctx, const dlm_tokenizer *tok, int *same)
     dlm_error e = dlm_encode(tok, text, strlen(text), ids, sizeof text, &n);
     if (!e) e = dlm_encode(tok, given, strlen(given), canvas, T, &length);
     if (e) return e;
-    c.vocab = dlm_tokenizer_vocab(tok);
-    c.mask = dlm_tokenizer_mask(tok);
+    c.vocab = tok->vocab;
+    c.mask = tok->mask;
     c.letters = c.vocab - 2;                 /* the stop and the mask come last      */
     for (size_t i = 0; i < length; i++)
         if (form[i] == '_') canvas[i] = c.mask;
