@@ -10,8 +10,8 @@ BEGIN {
           "instances:480 threads:180 context:120 matmul:420 layers:400 " \
           "attention:400 config:80 parameters:330 patterns:50 work:330 block:310 " \
           "sessions:120 states:400 trainer:240 optimizer:140 lift:320 steps:150 " \
-          "sampler:800 likelihood:120 distill:500 json:280 files:250 " \
-          "tokenizers:450 safetensors:340 checkpoints:440 llama2c:90 loading:70 " \
+          "sampler:800 likelihood:120 distill:500 json:270 files:250 " \
+          "tokenizers:350 safetensors:310 checkpoints:380 llama2c:80 loading:70 " \
           "options:130 quantised:350 hf:400 history:35 license:45", words, " ")
     for (i in words) { split(words[i], pair, ":"); budget[pair[1]] = pair[2] }
     # Longer than a page because they are one column of calls or one grammar.
