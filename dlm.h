@@ -69,6 +69,9 @@
        DLM_NO_THREADS              no built-in pool; a hook still works
        DLM_ASSERT(x)               default assert(x): a cheap check of a contract
        DLM_MALLOC(n) DLM_FREE(p)   both or none; dlm_allocator replaces them at run time
+       DLM_GUARD                   64, 128, ..: bytes of a pattern around the arrays of
+                                   objects, which freeing asserts to be unharmed; sizes
+                                   count them (default 0: none)
        DLM_SELF                    this file's name, if you renamed it: "my_dlm.h"
        DLM_ALLOW_FAST_MATH         -ffast-math, -ffinite-math-only and, where the compiler
                                    says so, -fassociative-math are refused without it
@@ -1263,6 +1266,15 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path);
 #include <assert.h>
 #define DLM_ASSERT(condition) assert(condition)
 #endif
+#ifndef DLM_GUARD
+#define DLM_GUARD 0
+#endif
+#if DLM_GUARD < 0 || DLM_GUARD % 64 != 0
+#error "DLM_GUARD must be a multiple of 64, or arrays would not be aligned"
+#endif
+#ifndef DLM__OVERRUN                /* the tests collect these                     */
+#define DLM__OVERRUN(words) DLM_ASSERT((words)[0] == '\0')
+#endif
 
 #if defined(__GNUC__) || defined(__clang__)
 #define DLM__INLINE static inline __attribute__((always_inline))
@@ -1377,17 +1389,34 @@ typedef struct dlm__arena {
     size_t used;                    /* SIZE_MAX once a size has overflowed         */
 } dlm__arena;
 
-/* count items of size bytes, 64-byte aligned; NULL while counting. */
+enum { DLM__PATTERN = 0xA5 };       /* what guards and the ends of slices hold     */
+
+/* Slices are 64-byte aligned and have DLM_GUARD bytes before them, of which the last say
+   how long the slice is; its own end is filled up to the next 64. */
+static void dlm__put_guard(char *slice, size_t size)
+{
+#if DLM_GUARD
+    memset(slice - DLM_GUARD, DLM__PATTERN, DLM_GUARD);
+    memcpy(slice - sizeof size, &size, sizeof size);
+    memset(slice + size, DLM__PATTERN, (DLM__ALIGN - size % DLM__ALIGN) % DLM__ALIGN);
+#else
+    (void)slice;
+    (void)size;
+#endif
+}
+
+/* count items of size bytes; NULL while counting. */
 static void *dlm__push(dlm__arena *a, size_t count, size_t size)
 {
-    size_t at = a->used;
-    if (at == SIZE_MAX || (count != 0 && size > (SIZE_MAX / 4) / count)
-        || at > SIZE_MAX / 4) {
+    const size_t at = a->used + DLM_GUARD;
+    if (a->used > SIZE_MAX / 4 || (count != 0 && size > (SIZE_MAX / 4) / count)) {
         a->used = SIZE_MAX;
         return NULL;
     }
     a->used = (at + count * size + DLM__ALIGN - 1) / DLM__ALIGN * DLM__ALIGN;
-    return a->base ? a->base + at : NULL;
+    if (a->base == NULL) return NULL;
+    dlm__put_guard(a->base + at, count * size);
+    return a->base + at;
 }
 
 static float *dlm__push_floats(dlm__arena *a, size_t rows, size_t cols)
@@ -1438,13 +1467,14 @@ static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
 typedef void (*dlm__carve_fn)(dlm__arena *a, void *object);
 
 typedef struct dlm__origin {        /* the slice before an object: where it is from */
-    dlm_ctx *ctx;                   /* a context's: itself                         */
-    void    *block;                 /* what was allocated, NULL if the user's      */
+    dlm_ctx    *ctx;                /* a context's: itself                         */
+    void       *block;              /* what was allocated, NULL if the user's      */
+    const char *what, *end;         /* the object's name; behind its last slice    */
 } dlm__origin;
 
 static dlm__origin *dlm__origin_of(void *object)
 {
-    return (dlm__origin *)(void *)((char *)object - DLM__ALIGN);
+    return (dlm__origin *)(void *)((char *)object - DLM__ALIGN - DLM_GUARD);
 }
 
 static void *dlm__carve_whole(dlm__arena *a, dlm__carve_fn carve, void *object,
@@ -1454,6 +1484,7 @@ static void *dlm__carve_whole(dlm__arena *a, dlm__carve_fn carve, void *object,
     dlm__push(a, 1, sizeof(dlm__origin));
     at = dlm__push(a, 1, size);
     carve(a, object);
+    if (DLM_GUARD > 0) dlm__push(a, 0, 1);      /* a guard behind the last         */
     return at;
 }
 
@@ -1477,7 +1508,34 @@ static void *dlm__make(dlm_error *e, dlm_ctx *ctx, const char *what, dlm__carve_
     origin = dlm__origin_of(object);
     origin->ctx = ctx == draft ? (dlm_ctx *)object : ctx;
     origin->block = block;
+    origin->what = what;
+    origin->end = a.base + a.used;
     return memcpy(object, draft, size);
+}
+
+/* Which array of an object was written beyond its end, in words: number 0 is the object
+   itself, 1 what its carve function places first.  0: none; without guards always. */
+static int dlm__overrun(void *object, char *words, size_t size)
+{
+    const dlm__origin *o = dlm__origin_of(object);
+    const char *at = (const char *)object;
+    for (int slice = 0; DLM_GUARD > 0 && at < o->end; slice++) {
+        const char *next = o->end, *behind = at;
+        size_t n;
+        memcpy(&n, at - sizeof n, sizeof n);
+        if (n < (size_t)(o->end - at)) {
+            behind += n;
+            next = at + (n + DLM__ALIGN - 1) / DLM__ALIGN * DLM__ALIGN + DLM_GUARD;
+        }
+        for (const char *b = behind; b < next - sizeof n; b++)
+            if (*(const unsigned char *)b != DLM__PATTERN) {
+                snprintf(words, size, "%s: array %d, of %.0f bytes, was overrun by %d",
+                         o->what, slice, (double)n, (int)(b - behind) + 1);
+                return 1;
+            }
+        at = next;
+    }
+    return 0;
 }
 
 static void dlm__unmake(void *object)
@@ -1485,6 +1543,7 @@ static void dlm__unmake(void *object)
     if (object) {
         const dlm__origin *o = dlm__origin_of(object);
         dlm_ctx copy = *o->ctx;     /* it may be what goes                         */
+        if (dlm__overrun(object, copy.error, sizeof copy.error)) DLM__OVERRUN(copy.error);
         dlm__release(&copy, o->block);
     }
 }
@@ -9150,7 +9209,7 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
 
 DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
 {
-    if (t) dlm__release(t->ctx, t);
+    dlm__unmake(t);
 }
 
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
@@ -9428,7 +9487,7 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
     e = dlm__st_walk(f, text, (size_t)header);
     if (e == DLM_OK) e = dlm__st_check_places(f);
     if (e == DLM_OK) *out = f;
-    else dlm__release(ctx, f);
+    else dlm__release(ctx, f->block);
     return e;
 }
 

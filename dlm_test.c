@@ -12,6 +12,9 @@
 static int test_refuse_maps;               /* 1: as on a disk that maps no files   */
 #define DLM__MAY_MAP (!test_refuse_maps)
 #endif
+static void test_overrun(const char *words);
+#define DLM_GUARD 64
+#define DLM__OVERRUN(words) test_overrun(words)
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 
@@ -54,6 +57,15 @@ static void test_fail(const char *file, int line, const char *label, double erro
         snprintf(f->detail, sizeof f->detail, "%.90s%s%.100s", detail,
                  test_label_text[0] ? " | " : "", test_label_text);
     }
+}
+
+/* Objects are looked at when they are freed, whoever frees them. */
+static int test_overruns_wanted;
+
+static void test_overrun(const char *words)
+{
+    if (test_overruns_wanted > 0) test_overruns_wanted--;
+    else test_fail(__FILE__, __LINE__, "arrays of an object", 0, words);
 }
 
 static void test_close_to(const char *file, int line, const char *label, double got,
@@ -2768,6 +2780,37 @@ TEST(packed_model_lives_in_used_memory_and_needs_no_original)
         dlm_model_free(packed);
         free(block);
     }
+    test_close(ctx);
+}
+
+/* One byte behind every array in turn. */
+TEST(overrun_array_of_an_object_is_reported)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = toy_model(ctx, 2, 1);
+    dlm_session *s = NULL;
+    char got[256], want[256];
+    int arrays = 0;
+    CHECK_OK(dlm_session_create(&s, ctx, m, NULL, NULL));
+    CHECK(!dlm__overrun(s, got, sizeof got));
+    for (char *at = (char *)s; at < dlm__origin_of(s)->end; arrays++) {
+        size_t n;
+        memcpy(&n, at - sizeof n, sizeof n);
+        LABEL("array %d", arrays);
+        at[n] ^= 1;
+        snprintf(want, sizeof want, "session: array %d, of %lu bytes, was overrun by 1",
+                 arrays, (unsigned long)n);
+        CHECK(dlm__overrun(s, got, sizeof got) && !strcmp(got, want));
+        at[n] ^= 1;
+        at += (n + 63) / 64 * 64 + DLM_GUARD;
+    }
+    CHECK(arrays > 20 && !dlm__overrun(s, got, sizeof got));
+    s->w.rf[s->w.out] = 0;                     /* too far by one float             */
+    test_overruns_wanted = 1;
+    dlm_session_free(s);
+    CHECK(test_overruns_wanted == 0);
+    test_overruns_wanted = 0;
+    dlm_model_free(m);
     test_close(ctx);
 }
 
@@ -12403,6 +12446,7 @@ static const test_case test_cases[] = {
     RUN(packed_models_belong_to_an_isa),
     RUN(int8_products_at_their_limits),
     RUN(packed_model_lives_in_used_memory_and_needs_no_original),
+    RUN(overrun_array_of_an_object_is_reported),
     RUN(sessions_share_the_weights_of_a_model),
     RUN(unseen_slots_do_not_matter),
     RUN(doubled_row_equals_cached_block_at_the_same_state),
