@@ -669,10 +669,11 @@ typedef struct dlm_sampler dlm_sampler;
    and the commit of a finished block rides along with the next one's first step. */
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_sample_options *opt, dlm_memory *mem);
-/* The same without a session or a model, from sizes alone: of config vocab, max_seq,
-   mask_id, mask_is_0, pattern, block and shifted are read, with the usual defaults; no
-   step can be run but by asking, scoring and answering.  A network that keeps no keys
-   and values leaves lim.cached 0: every step then asks for all rows from slot 0 on. */
+/* The same without a session or a model, from sizes alone: of config only vocab, max_seq,
+   mask_id, mask_is_0, pattern, block and shifted matter, with the usual defaults, and dim
+   may be 0; lim NULL: zeros.  No step can be run but by asking, scoring and answering.  A
+   network that keeps no keys and values leaves lim.cached 0: every step then asks for all
+   rows from slot 0 on. */
 DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
                                          const dlm_config *config, const dlm_limits *lim,
                                          const dlm_sample_options *opt, dlm_memory *mem);
@@ -7117,10 +7118,11 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
 typedef struct dlm__sequence {      /* one text that is being filled in            */
     int  *canvas;                   /* (length) the caller's                       */
     unsigned char *marks;           /* (length) dlm__mark                          */
-    int   length, prompt;           /* tokens; the visible prefix                  */
+    int   length;                   /* tokens                                      */
     int   offset;                   /* blocks begin at slots congruent to it       */
     int   a, e;                     /* the active block                            */
     int   cached;                   /* rows [0, cached) have final keys and values */
+    int   from, to;                 /* the rows of this step                       */
     int   step, block_step;         /* steps done in all; in this block            */
     int   block_masks;              /* masks when the block became active          */
     int   end;                      /* tokens that count: up to the stop           */
@@ -7268,7 +7270,10 @@ DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
     memset(&draft, 0, sizeof draft);
     draft.ctx = ctx;
     *c = *config;
-    if (c->dim == 0) { c->dim = 2; c->layers = c->heads = 1; }      /* of nothing */
+    if (c->dim == 0) {                      /* whatever, the network is not ours   */
+        c->dim = 2;
+        c->layers = c->heads = 1;
+    }
     e = dlm_config_resolve(ctx, c);
     if (e == DLM_OK) e = dlm__limits_resolve(ctx, lim, c->max_seq, &draft.lim);
     if (e == DLM_OK) e = dlm__sample_resolve(ctx, c, opt, &draft.opt);
@@ -7337,14 +7342,15 @@ static dlm_error dlm__check_canvas(const dlm_sampler *sm, int seq, const int *ca
 static void dlm__begin_sequence(const dlm_sampler *sm, dlm__sequence *q, int *canvas,
                                 unsigned char *marks, int length)
 {
+    int prompt = 0;
     memset(q, 0, sizeof *q);
     q->canvas = canvas;
     q->marks = marks;
     q->length = q->end = length;
     for (int i = 0; i < length; i++)
         marks[i] = canvas[i] != sm->c.mask_id ? DLM__GIVEN : 0;
-    while (q->prompt < length && marks[q->prompt]) q->prompt++;
-    q->offset = sm->opt.absolute_blocks ? 0 : q->prompt % sm->opt.block;
+    while (prompt < length && marks[prompt]) prompt++;      /* the visible prefix   */
+    q->offset = sm->opt.absolute_blocks ? 0 : prompt % sm->opt.block;
     dlm__next_block(sm, q);
 }
 
@@ -7444,7 +7450,7 @@ static void dlm__sort(dlm__candidate *c, int n)
    `steps` even ones; its step is then uniform on 0 .. steps - 1 and independent of the
    others, so it can be drawn at once, the same number whenever it is asked for. */
 static float dlm__blind_rank(const dlm_sampler *sm, const dlm__sequence *q, int position,
-                              int steps)
+                             int steps)
 {
     switch (sm->opt.order) {
     case DLM_ORDER_SEQUENTIAL: return (float)-position;
@@ -7471,7 +7477,7 @@ static void dlm__keep_blindly(const dlm_sampler *sm, dlm__sequence *q, dlm__cand
         q->time = ((float)steps + c->guess.rank - 1.0f) / (float)steps;
     }
     q->n = dlm__min(q->n, keep);
-    for (int i = 0; i < q->n; i++) c[i].guess.rank = 0.0f;     /* now by position  */
+    for (int i = 0; i < q->n; i++) c[i].guess.rank = 0.0f;      /* now by position  */
     dlm__sort(c, q->n);
 }
 
@@ -7506,16 +7512,13 @@ static int dlm__predictor(const dlm_sampler *sm, int position)
     return sm->c.shifted ? dlm__max(0, position - 1) : position;
 }
 
-static int dlm__first_row(const dlm_sampler *sm, const dlm__sequence *q)
+static void dlm__choose_rows(const dlm_sampler *sm, dlm__sequence *q)
 {
-    if (sm->c.pattern == DLM_PATTERN_FULL || !sm->lim.cached) return 0;
-    return dlm__min(q->cached, dlm__predictor(sm, q->a));
-}
-
-static int dlm__end_row(const dlm_sampler *sm, const dlm__sequence *q)
-{
-    if (sm->c.pattern == DLM_PATTERN_FULL) return q->length;
-    return sm->c.pattern == DLM_PATTERN_CAUSAL ? q->a : q->e;
+    const int full = sm->c.pattern == DLM_PATTERN_FULL;
+    const int causal = sm->c.pattern == DLM_PATTERN_CAUSAL;
+    q->from = full || !sm->lim.cached ? 0
+            : dlm__min(q->cached, dlm__predictor(sm, q->a));
+    q->to = full ? q->length : causal ? q->a : q->e;
 }
 
 /* Adds a sequence to the batch; slot i of it becomes row base + i.  Unguided: all given
@@ -7524,10 +7527,9 @@ static int dlm__end_row(const dlm_sampler *sm, const dlm__sequence *q)
 static void dlm__add_rows(dlm_sampler *sm, int seq, int unguided)
 {
     const dlm__sequence *q = &sm->seqs[seq];
-    const int first = dlm__first_row(sm, q), end = dlm__end_row(sm, q);
     dlm_batch *b = &sm->batch;
-    const int base = sm->start[b->n_seqs] - first;
-    for (int i = first; i < end; i++) {
+    const int base = sm->start[b->n_seqs] - q->from;
+    for (int i = q->from; i < q->to; i++) {
         const int masked = unguided && q->marks[i] == DLM__GIVEN;
         sm->tokens[base + i] = masked ? sm->c.mask_id : q->canvas[i];
         sm->slots[base + i] = i;
@@ -7544,7 +7546,7 @@ static void dlm__add_rows(dlm_sampler *sm, int seq, int unguided)
         if (!unguided) sm->cands[i].out = b->n_out - 1;
     }
     sm->lanes[b->n_seqs++] = unguided ? seq + sm->lim.seqs / 2 : seq;
-    sm->start[b->n_seqs] = base + end;
+    sm->start[b->n_seqs] = base + q->to;
 }
 
 DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *out)
@@ -7555,9 +7557,12 @@ DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *out)
     memset(b, 0, sizeof *b);
     b->start = sm->start; b->tokens = sm->tokens; b->slots = sm->slots;
     b->lanes = sm->lanes; b->keys = sm->keys; b->out_rows = sm->out_rows;
-    for (int s = 0; s < sm->n_seqs; s++)
-        if (!sm->seqs[s].done)
-            rows += dlm__end_row(sm, &sm->seqs[s]) - dlm__first_row(sm, &sm->seqs[s]);
+    for (int s = 0; s < sm->n_seqs; s++) {
+        dlm__sequence *q = &sm->seqs[s];
+        if (q->done) continue;
+        dlm__choose_rows(sm, q);
+        rows += q->to - q->from;
+    }
     if (rows < 1 || rows * sides > sm->lim.rows)
         return dlm__fail(sm->ctx, DLM_E_INPUT, "a step needs %d rows%s, there is room "
                          "for %d", rows * sides, rows ? "" : " when all is done",
