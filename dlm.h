@@ -10087,6 +10087,8 @@ DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *pa
 
    ALTERNATIVE A - MIT License
 
+   Copyright (c) 2026 the dlm.h authors
+
    Permission is hereby granted, free of charge, to any person obtaining a copy of this
    software and associated documentation files (the "Software"), to deal in the
    Software without restriction, including without limitation the rights to use, copy,
