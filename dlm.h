@@ -9492,7 +9492,7 @@ DLM_API dlm_error dlm_safetensors_parse(dlm_safetensors **out, dlm_ctx *ctx,
     e = dlm__st_walk(f, text, (size_t)header);
     if (e == DLM_OK) e = dlm__st_check_places(f);
     if (e == DLM_OK) *out = f;
-    else dlm__release(ctx, f->block);
+    else dlm__release(ctx, f);
     return e;
 }
 

@@ -1,9 +1,9 @@
 /* 02_train_text.c - train a block-diffusion model on a text file; stop, resume.
 
    Build:  cc -O2 -I.. 02_train_text.c -o train_text -lm -pthread
-   Run:    ./train_text [text file or -] [checkpoint] [steps] [f32 or bf16]
-   See:    a line every second; before and after, the loss on the held-out last tenth.
-           Without a file a text is made up.  Ctrl-C saves; the same command goes on. */
+   Run:    ./train_text [text file or -] [checkpoint] [steps] [f32 or bf16] [width]
+   See:    a line every second; before and after, the loss on the held-out last tenth
+           (see README.md).  No file: a made-up text.  Ctrl-C saves; the same goes on. */
 #define _POSIX_C_SOURCE 200112L              /* clock_gettime under -std=c99         */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { THREADS = 2, T = 128, B = 4, WINDOWS = 64, MAX_TEXT = 1 << 25 };
+enum { THREADS = 2, T = 128, B = 4, WINDOWS = 64, MAX_TEXT = 1 << 25, HEAD = 32 };
 static char text[MAX_TEXT];
 static int ids[MAX_TEXT];
 static dlm_ctx *ctx;
@@ -125,13 +125,14 @@ static void train(dlm_trainer *t, size_t n, int steps)
 /* A new model for the text, or the one of a run that was stopped: then text must be
    spelled in its characters. */
 static void open_model(dlm_model **model, dlm_tokenizer **tok, const char *path,
-                       int resumed, size_t size, size_t *n)
+                       int resumed, int width, size_t size, size_t *n)
 {
     dlm_config cfg = {0};
     if (!resumed) {
         require(dlm_tokenizer_create(tok, ctx, DLM_TOKENIZER_CHARS, text, size));
         cfg.vocab = (*tok)->vocab, cfg.max_seq = T, cfg.block = 8;
-        cfg.dim = 160, cfg.layers = 3, cfg.heads = 5, cfg.ffn = 480, cfg.rope_theta = 100;
+        cfg.dim = width, cfg.layers = 3, cfg.heads = width / HEAD, cfg.ffn = 3 * width;
+        cfg.rope_theta = 100;
         require(dlm_model_create(model, ctx, &cfg, 1, NULL));
     } else {
         require(dlm_load(model, tok, ctx, path));
@@ -148,17 +149,19 @@ int main(int argc, char **argv)
     const char *path = argc > 2 ? argv[2] : "model.safetensors";
     const char *precision = argc > 4 ? argv[4] : "f32";
     int steps = argc > 3 ? atoi(argv[3]) : 1000, made = argc < 2 || !strcmp(argv[1], "-");
-    size_t size, n = 0, n_train;
+    int width = argc > 5 ? atoi(argv[5]) : 160;
     char state[1024];
+    size_t size, n = 0, n_train;
     dlm_tokenizer *tok = NULL;
     dlm_model *model = NULL;
     dlm_trainer *trainer = NULL;
     dlm_options options = {0};
     dlm_train_options how = {0};
-
-    if (argc > 5 || (!made && argv[1][0] == '-') || steps < 1
+    if (argc > 6 || (!made && argv[1][0] == '-') || steps < 1
+        || width < HEAD || width % HEAD || width > 32 * HEAD
         || (strcmp(precision, "f32") && strcmp(precision, "bf16"))) {
-        puts("usage: train_text [text file or -] [checkpoint] [steps] [f32 or bf16]");
+        puts("usage: train_text [text or -] [checkpoint] [steps] [f32 or bf16] [width]\n"
+             "       else - (made up), model.safetensors, 1000, f32, 160 (32 .. 1024)");
         return strcmp(argv[1], "--help") ? 2 : 0;
     }
     options.threads = THREADS;               /* changes the time, never the result   */
@@ -169,7 +172,7 @@ int main(int argc, char **argv)
         refuse(path, "too long a name");
     int old = exists(path), resumed = exists(state);     /* a run that was stopped?   */
     if (old && !resumed) refuse(path, "is there, but no .train to go on from");
-    open_model(&model, &tok, path, resumed, size, &n);
+    open_model(&model, &tok, path, resumed, width, size, &n);
     n_train = n - n / 10;                    /* the rest is held out                 */
     how.max_rows = 2 * B * T, how.lr = 1e-3f, how.warmup = steps / 10, how.total = steps;
     how.schedule = DLM_SCHEDULE_COSINE, how.lr_min = 5e-5f, how.weight_decay = 0.01f;
