@@ -18,8 +18,9 @@ BEGIN {
     split("dlm__json_value dlm__bpe_merge",
           words, " ")
     for (i in words) exception[words[i]] = 1
-    files["README.md"] = 210; files["Makefile"] = 95
+    files["README.md"] = 170; files["Makefile"] = 95
     files["examples/00_by_hand.c"] = 300            # a whole model, not one feature
+    files["examples/demo.c"] = 510                  # seven stages
 }
 
 function fail(where, text) { printf "FAIL %s: %s\n", where, text; failures++ }
