@@ -199,6 +199,9 @@ for file in empty short; do
 done
 says 2 'usage: ' 02_train_text text new.st 0
 says 2 'usage: ' 02_train_text text new.st 9 f16
+for width in 0 33 -32 1056 wide; do
+    says 2 'usage: ' 02_train_text text new.st 9 f32 $width
+done
 says 1 'cannot be written' 02_train_text text no/such/new.st
 says 1 'folder: cannot be written' 02_train_text text folder
 says 1 'block.st: is there, but no .train' 02_train_text text block.st
