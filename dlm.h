@@ -1392,8 +1392,9 @@ typedef struct dlm__arena {
 
 enum { DLM__PATTERN = 0xA5 };       /* what guards and the ends of slices hold     */
 
-/* Slices are 64-byte aligned and have DLM_GUARD bytes before them, of which the last say
-   how long the slice is; its own end is filled up to the next 64. */
+/* Slices are 64-byte aligned.  All but the first, at the base, have DLM_GUARD bytes
+   before them, of which the last say how long the slice is; what is left of the 64 behind
+   it is part of the next one's guard. */
 static void dlm__put_guard(char *slice, size_t size)
 {
 #if DLM_GUARD
@@ -1409,14 +1410,14 @@ static void dlm__put_guard(char *slice, size_t size)
 /* count items of size bytes; NULL while counting. */
 static void *dlm__push(dlm__arena *a, size_t count, size_t size)
 {
-    const size_t at = a->used + DLM_GUARD;
+    const size_t at = a->used ? a->used + DLM_GUARD : 0;
     if (a->used > SIZE_MAX / 4 || (count != 0 && size > (SIZE_MAX / 4) / count)) {
         a->used = SIZE_MAX;
         return NULL;
     }
     a->used = (at + count * size + DLM__ALIGN - 1) / DLM__ALIGN * DLM__ALIGN;
     if (a->base == NULL) return NULL;
-    dlm__put_guard(a->base + at, count * size);
+    if (at > 0) dlm__put_guard(a->base + at, count * size);
     return a->base + at;
 }
 
@@ -1431,36 +1432,22 @@ static int *dlm__push_ints(dlm__arena *a, size_t count)
     return (int *)dlm__push(a, count, sizeof(int));
 }
 
-/* Bytes to ask for: what was carved and the slack to align the base.  0: overflow. */
-static size_t dlm__arena_bytes(const dlm__arena *a)
-{
-    return a->used == SIZE_MAX ? 0 : a->used + DLM__ALIGN;
-}
-
-/* A zeroed, aligned block of `bytes` for an object called `what`; *block is what must
-   be released later (NULL if the memory is the caller's). */
+/* A zeroed block for an object called `what` becomes the arena's base, aligned; *block is
+   what must be released later (NULL if the memory is the caller's). */
 static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
-                            dlm_memory *mem, dlm__arena *arena, void **block)
+                            dlm_memory *mem, dlm__arena *a, void **block)
 {
-    void *raw;
-    arena->base = NULL;
-    arena->used = 0;
-    *block = NULL;
-    if (bytes == 0)
-        return dlm__fail(ctx, DLM_E_NOMEM, "%s: its size overflows", what);
-    if (mem) {
-        if (mem->base == NULL || mem->size < bytes)
-            return dlm__fail(ctx, DLM_E_NOMEM, "%s: needs %.0f bytes, was given %.0f",
-                             what, (double)bytes, (double)mem->size);
-        raw = mem->base;
-    } else {
-        raw = *block = dlm__alloc(ctx, bytes);
-        if (raw == NULL)
-            return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate %.0f bytes", what,
-                             (double)bytes);
-    }
+    void *raw = mem ? mem->base : dlm__alloc(ctx, bytes);
+    *block = mem ? NULL : raw;
+    if (mem && (raw == NULL || mem->size < bytes))
+        return dlm__fail(ctx, DLM_E_NOMEM, "%s: needs %.0f bytes, was given %.0f", what,
+                         (double)bytes, (double)mem->size);
+    if (raw == NULL)
+        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate %.0f bytes", what,
+                         (double)bytes);
     memset(raw, 0, bytes);
-    arena->base = (char *)raw + (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
+    a->base = (char *)raw + (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
+    a->used = 0;
     return DLM_OK;
 }
 
@@ -1501,8 +1488,10 @@ static void *dlm__make(dlm_error *e, dlm_ctx *ctx, const char *what, dlm__carve_
     void *object, *block;
     if (*e != DLM_OK) return NULL;
     dlm__carve_whole(&a, carve, draft, size);
-    bytes = dlm__arena_bytes(&a);
-    if (wanted || bytes == 0) *e = dlm__place(ctx, what, bytes, mem, &a, &block);
+    bytes = a.used + DLM__ALIGN;    /* some to align the base                      */
+    if (a.used == SIZE_MAX)
+        *e = dlm__fail(ctx, DLM_E_NOMEM, "%s: its size overflows", what);
+    else if (wanted) *e = dlm__place(ctx, what, bytes, mem, &a, &block);
     else if (mem) mem->size = bytes;
     if (!wanted || *e != DLM_OK) return NULL;
     object = dlm__carve_whole(&a, carve, draft, size);
@@ -8932,14 +8921,6 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__write_fn w
 
 typedef struct dlm__piece { const char *text; int size; float score; } dlm__piece;
 
-/* Allocates what the arena has counted; then the same pushes place.  0: no memory. */
-static int dlm__arena_take(dlm_ctx *ctx, dlm__arena *a)
-{
-    a->base = a->used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, a->used);
-    a->used = 0;
-    return a->base != NULL;
-}
-
 /* One id more, for `size` bytes of t->text from `at` on.  While t has no memory, here and
    below, everything is only counted; then the same calls are made again. */
 static void dlm__add_piece(dlm_tokenizer *t, size_t at, size_t size, float score)
@@ -9175,40 +9156,38 @@ static dlm_error dlm__add_all(dlm_tokenizer *t, const char *text, size_t size)
     return dlm__fail(t->ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)t->kind);
 }
 
+static void dlm__tokenizer_carve(dlm__arena *a, void *object)
+{
+    dlm_tokenizer *t = (dlm_tokenizer *)object;
+    t->pieces = (dlm__piece *)dlm__push(a, (size_t)t->n_pieces, sizeof *t->pieces);
+    t->sorted = (dlm__piece **)dlm__push(a, (size_t)t->n_pieces, sizeof *t->sorted);
+    t->text = (char *)dlm__push(a, t->size + 1, 1);
+}
+
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size)
 {
     const int outside = kind == DLM_TOKENIZER_PIECES;     /* is the mask           */
-    dlm__arena arena = { NULL, 0 };
-    dlm_tokenizer t, *to;
+    dlm_tokenizer draft, *t;
     dlm_error e;
     *out = NULL;
-    memset(&t, 0, sizeof t);
-    t.kind = kind;
-    t.ctx = ctx;
+    memset(&draft, 0, sizeof draft);
+    draft.kind = kind;
+    draft.ctx = ctx;
     if (kind == DLM_TOKENIZER_CHARS && dlm__is_vocabulary(text, size))
         return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a corpus");
-    e = dlm__add_all(&t, text, size);
-    if (e != DLM_OK) return e;
-    for (;;) {
-        to = (dlm_tokenizer *)dlm__push(&arena, 1, sizeof t);
-        t.pieces = (dlm__piece *)dlm__push(&arena, (size_t)t.n_pieces, sizeof *t.pieces);
-        t.sorted = (dlm__piece **)dlm__push(&arena, (size_t)t.n_pieces, sizeof *t.sorted);
-        t.text = (char *)dlm__push(&arena, t.size + 1, 1);
-        if (arena.base) break;
-        if (!dlm__arena_take(ctx, &arena))
-            return dlm__fail(ctx, DLM_E_NOMEM, "tokenizer: cannot allocate");
-    }
-    (void)dlm__add_all(&t, text, size);
-    t.text[t.size] = '\0';
-    qsort(t.sorted, (size_t)t.n_pieces, sizeof *t.sorted, dlm__by_bytes);
-    t.vocab = kind == DLM_TOKENIZER_BYTES ? 256 : t.n_pieces;
-    t.stop = outside ? 1 : t.vocab;
-    t.mask = outside ? t.vocab : t.vocab + 1;
-    t.vocab += outside ? 0 : 2;
-    *to = t;
-    *out = to;
+    e = dlm__add_all(&draft, text, size);
+    *out = t = (dlm_tokenizer *)dlm__make(&e, ctx, "tokenizer", dlm__tokenizer_carve,
+                                          &draft, sizeof draft, 1, NULL);
+    if (t == NULL) return e;
+    (void)dlm__add_all(t, text, size);
+    t->text[t->size] = '\0';
+    qsort(t->sorted, (size_t)t->n_pieces, sizeof *t->sorted, dlm__by_bytes);
+    t->vocab = kind == DLM_TOKENIZER_BYTES ? 256 : t->n_pieces;
+    t->stop = outside ? 1 : t->vocab;
+    t->mask = outside ? t->vocab : t->vocab + 1;
+    t->vocab += outside ? 0 : 2;
     return DLM_OK;
 }
 
@@ -9440,7 +9419,9 @@ static dlm_error dlm__st_check_places(dlm_safetensors *f)
 }
 
 /* Room for all that the header can hold, in one block behind the object: a tensor has a
-   brace, a pair of metadata a colon, a size of a shape a bracket or a comma before it. */
+   brace, a pair of metadata a colon, a size of a shape a bracket or a comma before it.
+   Not with dlm__make, which would touch it all: a header of nothing but braces asks for
+   far more than it needs. */
 static dlm_safetensors *dlm__st_new(dlm_ctx *ctx, const char *header, size_t size)
 {
     size_t braces = 0, colons = 0, sizes = 0;
@@ -9460,7 +9441,9 @@ static dlm_safetensors *dlm__st_new(dlm_ctx *ctx, const char *header, size_t siz
         f.text = (char *)dlm__push(&arena, size + 1, 1);
         f.file = (dlm__file *)dlm__push(&arena, 1, sizeof *f.file);
         if (arena.base) break;
-        if (!dlm__arena_take(ctx, &arena)) return NULL;
+        arena.base = arena.used == SIZE_MAX ? NULL : (char *)dlm__alloc(ctx, arena.used);
+        if (arena.base == NULL) return NULL;
+        arena.used = 0;
     }
     memset(f.file, 0, sizeof *f.file);
     f.text_end = f.text + size + 1;

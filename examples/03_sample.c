@@ -50,10 +50,16 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, int T, int n_pro
     return e;
 }
 
+static void describe(const dlm_model *model)
+{
+    dlm_describe(model, text, sizeof text);
+    printf("%s\n", text);
+}
+
 int main(int argc, char **argv)
 {
-    const int describe = argc > 1 && !strcmp(argv[1], "-v");
-    argc -= describe, argv += describe;
+    const int verbose = argc > 1 && !strcmp(argv[1], "-v");
+    argc -= verbose, argv += verbose;
     const char *path = argc > 1 ? argv[1] : "model.safetensors";
     const char *prompt = argc > 2 ? argv[2] : "the ";
     char why[256] = "";                      /* where the library has no words yet   */
@@ -84,10 +90,7 @@ int main(int argc, char **argv)
         snprintf(why, sizeof why, "%s holds no tokenizer", path);
         e = DLM_E_MISMATCH;
     }
-    if (!e && describe) {
-        dlm_describe(model, text, sizeof text);
-        printf("%s\n", text);
-    }
+    if (!e && verbose) describe(model);
     if (!e) e = dlm_encode(tok, prompt, strlen(prompt), canvas, MAX, &n);
     if (!e) {                                /* the canvas: the prompt, then masks   */
         int most = model->config.max_seq < MAX ? model->config.max_seq : MAX;
