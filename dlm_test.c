@@ -4898,6 +4898,41 @@ TEST(sampler_asked_and_answered_by_hand_is_the_step_and_its_tape_replays)
     test_close(ctx);
 }
 
+/* The timeline on top of section sampler. */
+TEST(sampler_runs_the_rows_of_the_timeline)
+{
+    static const struct { int from, to, masks; } steps[] = {
+        { 0, 7, 4 }, { 3, 7, 2 }, { 3, 11, 4 }, { 7, 11, 2 }, { 7, 15, 4 }, { 11, 15, 2 }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    const dlm_config c = toy_config(2);
+    dlm_limits lim = {0};
+    dlm_sample_options o = {0};
+    dlm_sampler *sm = NULL;
+    int canvas[TOY_SLOTS], length = 15;
+    lim.cached = 1;
+    o.steps = 2;
+    for (int i = 0; i < length; i++) canvas[i] = i < 3 ? 1 : TOY_MASK;
+    CHECK_OK(sampler_of_sizes(&sm, ctx, &c, &lim, &o));
+    CHECK_OK(dlm_sampler_begin(sm, canvas, &length, 1));
+    for (int k = 0; k < 6; k++) {
+        dlm_batch b;
+        LABEL("step %d", k + 1);
+        CHECK_OK(dlm_sampler_ask(sm, &b));
+        CHECK(b.n_seqs == 1 && b.n_out == steps[k].masks);
+        CHECK(b.start[1] == steps[k].to - steps[k].from);
+        for (int i = 0; i < b.start[1]; i++) CHECK(b.slots[i] == steps[k].from + i);
+        for (int i = 0; i < b.n_out; i++) {
+            float x[TOY_VOCAB] = { 0 };
+            dlm_sampler_score(sm, i, x);
+        }
+        CHECK_OK(dlm_sampler_answer(sm));
+    }
+    CHECK(dlm_sampler_done(sm));
+    dlm_sampler_free(sm);
+    test_close(ctx);
+}
+
 TEST(sampler_of_sizes_says_what_it_cannot_do)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
@@ -12489,6 +12524,7 @@ static const test_case test_cases[] = {
     RUN(sampler_refuses_a_canvas_longer_than_its_rows),
     RUN(sampler_refuses_a_session_too_small_for_a_step),
     RUN(sampler_asked_and_answered_by_hand_is_the_step_and_its_tape_replays),
+    RUN(sampler_runs_the_rows_of_the_timeline),
     RUN(sampler_of_sizes_says_what_it_cannot_do),
     RUN(sampler_step_that_failed_can_be_asked_again),
     RUN(sampler_asks_for_the_random_numbers_that_are_documented),
