@@ -4405,13 +4405,24 @@ static void dlm__lanes_mask(const dlm__lanes *l, float *s, int by_lane, int by_s
     }
 }
 
+/* Which of all (rows, H) is lane i. */
+static size_t dlm__lane_at(const dlm__lanes *l, int i, int H)
+{
+    return (size_t)l->row[i] * (size_t)H + (size_t)l->head[i];
+}
+
+/* Where slot 0 of a sequence and key/value head is in (KV, pad_total, D). */
+static size_t dlm__head_at(const dlm__attention *a, int seq, int kv)
+{
+    return ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)a->D;
+}
+
 /* out[i * by_lane + d * by_d] = scale * x[row of lane i][head of lane i][d]. */
 static void dlm__lanes_gather(const dlm__lanes *l, float *out, int by_lane, int by_d,
                               const float *x, int H, int D, float scale)
 {
     for (int i = 0; i < l->n; i++) {
-        const float *x_i = x + ((size_t)l->row[i] * (size_t)H + (size_t)l->head[i])
-                               * (size_t)D;
+        const float *x_i = x + dlm__lane_at(l, i, H) * (size_t)D;
         for (int d = 0; d < D; d++) out[i * by_lane + d * by_d] = scale * x_i[d];
     }
 }
@@ -4449,7 +4460,7 @@ static void dlm__lanes_finish(const dlm__attention *a, const dlm__lanes *l,
                               const float *sum)
 {
     for (int i = 0; i < l->n; i++) {
-        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        const size_t at = dlm__lane_at(l, i, a->H);
         float *o_i = a->o + at * (size_t)a->D;
         const float scale = 1.0f / sum[i];
         for (int d = 0; d < a->D; d++) o_i[d] = o[i * by_lane + d * by_d] * scale;
@@ -4457,61 +4468,47 @@ static void dlm__lanes_finish(const dlm__attention *a, const dlm__lanes *l,
     }
 }
 
-/* panels, v: keys and values of the sequence and head, from slot 0. */
-static void dlm__attention_tile(const dlm__attention *a, const dlm__lanes *l,
-                                const float *panels, const float *v)
+/* panels, v: keys and values of the sequence and head, from slot 0.  Lanes that would
+   leave most of a tile empty, one token that is decoded, say, have rows [lane][d] and
+   [lane][slot] instead of tiles [d][nr] and [slot][nr], and kernels of their own. */
+static void dlm__attention_lanes(const dlm__attention *a, const dlm__lanes *l,
+                                 const float *panels, const float *v)
 {
     const dlm__kernels *k = a->ctx->k;
-    const int nr = k->nr, D = a->D;
+    const int few = 4 * l->n <= k->vw, D = a->D, lanes = few ? DLM__FEW_LANES : k->nr;
+    const int by_lane = few ? DLM__MAX_D : 1, by_d = few ? 1 : k->nr;
+    const int ld = few ? DLM__FEW_LD : 1;
     float q[DLM__MAX_D * DLM__MAX_NR], o[DLM__MAX_D * DLM__MAX_NR];
     float s[DLM__CHUNK * DLM__MAX_NR];
     float max[DLM__MAX_NR], sum[DLM__MAX_NR], rescale[DLM__MAX_NR];
     int from = 0, to = 0;
-    memset(q, 0, (size_t)(D * nr) * sizeof *q);
-    dlm__lanes_gather(l, q, 1, nr, a->q, a->H, D, 1.0f / sqrtf((float)D));
-    memset(o, 0, (size_t)(D * nr) * sizeof *o);
-    memset(sum, 0, sizeof sum);
-    for (int i = 0; i < nr; i++) max[i] = -FLT_MAX;
+    for (int i = 0; i < (few ? lanes : 1); i++) {
+        memset(q + i * by_lane, 0, (size_t)(D * by_d) * sizeof *q);
+        memset(o + i * by_lane, 0, (size_t)(D * by_d) * sizeof *o);
+    }
+    for (int i = 0; i < lanes; i++) max[i] = -FLT_MAX, sum[i] = 0.0f, rescale[i] = 0.0f;
+    dlm__lanes_gather(l, q, by_lane, by_d, a->q, a->H, D, 1.0f / sqrtf((float)D));
     for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
         if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
-        dlm__lanes_scores(a, l, s, panels, q, chunk, from, to);
-        dlm__lanes_mask(l, s, 1, nr, chunk, from, to);
-        k->softmax_tile(s + (from - chunk) * nr, to - from, l->width, max, sum, rescale);
-        k->scale_tile(o, D, l->width, rescale);
-        dlm__lanes_mix(a, l, o, v, a->ldv, s, chunk, from, to);
+        const int n = to - from, first = (from - chunk) / k->mr * k->mr;
+        float *s_from = s + (from - chunk) * by_d;
+        if (few)
+            k->few_scores(s + first, ld, panels + (size_t)(chunk + first) * (size_t)D,
+                          dlm__ceil_div(to - chunk - first, k->mr), q, D);
+        else
+            dlm__lanes_scores(a, l, s, panels, q, chunk, from, to);
+        dlm__lanes_mask(l, s, ld, by_d, chunk, from, to);
+        if (few) {
+            k->few_softmax(s_from, ld, l->n, n, max, rescale);
+            k->few_mix(o, sum, rescale, D, v + (size_t)from * a->ldv, a->ldv, s_from, ld,
+                       n);
+        } else {
+            k->softmax_tile(s_from, n, l->width, max, sum, rescale);
+            k->scale_tile(o, D, l->width, rescale);
+            dlm__lanes_mix(a, l, o, v, a->ldv, s, chunk, from, to);
+        }
     }
-    dlm__lanes_finish(a, l, o, 1, nr, max, sum);
-}
-
-/* The same for so few lanes that most of a tile would be empty: one token that is
-   decoded, say. */
-static void dlm__attention_few(const dlm__attention *a, const dlm__lanes *l,
-                               const float *panels, const float *v)
-{
-    const dlm__kernels *k = a->ctx->k;
-    const int D = a->D, ld = DLM__FEW_LD;
-    float q[DLM__FEW_LANES * DLM__MAX_D], o[DLM__FEW_LANES * DLM__MAX_D];
-    float s[DLM__FEW_LANES * DLM__FEW_LD];
-    float max[DLM__FEW_LANES], sum[DLM__FEW_LANES], rescale[DLM__FEW_LANES];
-    int from = 0, to = 0;
-    for (int i = 0; i < DLM__FEW_LANES; i++) {
-        memset(q + i * DLM__MAX_D, 0, (size_t)D * sizeof *q);
-        memset(o + i * DLM__MAX_D, 0, (size_t)D * sizeof *o);
-        max[i] = -FLT_MAX, sum[i] = 0.0f, rescale[i] = 0.0f;
-    }
-    dlm__lanes_gather(l, q, DLM__MAX_D, 1, a->q, a->H, D, 1.0f / sqrtf((float)D));
-    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
-        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
-        const int first = (from - chunk) / k->mr * k->mr;
-        float *s_from = s + (from - chunk);
-        k->few_scores(s + first, ld, panels + (size_t)(chunk + first) * (size_t)D,
-                      dlm__ceil_div(to - chunk - first, k->mr), q, D);
-        dlm__lanes_mask(l, s, ld, 1, chunk, from, to);
-        k->few_softmax(s_from, ld, l->n, to - from, max, rescale);
-        k->few_mix(o, sum, rescale, D, v + (size_t)from * a->ldv, a->ldv, s_from, ld,
-                   to - from);
-    }
-    dlm__lanes_finish(a, l, o, DLM__MAX_D, 1, max, sum);
+    dlm__lanes_finish(a, l, o, by_lane, by_d, max, sum);
 }
 
 static void dlm__attention_job(void *arg, int job)
@@ -4519,14 +4516,11 @@ static void dlm__attention_job(void *arg, int job)
     const dlm__attention *a = (const dlm__attention *)arg;
     const int seq = job / a->KV, kv = job % a->KV;
     const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
-    const float *panels = a->k_panels
-        + ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)a->D;
     const float *v = a->v + (size_t)a->v_base[seq] * a->ldv + (size_t)(kv * a->D);
     dlm__lanes l;
     for (int first = 0; first < all; first += a->ctx->k->nr) {
         dlm__lanes_take(&l, a, seq, kv, first);
-        if (4 * l.n <= a->ctx->k->vw) dlm__attention_few(a, &l, panels, v);
-        else dlm__attention_tile(a, &l, panels, v);
+        dlm__attention_lanes(a, &l, a->k_panels + dlm__head_at(a, seq, kv), v);
     }
 }
 
@@ -4563,8 +4557,7 @@ static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
         for (int j = 0; j < slots; j += k->nr)
             k->tile[DLM__WORD_F32](columns + (size_t)d * (size_t)ld + (size_t)j, ld,
                                    dlm__left_of(rows + d, 1, (size_t)a->D), p + j,
-                                   DLM__CHUNK,
-                                   dlm__min(k->mr, a->D - d),
+                                   DLM__CHUNK, dlm__min(k->mr, a->D - d),
                                    dlm__min(k->nr, slots - j), l->n, 1);
 }
 
@@ -4593,7 +4586,7 @@ static void dlm__lanes_back_begin(const dlm__attention *a, const dlm__lanes *l,
     memset(w->lse, 0, sizeof w->lse);
     memset(w->delta, 0, sizeof w->delta);
     for (int i = 0; i < l->n; i++) {
-        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        const size_t at = dlm__lane_at(l, i, a->H);
         const float *d_o = a->d_o + at * (size_t)D;
         for (int d = 0; d < D; d++) w->q_rows[i * D + d] = w->q[d * nr + i];
         memcpy(w->do_rows + i * D, d_o, (size_t)D * sizeof *d_o);
@@ -4607,8 +4600,7 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
 {
     const dlm__kernels *k = a->ctx->k;
     const int nr = k->nr, D = a->D;
-    const size_t head = ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq])
-                        * (size_t)D;
+    const size_t head = dlm__head_at(a, seq, kv);
     const float *k_rows = a->k + (size_t)a->v_base[seq] * a->ldk + (size_t)(kv * D);
     const int ld = dlm__round_up(a->n_slots[seq], DLM__CHUNK);
     float *dk = a->dkv_columns + 2 * head, *dv = dk + (size_t)D * (size_t)ld;
@@ -4628,7 +4620,7 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
         dlm__lanes_spread(a, l, dv + from, ld, w->do_rows, w->turned, n);
     }
     for (int i = 0; i < l->n; i++) {
-        const size_t at = (size_t)l->row[i] * (size_t)a->H + (size_t)l->head[i];
+        const size_t at = dlm__lane_at(l, i, a->H);
         float *dq_i = a->dq + at * (size_t)D;
         for (int d = 0; d < D; d++) dq_i[d] = w->dq[d * nr + i] / sqrtf((float)D);
     }
@@ -4640,8 +4632,8 @@ static void dlm__attention_backward_job(void *arg, int job)
     const int seq = job / a->KV, kv = job % a->KV, D = a->D;
     const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
     const int ld = dlm__round_up(a->n_slots[seq], DLM__CHUNK);
-    float *dk = a->dkv_columns
-        + 2 * ((size_t)kv * (size_t)a->pad_total + (size_t)a->k_base[seq]) * (size_t)D;
+    const size_t at = (size_t)a->v_base[seq] * a->lddk + (size_t)(kv * D);
+    float *dk = a->dkv_columns + 2 * dlm__head_at(a, seq, kv);
     float *dv = dk + (size_t)D * (size_t)ld;
     dlm__lanes l;
     dlm__lanes_back w;
@@ -4651,11 +4643,8 @@ static void dlm__attention_backward_job(void *arg, int job)
         dlm__lanes_take(&l, a, seq, kv, first);
         dlm__attention_tile_backward(a, &l, seq, kv, &w);
     }
-    {
-        const size_t at = (size_t)a->v_base[seq] * a->lddk + (size_t)(kv * D);
-        dlm__transpose(a->dk + at, a->lddk, dk, (size_t)ld, D, a->n_slots[seq]);
-        dlm__transpose(a->dv + at, a->lddk, dv, (size_t)ld, D, a->n_slots[seq]);
-    }
+    dlm__transpose(a->dk + at, a->lddk, dk, (size_t)ld, D, a->n_slots[seq]);
+    dlm__transpose(a->dv + at, a->lddk, dv, (size_t)ld, D, a->n_slots[seq]);
 }
 
 static void dlm__attention_backward(dlm__attention *a)
