@@ -1676,17 +1676,17 @@ typedef struct dlm__narrow {
     void (*enter)(int yes);         /* before and after tiles are used, or NULL    */
 } dlm__narrow;
 
-/* The left factor of a tile wherever it lies: a(i,k) = at[i*by_i + k*by_k]. */
-typedef struct dlm__left {
+/* One side of a product wherever it lies: x(i,k) = at[i*by_i + k*by_k].  Of the right one
+   i counts the columns. */
+typedef struct dlm__side {
     const float *at;
     size_t by_i, by_k;
-} dlm__left;
+} dlm__side;
 
-DLM__INLINE dlm__left dlm__left_of(const float *at, size_t by_i, size_t by_k)
+DLM__INLINE dlm__side dlm__side_of(const float *at, size_t by_i, size_t by_k)
 {
-    dlm__left a;
-    a.at = at; a.by_i = by_i; a.by_k = by_k;
-    return a;
+    const dlm__side x = { at, by_i, by_k };
+    return x;
 }
 
 /* The kernels: name, what it returns, what it is given.  One list makes the fields of the
@@ -1698,7 +1698,7 @@ DLM__INLINE dlm__left dlm__left_of(const float *at, size_t by_i, size_t by_k)
      magnitude          the largest |x_i|, NaN if one of them is not finite
      scale_int          y_i, an integer, becomes the float (y_i r) x_i
      tiny               the tiles' chain of multiply-adds, where they would cost more than
-                        it does: c (m, n) (+)= a b, a(i,k) = a[i*a_i + k*a_k], b likewise
+                        it does: c (M, N; ldc) (+)= a b
      few_*              attention of at most vw / 4 queries, keys in the lanes: as the
                         tiles, to the bit.  s (F, ld): a query's scores in a row, ld with
                         room for a vector more; q, o (F, DLM__MAX_D); F = (vw + 3) / 4
@@ -1711,8 +1711,8 @@ DLM__INLINE dlm__left dlm__left_of(const float *at, size_t by_i, size_t by_k)
     K(pair, void, (float *words, const float *x, const float *y, int n)) \
     K(magnitude, float, (const float *x, int n)) \
     K(scale_int, void, (float *y, const float *x, float r, int n)) \
-    K(tiny, void, (float *c, size_t ldc, const float *a, size_t a_i, size_t a_k, \
-                   const float *b, size_t b_k, size_t b_j, const int mnk[3], int add)) \
+    K(tiny, void, (float *c, size_t ldc, dlm__side a, dlm__side b, int M, int N, \
+                   int K, int add)) \
     K(softmax_tile, void, (float *s, int rows, int lanes, float *max, float *sum, \
                            float *rescale)) \
     K(softmax_tile_backward, void, (float *s, float *ds, int rows, int lanes, \
@@ -1751,11 +1751,11 @@ typedef struct dlm__kernels {
     /* c (m, n) (+)= sum over k of a(i,k) * b[k][j], in words; b has rows of ldb; m <= mr,
        n <= nr; a row of b must be readable for nr words, c is touched in n columns only.
        Of int8, c gets the sum as a 32-bit integer. */
-    void (*tile[DLM__WORDS])(float *c, int ldc, dlm__left a, const float *b, int ldb,
+    void (*tile[DLM__WORDS])(float *c, int ldc, dlm__side a, const float *b, int ldb,
                              int m, int n, int k, int add);
     /* c (1, 4 nr) (+)= a (1, k) times four panels of b, `next` apart: one panel gives a
        single row too few chains of multiply-adds to hide their latency.  Or NULL. */
-    void (*row[DLM__WORDS])(float *c, dlm__left a, const float *b, int ldb, size_t next,
+    void (*row[DLM__WORDS])(float *c, dlm__side a, const float *b, int ldb, size_t next,
                             int k, int add);
     DLM__KERNEL_LIST(DLM__FIELD)
 } dlm__kernels;
@@ -1945,7 +1945,7 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__multiply)(dlm__vf a, dlm__vf b, dlm_
 /* The register tile.  m, nv and kind are constants where this is inlined, so the loops
    over them unroll and acc lives in registers; columns from n on are left alone. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
-    float *c, int ldc, dlm__left a, const float *b, int ldb,
+    float *c, int ldc, dlm__side a, const float *b, int ldb,
     const int m, const int nv, int n, int k, int add, const dlm__word kind)
 {
     const int parts = DLM__PARTS(kind), thirds = (m + 2) / 3;
@@ -1995,7 +1995,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
 /* One vector wide where that is enough: few queries, few classes.  Narrow words are not
    met there often enough for another twelve tiles. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
-    float *c, int ldc, dlm__left a, const float *b, int ldb,
+    float *c, int ldc, dlm__side a, const float *b, int ldb,
     const int m, int n, int k, int add, const dlm__word kind)
 {
     if (n <= DLM__VW && kind == DLM__WORD_F32)
@@ -2005,7 +2005,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
-    float *c, int ldc, dlm__left a, const float *b, int ldb,
+    float *c, int ldc, dlm__side a, const float *b, int ldb,
     int m, int n, int k, int add, const dlm__word kind)
 {
 #define DLM__CASE(m) \
@@ -2027,7 +2027,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
-    float *c, dlm__left a, const float *b, int ldb, size_t next, int k, int add,
+    float *c, dlm__side a, const float *b, int ldb, size_t next, int k, int add,
     const dlm__word kind)
 {
     const int parts = DLM__PARTS(kind);
@@ -2065,13 +2065,13 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
 /* The tile and the row of each kind of words. */
 #define DLM__PRODUCTS(name, kind) \
 static DLM__TARGET void DLM__K(dlm__tile_##name)( \
-    float *c, int ldc, dlm__left a, const float *b, int ldb, \
+    float *c, int ldc, dlm__side a, const float *b, int ldb, \
     int m, int n, int k, int add) \
 { \
     DLM__K(dlm__tile_any)(c, ldc, a, b, ldb, m, n, k, add, kind); \
 } \
 static DLM__TARGET void DLM__K(dlm__row_##name)( \
-    float *c, dlm__left a, const float *b, int ldb, size_t next, int k, int add) \
+    float *c, dlm__side a, const float *b, int ldb, size_t next, int k, int add) \
 { \
     DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, kind); \
 }
@@ -2128,15 +2128,15 @@ static DLM__TARGET void DLM__K(dlm__scale_int)(float *y, const float *x, float r
     }
 }
 
-static DLM__TARGET void DLM__K(dlm__tiny)(
-    float *c, size_t ldc, const float *a, size_t a_i, size_t a_k, const float *b,
-    size_t b_k, size_t b_j, const int mnk[3], int add)
+static DLM__TARGET void DLM__K(dlm__tiny)(float *c, size_t ldc, dlm__side a,
+                                          dlm__side b, int M, int N, int K, int add)
 {
-    for (size_t i = 0; i < (size_t)mnk[0]; i++)
-        for (size_t j = 0; j < (size_t)mnk[1]; j++) {
+    for (size_t i = 0; i < (size_t)M; i++)
+        for (size_t j = 0; j < (size_t)N; j++) {
             float sum = add ? c[i * ldc + j] : 0.0f;
-            for (size_t k = 0; k < (size_t)mnk[2]; k++)
-                sum = dlm__fma1(a[i * a_i + k * a_k], b[k * b_k + j * b_j], sum);
+            for (size_t k = 0; k < (size_t)K; k++)
+                sum = dlm__fma1(a.at[i * a.by_i + k * a.by_k],
+                                b.at[j * b.by_i + k * b.by_k], sum);
             c[i * ldc + j] = sum;
         }
 }
@@ -2787,7 +2787,7 @@ static DLM__AMX_TARGET void dlm__amx_enter(int yes)
 }
 
 DLM__INLINE DLM__AMX_TARGET void dlm__amx_tile(
-    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add,
+    float *c, int ldc, dlm__side a, const float *b, int ldb, int m, int n, int k, int add,
     const dlm__word kind)
 {
     float edge[32 * 32], *block = m == 32 && n == 32 ? c : edge;
@@ -2823,13 +2823,13 @@ DLM__INLINE DLM__AMX_TARGET void dlm__amx_tile(
 }
 
 static DLM__AMX_TARGET void dlm__amx_tile_bf16(
-    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add)
+    float *c, int ldc, dlm__side a, const float *b, int ldb, int m, int n, int k, int add)
 {
     dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_BF16);
 }
 
 static DLM__AMX_TARGET void dlm__amx_tile_int8(
-    float *c, int ldc, dlm__left a, const float *b, int ldb, int m, int n, int k, int add)
+    float *c, int ldc, dlm__side a, const float *b, int ldb, int m, int n, int k, int add)
 {
     dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_I8);
 }
@@ -3535,9 +3535,8 @@ enum {
 
 typedef struct dlm__gemm {
     dlm_ctx *ctx;
-    float *c;               /* (M, N), rows of ldc                                 */
-    const float *a, *b;     /* a(i,k) = a[i*a_i + k*a_k]   b(k,j) = b[k*b_k + j*b_j] */
-    size_t ldc, a_i, a_k, b_k, b_j;
+    float *c; size_t ldc;   /* (M, N), rows of ldc                                 */
+    dlm__side a, b;       /* a(i,k), b(j,k)                                      */
     int M, N, K, add;
     dlm__word kind;         /* in which it is computed                             */
     int per, words, mr;     /* values in a word; K in words; rows of a tile        */
@@ -3609,10 +3608,9 @@ static void dlm__pack_panel(float *dst, int w, int n, int k, const float *src, s
     }
 }
 
-/* A part of a factor: values src[i*s_i + k*s_k], i < n, k < K. */
+/* A part of a side: values x(i,k), i < n, k < K. */
 typedef struct dlm__slice {
-    const float *src;
-    size_t s_i, s_k;
+    dlm__side x;
     int n, K;
     const float *inverse;           /* for int8: (n) 1 / scale of each i           */
     int offset;                     /* for int8: is added to each value            */
@@ -3623,20 +3621,20 @@ typedef struct dlm__slice {
 static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, int w,
                              int by_rows, int words, const dlm__slice *s)
 {
-    const int along_k = s->s_k == 1, per = dlm__values_per_word(kind);
+    const int along_k = s->x.by_k == 1, per = dlm__values_per_word(kind);
     const int full = dlm__ceil_div(s->K, per), lines = along_k ? s->n : full;
     const int direct = along_k == by_rows, ld = by_rows ? words : w;
     float four[4 * DLM__KC + 16];
     if (kind == DLM__WORD_F32) {
-        dlm__pack_panel(dst, w, s->n, s->K, s->src, s->s_i, s->s_k);
+        dlm__pack_panel(dst, w, s->n, s->K, s->x.at, s->x.by_i, s->x.by_k);
         return;
     }
     if (!along_k || s->n < w) memset(dst, 0, (size_t)(w * words) * sizeof *dst);
     for (int line = 0; line < lines; line++) {
         float *out = direct ? dst + (size_t)line * (size_t)ld
                             : four + line % 4 * DLM__KC;
-        const size_t step = along_k ? s->s_i : (size_t)per * s->s_k;
-        const float *x = s->src + (size_t)line * step;
+        const size_t step = along_k ? s->x.by_i : (size_t)per * s->x.by_k;
+        const float *x = s->x.at + (size_t)line * step;
         if (along_k) {
             if (full > 0) out[full - 1] = 0.0f;          /* if K ends within it        */
             if (kind == DLM__WORD_BF16) k->to_bf16(out, x, s->K);
@@ -3645,7 +3643,7 @@ static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, i
                 memset(out + full, 0, (size_t)(words - full) * sizeof *out);
         } else {
             DLM_ASSERT(kind == DLM__WORD_BF16);
-            k->pair(out, x, 2 * line + 1 < s->K ? x + s->s_k : NULL, s->n);
+            k->pair(out, x, 2 * line + 1 < s->K ? x + s->x.by_k : NULL, s->n);
         }
         if (!direct && (line % 4 == 3 || line == lines - 1))
             dlm__transpose(dst + line / 4 * 4, (size_t)ld, four, DLM__KC, line % 4 + 1,
@@ -3653,15 +3651,15 @@ static void dlm__pack_slice(const dlm__kernels *k, dlm__word kind, float *dst, i
     }
 }
 
-/* The values of slice s, K of them from word k0 on. */
-static dlm__slice dlm__slice_of(const dlm__gemm *g, const float *src, size_t s_i,
-                                size_t s_k, int n)
+/* Of side x, n i from `first` on and the words in work. */
+static dlm__slice dlm__slice_of(const dlm__gemm *g, const dlm__side *x, int first, int n,
+                                const float *inverse)
 {
-    dlm__slice s;
-    s.src = src + (size_t)(g->k0 * g->per) * s_k;
-    s.s_i = s_i; s.s_k = s_k; s.n = n;
-    s.inverse = NULL; s.offset = g->ctx->k->narrow.offset;
-    s.K = dlm__max(0, dlm__min(g->kc * g->per, g->K - g->k0 * g->per));
+    const int k = g->k0 * g->per;
+    const float *at = x->at + (size_t)first * x->by_i + (size_t)k * x->by_k;
+    const dlm__slice s = { dlm__side_of(at, x->by_i, x->by_k), n,
+                           dlm__max(0, dlm__min(g->kc * g->per, g->K - k)), inverse,
+                           g->ctx->k->narrow.offset };
     return s;
 }
 
@@ -3671,19 +3669,18 @@ static void dlm__gemm_pack_job(void *arg, int p)
     const dlm__kernels *k = g->ctx->k;
     const int j = p * k->nr, n = dlm__min(k->nr, g->nc - j);
     float *panel = g->ctx->scratch + (size_t)j * (size_t)g->kc;
-    const dlm__slice s = dlm__slice_of(g, g->b + (size_t)(g->j0 + j) * g->b_j, g->b_j,
-                                       g->b_k, n);
+    const dlm__slice s = dlm__slice_of(g, &g->b, g->j0 + j, n, NULL);
     dlm__pack_slice(k, g->kind, panel, k->nr, 0, g->kc, &s);
 }
 
 /* m rows of a, from i0 on, against the panel at column j; a single row against the next
    three, too, if the group has them.  Returns how many columns are done. */
-static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, dlm__left a, int j, int end)
+static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, dlm__side a, int j, int end)
 {
     const dlm__kernels *k = g->ctx->k;
     const int n = dlm__min(k->nr, g->nc - j), in_place = g->in_place && n == k->nr;
     const int wide = m == 1 && j + 4 * k->nr <= end && k->row[g->kind];
-    const int ldb = in_place ? (int)g->b_k : k->nr, ldc = (int)g->ldc;
+    const int ldb = in_place ? (int)g->b.by_k : k->nr, ldc = (int)g->ldc;
     const int add = g->add || g->k0 > 0
         || (g->kind == DLM__WORD_I8 && k->narrow.offset);   /* c holds what corrects it */
     const size_t next = (size_t)k->nr
@@ -3691,7 +3688,7 @@ static int dlm__gemm_tile(const dlm__gemm *g, int i0, int m, dlm__left a, int j,
     float *c = g->c + (size_t)i0 * g->ldc + (size_t)(g->j0 + j);
     const float *b = g->ctx->scratch + (size_t)j * (size_t)g->kc;
     if (in_place)
-        b = g->b + (size_t)g->k0 * g->b_k + (size_t)(g->j0 + j);
+        b = g->b.at + (size_t)g->k0 * g->b.by_k + (size_t)(g->j0 + j);
     else if (g->packed)
         b = g->packed + (size_t)(g->j0 + j) * (size_t)g->words + (size_t)(g->k0 * k->nr);
     if (wide) k->row[g->kind](c, a, b, ldb, next, g->kc, add);
@@ -3723,22 +3720,22 @@ static void dlm__int8_edges(const dlm__gemm *g, int i0, int m, int j, int n, int
 }
 
 /* m rows of a: as they lie, or in a panel, narrowed or because many will read them. */
-static dlm__left dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
+static dlm__side dlm__gemm_rows(const dlm__gemm *g, int i0, int m, float *panel,
                                 const float *inverse)
 {
     const dlm__kernels *k = g->ctx->k;
-    int by_rows = k->narrow.by_rows || g->a_k == 1;
-    dlm__slice s = dlm__slice_of(g, g->a + (size_t)i0 * g->a_i, g->a_i, g->a_k, m);
-    s.inverse = inverse;
+    const size_t by_k = g->a.by_k;
+    int by_rows = k->narrow.by_rows || by_k == 1;
+    const dlm__slice s = dlm__slice_of(g, &g->a, i0, m, inverse);
     if (g->kind == DLM__WORD_F32) {
-        const int evicts = g->a_k % 1024 == 0;   /* steps of 4 KiB share one L1 set */
-        if ((g->per_group < DLM__LEFT_PACKED && !evicts) || (m == 1 && g->a_k == 1))
-            return dlm__left_of(s.src, g->a_i, g->a_k);
+        const int evicts = by_k % 1024 == 0;     /* steps of 4 KiB share one L1 set */
+        if ((g->per_group < DLM__LEFT_PACKED && !evicts) || (m == 1 && by_k == 1))
+            return s.x;
         by_rows = 0;
     }
     dlm__pack_slice(k, g->kind, panel, m, by_rows, g->kc, &s);
-    return by_rows ? dlm__left_of(panel, (size_t)g->kc, 1)
-                   : dlm__left_of(panel, 1, (size_t)m);
+    return by_rows ? dlm__side_of(panel, (size_t)g->kc, 1)
+                   : dlm__side_of(panel, 1, (size_t)m);
 }
 
 /* One tile row: mr rows of a against the column panels of one group. */
@@ -3752,10 +3749,10 @@ static void dlm__gemm_job(void *arg, int job)
     const int enter = g->kind != DLM__WORD_F32 && k->narrow.enter;
     float a_panel[DLM__MAX_MR * DLM__KC + 16];
     float scale[DLM__MAX_MR], inverse[DLM__MAX_MR];
-    dlm__left a;
+    dlm__side a;
     if (g->kind == DLM__WORD_I8) {
         for (int i = 0; i < m; i++)
-            dlm__int8_scale(k, g->a + (size_t)(i0 + i) * g->a_i, g->K, &scale[i],
+            dlm__int8_scale(k, g->a.at + (size_t)(i0 + i) * g->a.by_i, g->K, &scale[i],
                             &inverse[i]);
         if (g->k0 == 0 && k->narrow.offset)
             dlm__int8_edges(g, i0, m, first, end - first, 0, scale);
@@ -3773,7 +3770,7 @@ static void dlm__gemm_block(dlm__gemm *g)
     const dlm__kernels *k = g->ctx->k;
     const int panels = dlm__ceil_div(g->nc, k->nr), tiles = dlm__ceil_div(g->M, g->mr);
     const double flops = 2.0 * g->M * g->nc * g->kc;
-    g->in_place = !g->packed && g->kind == DLM__WORD_F32 && g->b_j == 1
+    g->in_place = !g->packed && g->kind == DLM__WORD_F32 && g->b.by_i == 1
         && tiles <= DLM__IN_PLACE;
     if (g->in_place) {
         if (g->nc % k->nr) dlm__gemm_pack_job(g, panels - 1);
@@ -3820,21 +3817,18 @@ static void dlm__gemm_run(dlm__gemm *g)
 enum { DLM__TINY = 128 };           /* multiply-adds below which packing costs more */
 
 /* Any orientation; c has rows of N.  Tiny products are done here and now. */
-static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, size_t a_k,
-                          const float *b, size_t b_k, size_t b_j, const float *packed,
-                          dlm__word kind, const int mnk[3], int add)
+static void dlm__gemm_any(dlm_ctx *ctx, float *c, dlm__side a, dlm__side b,
+                          const float *packed, dlm__word kind, int M, int N, int K,
+                          int add)
 {
     dlm__gemm g;
-    if (!packed && kind == DLM__WORD_F32
-        && (double)mnk[0] * mnk[1] * mnk[2] <= (int)DLM__TINY) {
-        ctx->k->tiny(c, (size_t)mnk[1], a, a_i, a_k, b, b_k, b_j, mnk, add);
+    if (!packed && kind == DLM__WORD_F32 && (double)M * N * K <= (int)DLM__TINY) {
+        ctx->k->tiny(c, (size_t)N, a, b, M, N, K, add);
         return;
     }
     memset(&g, 0, sizeof g);
-    g.ctx = ctx; g.c = c; g.ldc = (size_t)mnk[1];
-    g.M = mnk[0]; g.N = mnk[1]; g.K = mnk[2]; g.add = add; g.kind = kind;
-    g.a = a; g.a_i = a_i; g.a_k = a_k;
-    g.b = b; g.b_k = b_k; g.b_j = b_j; g.packed = packed;
+    g.ctx = ctx; g.c = c; g.ldc = (size_t)N; g.a = a; g.b = b; g.packed = packed;
+    g.M = M; g.N = N; g.K = K; g.add = add; g.kind = kind;
     dlm__gemm_run(&g);
 }
 
@@ -3842,34 +3836,33 @@ static void dlm__gemm_any(dlm_ctx *ctx, float *c, const float *a, size_t a_i, si
 DLM_API void dlm_matmul(dlm_ctx *ctx, float *out, const float *a, const dlm_matrix *w,
                         int M)
 {
-    const int mnk[3] = { M, w->rows, w->cols };
+    const size_t K = (size_t)w->cols;
     const float *b = (const float *)w->data;
     DLM_ASSERT(w->packed || w->type != DLM_I8);
-    dlm__gemm_any(ctx, out, a, (size_t)w->cols, 1, w->packed ? NULL : b, 1,
-                  (size_t)w->cols, w->packed ? b : NULL, dlm__word_of(w->type), mnk, 0);
+    dlm__gemm_any(ctx, out, dlm__side_of(a, K, 1), dlm__side_of(b, K, 1),
+                  w->packed ? b : NULL, dlm__word_of(w->type), M, w->rows, w->cols, 0);
 }
 
 /* c (M,N) (+)= a (M,K) b (K,N): gradients of inputs. */
 static void dlm__gemm_nn(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          dlm__word kind, int M, int N, int K, int add)
 {
-    const int mnk[3] = { M, N, K };
-    dlm__gemm_any(ctx, c, a, (size_t)K, 1, b, (size_t)N, 1, NULL, kind, mnk, add);
+    dlm__gemm_any(ctx, c, dlm__side_of(a, (size_t)K, 1),
+                  dlm__side_of(b, 1, (size_t)N), NULL, kind, M, N, K, add);
 }
 
 /* c (M,N) (+)= a^T b with a (K,M), b (K,N): gradients of weights. */
 static void dlm__gemm_tn(dlm_ctx *ctx, float *c, const float *a, const float *b,
                          dlm__word kind, int M, int N, int K, int add)
 {
-    const int mnk[3] = { M, N, K };
-    dlm__gemm_any(ctx, c, a, 1, (size_t)M, b, (size_t)N, 1, NULL, kind, mnk, add);
+    dlm__gemm_any(ctx, c, dlm__side_of(a, 1, (size_t)M),
+                  dlm__side_of(b, 1, (size_t)N), NULL, kind, M, N, K, add);
 }
 
 /* Floats where they lie. */
 static dlm_matrix dlm__plain(const float *data, int rows, int cols, dlm_dtype type)
 {
-    dlm_matrix w;
-    w.rows = rows; w.cols = cols; w.type = type; w.packed = 0; w.data = data;
+    const dlm_matrix w = { rows, cols, type, 0, data };
     return w;
 }
 
@@ -3928,7 +3921,7 @@ DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
     out.packed = 1;
     DLM_ASSERT(kind != DLM__WORDS && (kind != DLM__WORD_I8 || K <= DLM_I8_MOST));
     if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
-    s.s_i = (size_t)K; s.s_k = 1; s.inverse = inverse; s.offset = 0;
+    s.inverse = inverse; s.offset = 0;
     for (int j = 0; j < N; j += nr) {
         float *panel = packed + (size_t)j * (size_t)words;
         s.n = dlm__min(nr, N - j);
@@ -3937,7 +3930,8 @@ DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
                             &inverse[i]);
         for (int at = 0; at < words; at += DLM__KC) {
             const int kc = dlm__min(DLM__KC, words - at);
-            s.src = w + (size_t)j * (size_t)K + (size_t)(at * per);
+            s.x = dlm__side_of(w + (size_t)j * (size_t)K + (size_t)(at * per), (size_t)K,
+                                 1);
             s.K = dlm__max(0, dlm__min(kc * per, K - at * per));
             dlm__pack_slice(k, kind, panel + at * nr, nr, 0, kc, &s);
         }
@@ -4041,9 +4035,7 @@ static void dlm__bias_forward(const dlm_ctx *ctx, float *y, const float *b, size
 static void dlm__bias_backward(dlm_ctx *ctx, float *db, const float *dy, size_t ldy,
                                int rows, int n)
 {
-    dlm__column_sum c;
-    memset(&c, 0, sizeof c);
-    c.ctx = ctx; c.out = db; c.dy = dy; c.ldy = ldy; c.rows = rows; c.heads = 1; c.n = n;
+    dlm__column_sum c = { ctx, db, dy, ldy, NULL, 0, NULL, NULL, rows, 1, n };
     dlm__column_sum_run(&c);
 }
 
@@ -4059,10 +4051,7 @@ static void dlm__embedding_forward(const dlm_ctx *ctx, float *x, const dlm_matri
 static void dlm__embedding_backward(dlm_ctx *ctx, float *de, const float *dx,
                                     const int *tokens, int rows, int C)
 {
-    dlm__column_sum c;
-    memset(&c, 0, sizeof c);
-    c.ctx = ctx; c.out = de; c.dy = dx; c.ldy = (size_t)C; c.tokens = tokens;
-    c.rows = rows; c.heads = 1; c.n = C;
+    dlm__column_sum c = { ctx, de, dx, (size_t)C, NULL, 0, NULL, tokens, rows, 1, C };
     dlm__column_sum_run(&c);
 }
 
@@ -4132,10 +4121,8 @@ static void dlm__norm_backward_rows(void *arg, int first, int end)
 
 static void dlm__norm_backward(dlm__norm *m, float *dg, int rows)
 {
-    dlm__column_sum c;
-    memset(&c, 0, sizeof c);
-    c.ctx = m->ctx; c.out = dg; c.dy = m->dy; c.x = m->x; c.r = m->r;
-    c.ldy = c.ldx = (size_t)m->n; c.rows = rows; c.heads = 1; c.n = m->n;
+    const size_t ld = (size_t)m->n;
+    dlm__column_sum c = { m->ctx, dg, m->dy, ld, m->x, ld, m->r, NULL, rows, 1, m->n };
     dlm__column_sum_run(&c);
     dlm__for_rows(m->ctx, rows, 8.0 * m->n, dlm__norm_backward_rows, m);
 }
@@ -4199,13 +4186,12 @@ static void dlm__heads_unnorm(void *arg, int first, int end)
     float du[DLM__MAX_D];
     for (int i = first; i < end; i++)
         for (int h = 0; h < q->heads; h++) {
+            const size_t at = (size_t)i * (size_t)q->heads + (size_t)h;
             float *dx_ih = q->x + (size_t)i * q->ldx + h * D;
             memcpy(du, dx_ih, (size_t)D * sizeof *du);
             memset(dx_ih, 0, (size_t)D * sizeof *du);
-            q->ctx->k->rmsnorm_backward(dx_ih, du,
-                                        q->pre + ((size_t)i * (size_t)q->heads
-                                                  + (size_t)h) * (size_t)D,
-                                        q->g, q->r[i * q->heads + h], D);
+            q->ctx->k->rmsnorm_backward(dx_ih, du, q->pre + at * (size_t)D, q->g,
+                                        q->r[at], D);
         }
 }
 
@@ -4215,10 +4201,8 @@ static void dlm__heads_backward(dlm__heads *q, float *dg, float *dbias, int rows
     const int n = q->heads * q->D;
     dlm__for_rows(q->ctx, rows, 4.0 * n, dlm__heads_turn_back, q);
     if (dg) {
-        dlm__column_sum c;
-        memset(&c, 0, sizeof c);
-        c.ctx = q->ctx; c.out = dg; c.dy = q->x; c.ldy = q->ldx; c.x = q->pre;
-        c.ldx = (size_t)n; c.r = q->r; c.rows = rows; c.heads = q->heads; c.n = q->D;
+        dlm__column_sum c = { q->ctx, dg, q->x, q->ldx, q->pre, (size_t)n, q->r, NULL,
+                              rows, q->heads, q->D };
         dlm__column_sum_run(&c);
         dlm__for_rows(q->ctx, rows, 8.0 * n, dlm__heads_unnorm, q);
     }
@@ -4436,7 +4420,7 @@ static void dlm__lanes_scores(const dlm__attention *a, const dlm__lanes *l, floa
     const dlm__kernels *k = a->ctx->k;
     for (int j = (from - chunk) / k->mr * k->mr; j < to - chunk; j += k->mr)
         k->tile[DLM__WORD_F32](s + j * k->nr, k->nr,
-                               dlm__left_of(panels + (size_t)(chunk + j)
+                               dlm__side_of(panels + (size_t)(chunk + j)
                                                      * (size_t)a->D, 1, (size_t)k->mr),
                                x, k->nr, k->mr, l->width, a->D, 0);
 }
@@ -4449,7 +4433,7 @@ static void dlm__lanes_mix(const dlm__attention *a, const dlm__lanes *l, float *
     const dlm__kernels *k = a->ctx->k;
     for (int d = 0; d < a->D; d += k->mr)
         k->tile[DLM__WORD_F32](out + d * k->nr, k->nr,
-                               dlm__left_of(rows + (size_t)from * ld + (size_t)d, 1, ld),
+                               dlm__side_of(rows + (size_t)from * ld + (size_t)d, 1, ld),
                                p + (from - chunk) * k->nr, k->nr,
                                dlm__min(k->mr, a->D - d), l->width, to - from, 1);
 }
@@ -4556,7 +4540,7 @@ static void dlm__lanes_spread(const dlm__attention *a, const dlm__lanes *l,
     for (int d = 0; d < a->D; d += k->mr)
         for (int j = 0; j < slots; j += k->nr)
             k->tile[DLM__WORD_F32](columns + (size_t)d * (size_t)ld + (size_t)j, ld,
-                                   dlm__left_of(rows + d, 1, (size_t)a->D), p + j,
+                                   dlm__side_of(rows + d, 1, (size_t)a->D), p + j,
                                    DLM__CHUNK, dlm__min(k->mr, a->D - d),
                                    dlm__min(k->nr, slots - j), l->n, 1);
 }
