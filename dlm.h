@@ -59,7 +59,7 @@
        json files                  a reader; whole files, written or left alone
        tokenizers                  bytes, characters, scored pieces
        safetensors checkpoints     models and training states on disk
-       llama2c loading             models of another program; all that from files
+       llama2c loading             models of another program; any model, from files, too
        history license
 
    COMPILE-TIME OPTIONS            define before including the implementation
@@ -752,11 +752,6 @@ typedef struct dlm_example {
                                               NULL: there is none                  */
 } dlm_example;
 
-/* Noise level t = lo + (hi - lo) u of row `row` of n; u in [0, 1) is uniform, or
-   stratified (MDLM): u = (s + u')/n, the strata s dealt to the rows by a random
-   permutation.  The usual range is lo = 1e-3, hi = 1.  The address's row is not used. */
-DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
-                               double lo, double hi);
 /* -log softmax(logits)[target], and logits (V) become weight * (softmax - onehot).  Both
    are NaN when a logit is NaN or +INFINITY or all are -INFINITY: no error, but data. */
 DLM_API double dlm_cross_entropy(dlm_ctx *ctx, float *logits, int V, int target,
@@ -1192,8 +1187,10 @@ DLM_API const char *dlm_safetensors_metadata(const dlm_safetensors *f, const cha
 /* Widens F32, F16, BF16 or F64 to float; anything else is DLM_E_UNSUPPORTED. */
 DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t,
                                          float *out /* (count) */);
-/* A model, and its tokenizer when one was saved with it (tok may be NULL), from the
-   bytes of a checkpoint of ours.  Weights are copied. */
+/* A model, from the bytes of a checkpoint of ours, with its tokenizer when one was saved
+   with it; or of llama2.c's .bin (version 0: LLaMA layout, f32, causal; rotary pairs
+   stand next to each other there and are moved apart), which has none.  tok may be NULL.
+   Weights are copied. */
 DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                                   const void *data, size_t size);
 /* A training state, from the bytes of a file of dlm_trainer_save, into a trainer of the
@@ -1202,13 +1199,7 @@ DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
    trainer is then as it was. */
 DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size_t size);
 
-/* A model in llama2.c's .bin format (version 0): LLaMA layout, f32, causal.  Rotary pairs
-   stand next to each other there and are moved apart; weights are copied. */
-DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *data,
-                                     size_t size);
-
 #ifndef DLM_NO_STDIO
-DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path);
 /* A tokenizer whose corpus, or pieces, are the content of a file. */
 DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
                                      dlm_tokenizer_kind kind, const char *path);
@@ -5939,7 +5930,9 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
    Noise levels, masks, and how the three objectives lay a state out as rows.  (AR; MDLM:
    Sahoo et al. 2024, Nie et al. 2025; BLOCK: Arriola et al. 2025.) */
 
-DLM_API double dlm_noise_level(const dlm_address *at, int row, int n, int stratified,
+/* t = lo + (hi - lo) u of unit `row` of n; u in [0, 1) is uniform, or stratified (MDLM):
+   u = (s + u')/n, the strata s dealt out by a random permutation. */
+static double dlm__noise_level(const dlm_address *at, int row, int n, int stratified,
                                double lo, double hi)
 {
     dlm_address a = *at;
@@ -6157,7 +6150,7 @@ DLM_API void dlm_state_noise(dlm_state *s, const dlm_noise *noise)
     for (int k = 0; k < s->n_units; k++) {
         dlm_unit *u = &s->units[k];
         u->t = s->objective == DLM_OBJECTIVE_AR ? 1.0
-            : dlm_noise_level(&at, s->noise.first + k, s->noise.all,
+            : dlm__noise_level(&at, s->noise.first + k, s->noise.all,
                               !s->noise.independent, s->noise.lo, s->noise.hi);
         u->wanted = 1;
         dlm_state_mask(s, k, u->t);         /* AR: at level 1 all are              */
@@ -9608,14 +9601,12 @@ static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
                      tok->vocab, m->config.vocab);
 }
 
-DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
-                                  const void *data, size_t size)
+static dlm_error dlm__checkpoint_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                      const void *data, size_t size)
 {
     dlm_safetensors *f;
     dlm_config c;
     dlm_error e = dlm_safetensors_parse(&f, ctx, data, size);
-    *out = NULL;
-    if (tok) *tok = NULL;
     if (e == DLM_OK) e = dlm__config_from(&c, ctx, f);
     if (e == DLM_OK && dlm__count_params(&c) > f->bytes / 2)
         e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
@@ -9915,8 +9906,17 @@ static void dlm__llama_weights(const char *from, dlm_model *m)
     }
 }
 
-DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *data,
-                                     size_t size)
+/* A checkpoint has a '{' at byte 8, where the number of layers begins here. */
+static int dlm__is_llama2c(const void *data, size_t size)
+{
+    int32_t h[7];
+    if (size < sizeof h || ((const char *)data)[8] == '{') return 0;
+    memcpy(h, data, sizeof h);
+    return h[0] > 0 && h[1] > 0 && h[2] > 0 && h[2] <= 1024;
+}
+
+static dlm_error dlm__llama2c_from(dlm_model **out, dlm_ctx *ctx, const void *data,
+                                   size_t size)
 {
     int32_t h[7];
     double wanted;
@@ -9948,7 +9948,16 @@ DLM_API dlm_error dlm_llama2c_memory(dlm_model **out, dlm_ctx *ctx, const void *
 }
 
 /* ==[ loading ]===============================================================
-   Whatever is read from memory is read from files, too. */
+   Models of any kind; and whatever is read from memory is read from files, too. */
+
+DLM_API dlm_error dlm_load_memory(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                  const void *data, size_t size)
+{
+    *out = NULL;
+    if (tok) *tok = NULL;
+    if (dlm__is_llama2c(data, size)) return dlm__llama2c_from(out, ctx, data, size);
+    return dlm__checkpoint_from(out, tok, ctx, data, size);
+}
 
 #ifndef DLM_NO_STDIO
 
@@ -9992,15 +10001,6 @@ DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)
     dlm_error e = dlm__open_file(t->ctx, path, &file);
     if (e == DLM_OK) e = dlm_trainer_load_memory(t, file.data, file.size);
     return dlm__end_file(t->ctx, path, &file, e);
-}
-
-DLM_API dlm_error dlm_load_llama2c(dlm_model **out, dlm_ctx *ctx, const char *path)
-{
-    dlm__file file;
-    dlm_error e = dlm__open_file(ctx, path, &file);
-    *out = NULL;
-    if (e == DLM_OK) e = dlm_llama2c_memory(out, ctx, file.data, file.size);
-    return dlm__end_file(ctx, path, &file, e);
 }
 
 #endif /* !DLM_NO_STDIO */

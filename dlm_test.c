@@ -5303,7 +5303,7 @@ TEST(noise_levels_stay_in_range_and_spread)
         for (int row = 0; row < ROWS; row++) {
             dlm_address at = { test_seed, DLM_RANDOM_LEVEL, step, 0, 0 };
             for (int stratified = 0; stratified < 2; stratified++) {
-                double t = dlm_noise_level(&at, row, ROWS, stratified, lo, hi);
+                double t = dlm__noise_level(&at, row, ROWS, stratified, lo, hi);
                 double u = (t - lo) / (hi - lo);
                 CHECK(t >= lo && t < hi);
                 sum[stratified] += u / (ROWS * STEPS);
@@ -5331,7 +5331,7 @@ TEST(stratified_noise_levels_of_every_row_are_uniform)
             int count[8] = {0};
             for (uint32_t step = 0; step < STEPS; step++) {
                 dlm_address at = { test_seed, DLM_RANDOM_LEVEL, step, 0, 0 };
-                count[(int)(dlm_noise_level(&at, row, n, 1, 0, 1) * n) % 8]++;
+                count[(int)(dlm__noise_level(&at, row, n, 1, 0, 1) * n) % 8]++;
             }
             LABEL("row %d of %d", row, n);
             CHECK_CLOSE(test_chi_square(count, n, STEPS), n - 1, 6 * sqrt(2.0 * (n - 1)));
@@ -8445,7 +8445,7 @@ TEST(pipes_and_devices_are_refused_at_once)
     for (int i = 0; i < 2; i++) {
         const char *const path = paths[i], *text = "not a regular file";
         CHECK_ERROR(dlm_load(&back, NULL, ctx, path), DLM_E_IO, ctx, text);
-        CHECK_ERROR(dlm_load_llama2c(&back, ctx, path), DLM_E_IO, ctx, text);
+        CHECK_ERROR(dlm_load(&back, NULL, ctx, path), DLM_E_IO, ctx, text);
         CHECK_ERROR(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_CHARS, path), DLM_E_IO,
                     ctx, text);
         CHECK_ERROR(dlm_trainer_load(t, path), DLM_E_IO, ctx, text);
@@ -8488,7 +8488,7 @@ TEST(files_that_cannot_be_mapped_are_read)
     CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_CHARS, path));
     CHECK(tok && tok->vocab == 5);
     dlm_tokenizer_free(tok);
-    CHECK_ERROR(dlm_load_llama2c(&back, ctx, path), DLM_E_FORMAT, ctx, path);
+    CHECK_ERROR(dlm_load(&back, NULL, ctx, path), DLM_E_FORMAT, ctx, path);
     CHECK(heap.live == live);
     test_refuse_maps = 0;
     remove(path);
@@ -9812,7 +9812,7 @@ static void lift_draw(lift_plan *p)
             dlm_address at = { p->o.seed, DLM_RANDOM_LIFT, p->step, (uint32_t)k,
                                (uint32_t)(i - i % p->unit[k]) };
             unit += i % p->unit[k] == 0;
-            double t = dlm_noise_level(&at_level, unit, all, 1, lo, hi);
+            double t = dlm__noise_level(&at_level, unit, all, 1, lo, hi);
             double rest = 1 - fmax(0, (t - 1e-3) / (1 - 1e-3));
             double least = p->o.lift.rho_code_form && rest > 0.1 ? 0.1 : 0;
             double rho = p->lift ? least + (rest - least) * dlm_uniform(&at, 0) : 0;
@@ -12000,7 +12000,7 @@ TEST(llama2c_models_compute_what_their_own_program_would)
         char *bytes = (char *)test_malloc(size + 1);
         memcpy(bytes + 1, &f, size);           /* any alignment                    */
         LABEL("case %d", i);
-        CHECK_OK(dlm_llama2c_memory(&m, ctx, bytes + 1, size));
+        CHECK_OK(dlm__llama2c_from(&m, ctx, bytes + 1, size));
         free(bytes);                           /* weights were copied              */
         if (!m) continue;
         CHECK(m->config.pattern == DLM_PATTERN_CAUSAL && m->config.mask_id == 11);
@@ -12033,7 +12033,7 @@ TEST(llama2c_refuses_files_that_do_not_fit_their_header)
             memcpy(part, &f, n);
             LABEL("%u of %u bytes", (unsigned)n, (unsigned)size);
             const dlm_error want = n == size ? DLM_OK : DLM_E_FORMAT;
-            CHECK_ERROR(dlm_llama2c_memory(&m, ctx, part, n), want, ctx,
+            CHECK_ERROR(dlm__llama2c_from(&m, ctx, part, n), want, ctx,
                         want ? "llama2.c" : NULL);
             CHECK((m != NULL) == (n == size));
             dlm_model_free(m); free(part);
@@ -12043,7 +12043,7 @@ TEST(llama2c_refuses_files_that_do_not_fit_their_header)
             llama_file g = f;
             g.h[absurd[i][0]] = absurd[i][1];
             LABEL("header %d: %d", (int)absurd[i][0], (int)absurd[i][1]);
-            dlm_error e = dlm_llama2c_memory(&m, ctx, &g, size);
+            dlm_error e = dlm__llama2c_from(&m, ctx, &g, size);
             CHECK((e == DLM_E_FORMAT || e == DLM_E_CONFIG) && m == NULL);
             CHECK(dlm_last_error(ctx)[0]);
         }
@@ -12055,7 +12055,7 @@ TEST(llama2c_refuses_files_that_do_not_fit_their_header)
     int live = heap.live;
     for (int n = 1; n < 9; n++) {
         heap.fail_at = heap.calls + n;
-        dlm_error e = dlm_llama2c_memory(&m, poor, &f, size);
+        dlm_error e = dlm__llama2c_from(&m, poor, &f, size);
         CHECK(e == (heap.calls < heap.fail_at ? DLM_OK : DLM_E_NOMEM));
         dlm_model_free(m);
         CHECK(heap.live == live);
@@ -12357,7 +12357,7 @@ TEST(llama2c_released_model_writes_the_published_text)
     if (!golden_path("greedy.txt")) SKIP("no stories260K beside the repository");
     test_file want = file_read(golden_path("greedy.txt"));
     ctx = test_open(DLM_ISA_AUTO, 1);
-    CHECK_OK(dlm_load_llama2c(&m, ctx, golden_path("stories260K.bin")));
+    CHECK_OK(dlm_load(&m, NULL, ctx, golden_path("stories260K.bin")));
     CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES,
                                 golden_path("tok512.bin")));
     if (m && tok) {
@@ -12371,7 +12371,7 @@ TEST(llama2c_released_model_writes_the_published_text)
         CHECK(n == T - 1 && !memcmp(ids, canvas + 1, (T - 1) * sizeof *ids));
     }
     dlm_model *none = m;
-    CHECK_ERROR(dlm_load_llama2c(&none, ctx, "no such"), DLM_E_IO, ctx, "no such");
+    CHECK_ERROR(dlm_load(&none, NULL, ctx, "no such"), DLM_E_IO, ctx, "no such");
     CHECK(none == NULL);
     dlm_tokenizer_free(tok); dlm_model_free(m); free(want.data);
     test_close(ctx);
@@ -12392,7 +12392,7 @@ TEST(llama2c_released_model_scores_its_text_in_every_precision)
         dlm_model *m = NULL;
         dlm_tokenizer *tok = NULL;
         size_t n = 0;
-        CHECK_OK(dlm_load_llama2c(&m, ctx, golden_path("stories260K.bin")));
+        CHECK_OK(dlm_load(&m, NULL, ctx, golden_path("stories260K.bin")));
         CHECK_OK(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES,
                                     golden_path("tok512.bin")));
         if (m && tok) {

@@ -412,7 +412,7 @@ static int lab_open(lab *l, const plan *p, dlm_ctx *ctx, int task, int seed,
     task_grids_init(&l->grids);
     if (task == SUDOKU) {
         train_teacher(l);
-    } else if (path == NULL || dlm_load_llama2c(&l->teacher, ctx, path) != DLM_OK) {
+    } else if (path == NULL || dlm_load(&l->teacher, NULL, ctx, path) != DLM_OK) {
         printf("# skipped  stories: %s\n", path ? dlm_last_error(ctx) : "no --model");
         return 0;
     }

@@ -168,8 +168,8 @@ done
 for name in 03_sample 04_infill 05_watch_denoising 13_continue; do
     says 1 'bare.st holds no tokenizer' $name bare.st
 done
-says 1 'llama.bin: a model of llama2.c' 03_sample llama.bin
-says 1 'pieces.bin: neither a checkpoint nor' 03_sample pieces.bin
+says 1 'llama.bin holds no tokenizer (of a model of llama2.c' 03_sample llama.bin
+says 1 'pieces.bin' 03_sample pieces.bin
 says 1 'bare.st: holds no tokenizer' 12_convert bare.st - out.st
 says 1 'U+0058' 03_sample block.st 'X'
 long=$(head -c 200 "$dir/text")

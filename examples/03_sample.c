@@ -77,17 +77,11 @@ int main(int argc, char **argv)
     options.message = why, options.message_size = sizeof why;
     dlm_error e = dlm_init(&ctx, &options);
     if (!e) e = dlm_load(&loaded, &tok, ctx, path);
-    if (e == DLM_E_FORMAT && strstr(path, ".bin")) {         /* what could it be?    */
-        if (!dlm_load_llama2c(&loaded, ctx, path)) e = DLM_E_UNSUPPORTED;
-        snprintf(why, sizeof why, e == DLM_E_FORMAT
-                 ? "%s: neither a checkpoint nor a model of llama2.c"
-                 : "%s: a model of llama2.c, which 12_convert.c makes a checkpoint of",
-                 path);
-    }
     if (!e) e = dlm_model_pack(&model, ctx, loaded, DLM_F32, NULL);  /* to run fast */
     dlm_model_free(loaded);
     if (!e && !tok) {
-        snprintf(why, sizeof why, "%s holds no tokenizer", path);
+        snprintf(why, sizeof why, "%s holds no tokenizer (of a model of llama2.c "
+                 "12_convert makes a checkpoint that does)", path);
         e = DLM_E_MISMATCH;
     }
     if (!e && verbose) describe(model);

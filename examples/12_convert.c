@@ -122,16 +122,14 @@ static void convert(int rounds, double minutes)
 /* The teacher, what it is written in, and the token that begins its texts. */
 static dlm_tokenizer *open_teacher(const char *path, const char *pieces)
 {
-    const size_t n = strlen(path);
     dlm_tokenizer *tok = NULL;
     size_t one;
-    if (n >= 4 && strcmp(path + n - 4, ".bin") == 0) {
-        require(dlm_load_llama2c(&teacher, ctx, path));
+    require(dlm_load(&teacher, &tok, ctx, path));
+    if (tok == NULL && !strcmp(pieces, "-")) refuse(path, "holds no tokenizer");
+    if (tok == NULL) {                       /* llama2.c's are files of their own     */
         require(dlm_tokenizer_load(&tok, ctx, DLM_TOKENIZER_PIECES, pieces));
         begin = tok->stop;
     } else {
-        require(dlm_load(&teacher, &tok, ctx, path));
-        if (tok == NULL) refuse(path, "holds no tokenizer");
         require(dlm_encode(tok, " ", 1, &begin, 1, &one));
     }
     if (tok->vocab > teacher->config.vocab)
