@@ -3168,7 +3168,8 @@ enum { DLM__HAND_OVER = 500000 };
 
 static int dlm__alone(const dlm_ctx *ctx, double flops)
 {
-    return flops < DLM__HAND_OVER || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
+    return flops < (int)DLM__HAND_OVER
+        || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
 }
 
 static void dlm__parallel(dlm_ctx *ctx, int n, double flops, void (*job)(void *, int),
@@ -4627,7 +4628,7 @@ static void dlm__attention_backward(dlm__attention *a)
     const double seen = dlm__keys_seen(a->keys, a->start[a->n_seqs]);
     /* What is not in proportion to them, too, is worth a hand-over: whole columns. */
     dlm__parallel(a->ctx, a->n_seqs * a->KV,
-                  10.0 * a->D * a->H * seen + 2.0 * DLM__HAND_OVER,
+                  10.0 * a->D * a->H * seen + 2.0 * (int)DLM__HAND_OVER,
                   dlm__attention_backward_job, a);
 }
 
