@@ -2388,20 +2388,16 @@ static DLM__TARGET double DLM__K(dlm__sum_exp)(const float *x, int n, float shif
     for (int run = 0; run < n; run += 512) {
         const int end = dlm__min(n, run + 512);
         dlm__vf s = dlm__vset1(0.0f), sx = dlm__vset1(0.0f);
-        int i = run;
-        for (; i + DLM__VW <= end; i += DLM__VW) {
-            const dlm__vf d = dlm__vmax(floor_, dlm__vload(x + i) - sh);
+        for (int i = run; i < end; i += DLM__VW) {
+            const float *x_i = x + i;
+            float rest[DLM__VW];    /* lanes beyond the end hold nothing           */
+            if (i + DLM__VW > end) {
+                for (int j = 0; j < DLM__VW; j++)
+                    rest[j] = i + j < end ? x_i[j] : -INFINITY;
+                x_i = rest;
+            }
+            const dlm__vf d = dlm__vmax(floor_, dlm__vload(x_i) - sh);
             const dlm__vf e = dlm__vexp(d);
-            s = s + e;
-            sx = dlm__vfma(e, d, sx);
-        }
-        if (i < end) {              /* lanes beyond the end hold shift + floor: 0  */
-            float rest[DLM__VW];
-            dlm__vf d, e;
-            for (int j = 0; j < DLM__VW; j++)
-                rest[j] = i + j < end ? x[i + j] - shift : -INFINITY;
-            d = dlm__vmax(floor_, dlm__vload(rest));
-            e = dlm__vexp(d);
             s = s + e;
             sx = dlm__vfma(e, d, sx);
         }
