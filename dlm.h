@@ -49,7 +49,7 @@
        context matmul              what all work is done with; packed, blocked products
        layers attention            forward and backward of each, side by side
        config parameters patterns  what a model is: sizes, the weight table, key ranges
-       work block                  activations, a batch; one block up and down, passes
+       work passes                 activations, a batch; a layer up and down, passes
        sessions                    inference
        states                      what a pass learns from: cells, units, rows
        trainer optimizer           passes that learn; clipping, AdamW, averaging
@@ -96,7 +96,19 @@
        M N K   of a matrix product;  b: tokens of a block
    Weights are (out, in).  dx is the gradient of x.  x_i means &x[i*...].
 
-   MEMORY                          one block per object, from the allocator or from you
+   WORDS                           each has one meaning here
+       canvas  a text that is being filled in: tokens, and masks, which mean "not known"
+       block   so many neighbouring tokens, filled in before the next block is begun
+       row     one token of a pass: a line of every activation; rows looked at get logits
+       slot    the place of a row's key and value, where other rows see them
+       lane    the slots of one sequence in a session: its cache
+       cell    a response token of a state, which may be masked and learned from
+       unit    cells that share a noise level t: each is masked with probability t
+       step    one update in training; one forward of all sequences in sampling
+       round   a step in which something of this block was filled in, the first is 0
+       state   what one pass learns from: examples, their masks and weights, the rows
+
+   MEMORY                          one piece per object, from the allocator or from you
        How large, dlm_ctx_bytes and dlm_model_bytes say, and every creator that is called
        with out = NULL; tokenizers and files ask the allocator.  After creation a training
        step, a forward pass and a sampling step allocate nothing.  Threads need 300 KiB
@@ -120,7 +132,7 @@
 
    HOW TO READ THIS FILE           begin with examples/00_by_hand.c: a whole model, its
        training and its sampler in 300 lines of plain C, every formula beside its code.
-       Then api, and layers -> block -> states -> sampler tell the same as it is
+       Then api, and layers -> passes -> states -> sampler tell the same as it is
        here; random, attention and matmul tell how it is made deterministic and fast; the
        rest is files.
 
@@ -541,7 +553,7 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits);
    over the keys that are seen.  A training pass costs three times as much. */
 DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch *b);
 
-/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA; methods C.2):
+/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA, appendix B):
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
@@ -895,8 +907,7 @@ typedef struct dlm_lift_options {          /* 0 in a field marked * = the defaul
                                               all response tokens (the GIFT code)  */
 } dlm_lift_options;
 
-/* The extra masked fraction: uniform in [0, 1 - t_raw], t = 0.999 t_raw + 0.001 (figure
-   of the paper). */
+/* The extra masked fraction: uniform in [0, 1 - t_raw], t = 0.999 t_raw + 0.001. */
 DLM_API double     dlm_lift_rho(const dlm_address *at, double t, int code_form);
 /* How many of n masked tokens are kept: n t / (t + rho), half to even, 1 .. n. */
 DLM_API int        dlm_lift_count(int n, double t, double rho);
@@ -1028,7 +1039,7 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
                               int block, int mask_id, int shifted,
                               dlm_memory *mem);
 
-typedef enum dlm_divergence_kind {         /* p teacher, s student (methods B.7)   */
+typedef enum dlm_divergence_kind {         /* p teacher, s student                 */
     DLM_FORWARD_KL = 0,                    /* sum p (log p - log s)                */
     DLM_REVERSE_KL,                        /* sum s (log s - log p)                */
     DLM_MIXED_KL,                          /* (1-w) forward + w reverse            */
@@ -5519,9 +5530,9 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
     return DLM_OK;
 }
 
-/* ==[ block ]=================================================================
-   One transformer block, up and down, and the passes made of them.  Numbers are those of
-   the lines; backward undoes them from the last to the first.
+/* ==[ passes ]================================================================
+   One layer of the transformer, up and down, and the passes made of them.  Numbers are
+   those of the lines; backward undoes them from the last to the first.
      1  h  = norm1(x)
      2  q  = heads(h Wq)            heads: bias, QK-norm, rotary
      3  k  = heads(h Wk)   v = h Wv + bv
@@ -5529,9 +5540,9 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
      5  x2 = x + o Wo
      6  h2 = norm2(x2)
      7  a  = swiglu(h2 Wgate, h2 Wup)
-     8  y  = x2 + a Wdown           y is the next block's x
+     8  y  = x2 + a Wdown           y is the next layer's x
    Before the first stands x = embedding, behind the last logits = norm(y) W_head.  In the
-   last block only the rows that are looked at have queries, and all that follows them. */
+   last layer only the rows that are looked at have queries, and all that follows them. */
 
 /* out (n, C) = rows[i] of x. */
 static void dlm__gather(float *out, const float *x, const int *rows, int n, int C)
@@ -5653,7 +5664,7 @@ static dlm__norm dlm__norm_of(const dlm__work *w, float *y, float *x, float *r,
 }
 
 /* x of t (N, C) enters, y (Q, C) leaves; may be the same when Q = N. */
-static void dlm__block_forward(dlm__work *w, const dlm__layer_weights *lw,
+static void dlm__layer_forward(dlm__work *w, const dlm__layer_weights *lw,
                                const dlm__acts *t, const dlm__cache *cache, int last,
                                float *y)
 {
@@ -5702,9 +5713,9 @@ static void dlm__attention_back(dlm__work *w, const dlm__acts *t, const dlm__row
     dlm__attention_backward(&a);
 }
 
-/* dy (Q, C) comes in, the gradient of what left: w->dy of the last block, else w->dx.
+/* dy (Q, C) comes in, the gradient of what left: w->dy of the last layer, else w->dx.
    w->dx (N, C) goes out, the gradient of what entered. */
-static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *lw,
+static void dlm__layer_backward(dlm__work *w, const dlm__layer_weights *lw,
                                 const dlm__layer *g, const dlm__acts *t, int last)
 {
     const dlm__layer *p = &lw->p;
@@ -5740,8 +5751,8 @@ static void dlm__block_backward(dlm__work *w, const dlm__layer_weights *lw,
     dlm__norm_backward(&norm1, g->norm1, N);       /* 1: dx, of which 5 took x, grows */
 }
 
-/* --[ passes ]----------------------------------------------------------------
-   learn: every block keeps its activations for backward. */
+/* --[ whole passes ]----------------------------------------------------------
+   learn: every layer keeps its activations for backward. */
 
 static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
 {
@@ -5752,7 +5763,7 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
     for (int l = 0; l <= last; l++) {
         const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
         const dlm__acts *t = &w->acts[learn ? l : 0], *next = learn ? t + 1 : t;
-        dlm__block_forward(w, &lw, t, &w->caches[w->cached ? l : 0], l == last,
+        dlm__layer_forward(w, &lw, t, &w->caches[w->cached ? l : 0], l == last,
                            l == last ? w->x_out : next->x);
     }
     dlm__norm_forward(&norm, w->sub.n);
@@ -5771,7 +5782,7 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
     for (int l = last; l >= 0; l--) {
         const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
         const dlm__layer gl = dlm__layer_at(&w->c, grads, l);
-        dlm__block_backward(w, &lw, &gl, &w->acts[l], l == last);
+        dlm__layer_backward(w, &lw, &gl, &w->acts[l], l == last);
     }
     dlm__embedding_backward(w->ctx, g.tok_emb, w->dx, w->tokens, w->all.n, w->c.dim);
 }
@@ -7947,15 +7958,20 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
 }
 
 /* ==[ distill ]===============================================================
-   OPDLM (arXiv 2606.06712; methods B).  The student fills in a text with its own block
-   sampler; the teacher then reads the finished text once, causally, and says at every
-   place what it would have written there given what stands before.  The student learns
-   to say the same from the state it was in: its block partly masked, nothing to the
-   right.  That state is taken from the step map of the rollout. */
+   OPDLM (arXiv 2606.06712, section 4 and algorithm 1 with w(t) = 1).  One update:
+     1  the student fills in texts with its own block sampler, whose trace says in which
+        step each token came: the step map.  Every step shows a state the student was
+        in: its block partly masked, nothing to the right
+     2  of every block one of these states is drawn, a round of it; all blocks stand in
+        one doubled row, so that the student sees them all in one pass
+     3  the teacher reads the finished texts once, causally: at every place p_i, what it
+        would have written there given what stands before
+     4  the student's s_i, at the masked places, learns to be p_i: the loss is their
+        divergence, its mean over the places, then over the texts.  No 1/t: a masked
+        place counts as often as the student met it */
 
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
-                              int block, int mask_id, int shifted,
-                              dlm_memory *mem)
+                              int block, int mask_id, int shifted, dlm_memory *mem)
 {
     const int V = ar->config.vocab;
     dlm_config c = ar->config;

@@ -9645,7 +9645,7 @@ TEST(lift_count_rounds_half_to_even_and_keeps_at_least_one)
     }
 }
 
-/* The table of methods A.2, by thirds of t, and where rho may lie. */
+/* How many are masked and kept, by thirds of t, and where rho may lie. */
 TEST(lift_rho_and_kept_fractions_have_the_documented_means)
 {
     enum { DRAWS = 240000 };
@@ -10461,7 +10461,7 @@ TEST(lift_options_are_checked_by_name)
 }
 
 /* ==[ divergences ]===========================================================
-   Values and gradients of methods B.7 in double.  K: the tokens that take part. */
+   Values and gradients of the divergences in double.  K: the tokens that take part. */
 
 enum { OPD_BIG = 300 };
 
@@ -11501,7 +11501,7 @@ TEST(distiller_steps_do_not_depend_on_passes)
 }
 
 /* Trajectory: every round of a block alike; random: 1, 2, 3, 4 masks of 4 in the shares
-   2/5, 1/5, 1/5, 1/5 (methods B.5).  Neighbours in a batch change nothing. */
+   2/5, 1/5, 1/5, 1/5.  Neighbours in a batch change nothing. */
 TEST(distiller_states_are_drawn_uniformly)
 {
     static const int map[12] = { 0, 1, 2, 2, 1, 4, 5, 3, 6, 9, 9, 9 };

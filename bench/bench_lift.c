@@ -10,14 +10,14 @@
            one thread; two processes with files and seeds of their own run side by side.
 
    EL1    frequency x mask ratio.  Rare tokens cannot be learnt when most is masked,
-          common ones are nearly free when little is (methods A.1).
+          common ones are nearly free when little is.
    EL2    fine-tuning.  LIFT against plain training at equal steps and at equal cost,
           against its ingredients, the reversed schedule and random choice; paired seeds,
           learning rates chosen per arm on the validation split.
    EL3    what is kept, against what the distributions of t and rho say.
    speed  wall time of a LIFT-3 step over that of a plain one.
 
-   Pre-registered (methods D.3), with exact answers at two tokens per step as the measure:
+   Pre-registered, with exact answers at two tokens per step as the measure:
      reproduced      on one task LIFT-3 beats the plain arm of equal FLOPs, the reversed
                      and the random-k arm (95 % intervals above 0), and on the other task
                      it is not significantly worse than the plain arm
@@ -611,7 +611,7 @@ static int runs_left(const plan *p, int seed)
     return n;
 }
 
-/* H = 2 chooses as LIFT-2 does (methods A.5); it is not run, but this is. */
+/* H = 2 chooses as LIFT-2 does; it is not run, but this is. */
 static void check_h2(lab *l)
 {
     arm h2 = arms[LIFT3], two = arms[LIFT3];
@@ -1540,7 +1540,7 @@ static void el3_thirds(const plan *p, dlm_ctx *ctx)
     int close = 1;
     lab_open(l, p, ctx, 1);
     printf("\n== EL3: kept fraction by thirds of t (Sudoku traces, %d examples each; "
-           "expected: methods A.2) ==\n", steps);
+           "expected: the formula) ==\n", steps);
     for (int form = 0; form < 2; form++) {
         printf("  rho, %s form ", form ? "code " : "paper");
         for (int third = 0; third < 3; third++) {

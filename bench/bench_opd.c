@@ -20,7 +20,7 @@
    times the texts.  Row i of a student predicts token i + 1 as it did in the teacher,
    except in opdlm_same.  scratch_x5 and cpt_x15 run only when --arm names them.
 
-   Pre-registered (methods D.4), intervals are 95 % t-intervals of paired differences over
+   Pre-registered, intervals are 95 % t-intervals of paired differences over
    seeds, in points (sudoku) or hundredths of a nat (stories):
      EO1   sudoku: accuracy at least 90 % of the teacher's, untouched far below
      EO2   tokens continued training needs for the same quality, more than 3 times as many

@@ -8,7 +8,7 @@ BEGIN {
     function_limit = 60; exception_limit = 90; width_limit = 90
     split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:720 " \
           "instances:480 threads:180 context:120 matmul:420 layers:400 " \
-          "attention:400 config:80 parameters:330 patterns:50 work:330 block:310 " \
+          "attention:400 config:80 parameters:330 patterns:50 work:330 passes:310 " \
           "sessions:120 states:400 trainer:240 optimizer:140 lift:320 steps:150 " \
           "sampler:800 likelihood:120 distill:500 json:270 files:250 " \
           "tokenizers:350 safetensors:310 checkpoints:380 llama2c:80 loading:70 " \

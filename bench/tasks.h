@@ -271,7 +271,7 @@ static inline void task_sudoku_text(char text[TASK_LENGTH + 32], const int *resp
 }
 
 /* --[ sudoku: score ]---------------------------------------------------------
-   The rules of LIFT's evaluator (methods A.9), from an answer text; and the exact
+   The rules of LIFT's evaluator, from an answer text; and the exact
    score, which that evaluator does not have: a valid grid that keeps all givens. */
 
 typedef struct task_score {                /* sums over puzzles                    */
@@ -582,7 +582,7 @@ static inline int task_countdown_text(char text[96], const int response[12])
 }
 
 /* --[ countdown: score ]------------------------------------------------------
-   The rules of LIFT's evaluator (methods A.9), on any answer text. */
+   The rules of LIFT's evaluator, on any answer text. */
 
 typedef struct task_parser {               /* expr = term {+- term}, ...           */
     const char *at;
