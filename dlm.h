@@ -133,8 +133,8 @@
    HOW TO READ THIS FILE           begin with examples/00_by_hand.c: a whole model, its
        training and its sampler in 300 lines of plain C, every formula beside its code.
        Then api, and layers -> passes -> states -> sampler tell the same as it is
-       here; random, attention and matmul tell how it is made deterministic and fast; the
-       rest is files.
+       here; lift, steps and distill go on from there; random, attention and matmul tell
+       how it is made deterministic and fast; the rest is files and ground.
 
    WHAT THIS IS NOT                no GPU, no autograd, no strides or views, no mixture
        of experts, no training of models beyond some hundred million parameters.
@@ -204,8 +204,8 @@
 
 /* ==[ api ]===================================================================
    Everything a caller may use.  Nothing from section platform on is promised.
-   Ordered as a program meets it: errors, context, math, model, batch, inference,
-   sampling, objectives, training, text, files. */
+   Ordered as a program meets it: errors, context, random, math, model, batch, inference,
+   sampling, objectives, states, lift, training, distillation, tokenizers, files. */
 #ifndef DLM_H
 #define DLM_H
 #include <stddef.h>
@@ -333,7 +333,7 @@ typedef enum dlm_purpose {                 /* one stream of randomness each     
 
 typedef struct dlm_address {
     uint64_t seed;
-    uint32_t purpose, step, row, position; /* row: which sequence; position: in it */
+    uint32_t purpose, step, row, position; /* row: mostly the sequence; position: in it */
 } dlm_address;
 
 /* 128 bits, number `index` at this address. */
@@ -553,7 +553,7 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits);
    over the keys that are seen.  A training pass costs three times as much. */
 DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch *b);
 
-/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA, appendix B):
+/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA, see likelihood):
    the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
    a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
    causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
@@ -565,7 +565,7 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
 
 /* --[ sampling ]--------------------------------------------------------------
    The canvas is the interface: tokens equal to mask_id are filled in, all others are
-   fixed.  The mask token is never emitted and a visible token never changes.  A sampler
+   fixed.  The mask token is never emitted, a given token never changes.  A sampler
    asks for rows, is shown their logits, and answers on the canvas; who runs the rows is
    all the same to it: a session, a network of your own, or nobody, when the logits of
    an earlier run were kept. */
@@ -581,7 +581,7 @@ typedef enum dlm_order {     /* which masked positions are filled in this step  
     DLM_ORDER_RANDOM,        /* the planned number, uniformly                      */
     DLM_ORDER_SEQUENTIAL,    /* the planned number, left to right                  */
     DLM_ORDER_ANCESTRAL,     /* each with probability 1 - s/t (MDLM)               */
-    DLM_ORDER_FIRST_HITTING, /* one, uniformly: times u^(1/n) apart (BD3-LM)       */
+    DLM_ORDER_FIRST_HITTING, /* one, uniformly; time shrinks by u^(1/masks) (BD3-LM) */
     DLM_ORDER_COUNT
 } dlm_order;
 
@@ -678,7 +678,7 @@ typedef struct dlm_sampler dlm_sampler;
 
 /* A sampler drives a session that outlives it.  For BLOCK and CAUSAL models the
    session should be cached; each step then runs only the rows of the current block
-   and the commit of a finished block rides along with the next one's first step. */
+   and the final keys of a finished block are stored in the next one's first step. */
 DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
                                      const dlm_sample_options *opt, dlm_memory *mem);
 /* The same without a session or a model, from sizes alone: of config only vocab, max_seq,
@@ -782,11 +782,12 @@ DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *ar
        units                 0----  1----           2-
        rows        the cat sat on a mat  __ on  a __        he ran  __ __
                    clean copy of 6       noisy: 0, 1        clean   noisy, to its end
-   FULL has the noisy copy alone, prompt included, AR the clean one.  The doubled row of
-   the first example, x: row sees column; P = 2, R = 4 (BD3-LM, Arriola et al. 2025):
+   FULL has the noisy copy alone, prompt included, AR the clean one but its last token.
+   The doubled row of the first example, x: row sees column; P = 2, R = 4 (BD3-LM,
+   Arriola et al. 2025):
                       p0 p1 c0 c1 c2 c3 n0 n1 n2 n3
              p0 p1     x  x  .  .  .  .  .  .  .  .    prompt
-             c0 c1     x  x  x  x  .  .  .  .  .  .    clean: itself and what came before
+             c0 c1     x  x  x  x  .  .  .  .  .  .    clean: its block, all before it
              c2 c3     x  x  x  x  x  x  .  .  .  .
              n0 n1     x  x  .  .  .  .  x  x  .  .    noisy: the clean past, its block
              n2 n3     x  x  x  x  .  .  .  .  x  x
@@ -795,7 +796,7 @@ DLM_API double dlm_log_sum_exp(dlm_ctx *ctx, const float *logits, int V, int *ar
 
 typedef enum dlm_select {    /* which masked tokens keep their mask                */
     DLM_SELECT_RANDOM = 0,
-    DLM_SELECT_EASIEST,      /* largest log p(gold): top-k                         */
+    DLM_SELECT_EASIEST,      /* largest log p(gold), of the true token: top-k      */
     DLM_SELECT_HARDEST       /* smallest: bottom-k                                 */
 } dlm_select;
 
@@ -816,7 +817,7 @@ typedef struct dlm_noise {                 /* 0 in a field marked * = the defaul
     int      independent;                  /* 0: levels stratified over the step   */
     double   lo, hi;                       /* * = 0.001, 1: range of the levels    */
     int      all;                          /* units of the step; * = of this state */
-    int      first, row;                   /* units, examples of it before this state's */
+    int      first, row;                   /* units, examples of the step before these */
 } dlm_noise;
 
 typedef struct dlm_state {                 /* open for reading; masks, weights, scores,
@@ -832,7 +833,7 @@ typedef struct dlm_state {                 /* open for reading; masks, weights, 
     dlm_noise  noise;                      /* what it was noised with              */
     unsigned char *masked;                 /* (n_cells)                            */
     float     *weight;                     /* (n_cells) of its loss when masked    */
-    float     *score;                      /* (n_cells) from dlm_state_gold        */
+    float     *score;                      /* (n_cells) log p(gold), or CART's, GIFT's */
     double     scale;                      /* of all weights: 1 over the response tokens
                                               that could carry loss                */
     dlm_batch  batch;                      /* what is laid out; by row looked at,  */
@@ -854,7 +855,7 @@ DLM_API void      dlm_state_free(dlm_state *s);                        /* NULL i
 DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int n,
                                  int views);
 /* A level for every unit, masks at that rate, weights 1/t; scale for this state alone.
-   AR has no masks: every cell is predicted and weighs 1.  noise may be NULL. */
+   AR: all count as masked and weigh 1.  noise may be NULL. */
 DLM_API void      dlm_state_noise(dlm_state *s, const dlm_noise *noise);
 /* Masks each cell of unit k with probability p instead, by the same random numbers: what
    was masked at a lower p still is. */
@@ -869,8 +870,8 @@ DLM_API void      dlm_state_gold(void *state, int i, float *logits);
 
 /* --[ lift ]------------------------------------------------------------------
    LIFT (arXiv 2605.22939): mask more than the noise level t asks for, keep the easy ones
-   of these when t is high and the hard ones when t is low, give the rest their gold
-   token back.  Its pieces, and those of the two baselines, are pure functions. */
+   of these when t is high, the hard ones when it is low and random ones between (LIFT3),
+   give the rest their gold token back.  Its pieces are the functions below. */
 
 typedef enum dlm_policy {    /* how t decides                                      */
     DLM_POLICY_TIME = 0,     /* the largest of the weights t, 1-t, H t(1-t); ties go to
@@ -882,7 +883,7 @@ typedef enum dlm_policy {    /* how t decides                                   
 
 typedef enum dlm_method {    /* what a masked objective does beyond its masks      */
     DLM_METHOD_VANILLA = 0,
-    DLM_METHOD_LIFT3, DLM_METHOD_LIFT2,        /* easiest, hardest (and random)    */
+    DLM_METHOD_LIFT3, DLM_METHOD_LIFT2,        /* easiest, hardest; 3: and random  */
     DLM_METHOD_TOP_K, DLM_METHOD_BOTTOM_K, DLM_METHOD_RANDOM_K,    /* at every t   */
     DLM_METHOD_CART,         /* vanilla masks, weights from the visible context    */
     DLM_METHOD_GIFT,         /* masks where a fully masked forward is uncertain; its
@@ -895,7 +896,7 @@ typedef struct dlm_lift_options {          /* 0 in a field marked * = the defaul
     float      H;                          /* * = 3: how often LIFT3 is random     */
     dlm_method method;
     dlm_policy policy;
-    int        rho_code_form;              /* 1: rho >= 0.1, as the released code  */
+    int        rho_code_form;              /* 1: rho >= 0.1 if it can, as the code */
     int        one_pass;                   /* 1: the rejected stay masked, without loss:
                                               no second forward                    */
     int        complementary;              /* 1: a second view masks what the first does
@@ -946,8 +947,8 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
     float    weight_decay;                 /* decoupled; on matrices only; times lr at
                                               most 1                               */
     float    clip;                         /* * = 1: largest global gradient norm.
-                                              INFINITY, or whatever is above 1e18: never,
-                                              up to 1e18, whose square f32 still holds */
+                                              Whatever is above 1e18, INFINITY too, is
+                                              1e18, whose square f32 still holds   */
     float    ema;                          /* decay of averaged weights; 0: none   */
     float    level_min, level_max;         /* noise levels of training are uniform in
                                               this range (BD3-LM's clipped schedule);
@@ -964,14 +965,14 @@ typedef struct dlm_train_options {         /* 0 in a field marked * = the defaul
 #define DLM_BINS 8
 typedef struct dlm_report {
     int64_t step;                          /* updates done, this one included      */
-    double  loss;                          /* nats per scored token (ELBO weighted) */
+    double  loss;                          /* nats per one of `tokens` (ELBO weighted) */
     double  grad_norm;                     /* before clipping, right for all finite
                                               gradients; not finite when a gradient or a
                                               moment is not or a second moment is below 0:
                                               then the update leaves weights and moments
                                               alone, but counts as a step          */
     double  lr;
-    int64_t tokens;                        /* tokens that could carry loss (D)     */
+    int64_t tokens;                        /* response tokens that could carry loss */
     int64_t scored;                        /* rows that did                        */
     double  flops;                         /* forward and backward, scoring and teacher
                                               passes; not rollouts                 */
@@ -988,7 +989,7 @@ typedef struct dlm_trainer {               /* open for reading                  
     dlm_model *model;
     dlm_train_options options;             /* with every default filled in         */
     int64_t    steps;                      /* updates done                         */
-    float     *gradients;                  /* (n_params) of the passes since; writable */
+    float     *gradients;                  /* (n_params) since the update; writable */
     float     *adam_m, *adam_v;            /* (n_params) moments                   */
     float     *ema;                        /* (n_params) averaged weights, or NULL */
     double     flops;                      /* of the passes since the last update  */
@@ -1015,26 +1016,27 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
                                        uint32_t draw, dlm_report *report);
 
 /* The same in pieces, for objectives of your own: any number of passes, each adding
-   to the gradients, then one update.  slots and lanes of the batch are not used.
-   Denormals (below 2^-126) among weights, averages and moments become 0 at every 64th
-   update: what only decays would end there, and slow down all that follows. */
+   to the gradients, then one update.  slots and lanes of the batch are not used. */
 DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                                    void *user);
-/* The same without gradients: score only looks. */
-DLM_API dlm_error dlm_trainer_score(dlm_trainer *t, const dlm_batch *b,
-                                    dlm_score_fn score, void *user);
+/* The way up alone, without gradients: score only looks. */
+DLM_API dlm_error dlm_trainer_forward(dlm_trainer *t, const dlm_batch *b,
+                                      dlm_score_fn score, void *user);
+/* Denormals (below 2^-126) among weights, averages and moments become 0 at every 64th
+   update: what only decays would end there, and slow down all that follows. */
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report);
 
 /* --[ distillation ]----------------------------------------------------------
    OPDLM (arXiv 2606.06712): an autoregressive model becomes a block-diffusion model by
    learning, on its own rollouts, what the frozen original would have said. */
 
+enum { DLM_NEW_TOKEN = -1 };
+
 /* A copy of a plain AR model as a block-diffusion student: causal becomes BLOCK.
    mask_id: an existing, unused id, or DLM_NEW_TOKEN: the vocabulary grows by one token,
    whose embedding is the mean of the others.  shifted 0: row i learns to predict token i
    (the paper's); 1: row i goes on predicting token i + 1, which small models learn in a
    fraction of the time.  block * = 4. */
-enum { DLM_NEW_TOKEN = -1 };
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
                               int block, int mask_id, int shifted,
                               dlm_memory *mem);
@@ -1067,14 +1069,15 @@ DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher
                               double weight, const dlm_divergence_options *o);
 
 typedef enum dlm_states {    /* which of a rollout's states the student learns on  */
-    DLM_STATES_TRAJECTORY = 0,             /* per block one of its rounds, uniformly */
+    DLM_STATES_TRAJECTORY = 0,             /* per block as before one of its steps */
     DLM_STATES_RANDOM,                     /* random masks, at least one per block
                                               (OPDLM_off; off-policy distillation) */
-    DLM_STATES_ALL                         /* every round, a row each              */
+    DLM_STATES_ALL                         /* before every step, a sequence each   */
 } dlm_states;
 
 typedef struct dlm_distill_options {
-    int        max_targets;                /* * = what 64 MiB hold, or 1024 or max_seq:
+    int        max_targets;                /* * = what 64 MiB hold, at least the lesser of
+                                              1024 and max_seq (at most max_rows):
                                               teacher rows (V) kept at a time, at least
                                               the longest response                 */
     dlm_states states;
@@ -1091,10 +1094,11 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
                                        const dlm_distill_options *o, dlm_memory *mem);
 DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL is ok */
-/* One update on n finished sequences: loss is the mean over sequences of the mean
-   divergence over masked tokens.  Every example has its step map, but for RANDOM.  Its
-   targets know only the left, so the student comes to ignore its right: who wants
-   infilling puts dlm_trainer_step on clean texts, same trainer, in between. */
+/* One update on n finished sequences, which the caller has sampled (examples/12): loss is
+   the mean over sequences (ALL: and their rounds) of the mean divergence over masked
+   tokens.  Every example has its step map, but for RANDOM.  Its targets know only the
+   left, so the student comes to ignore its right: who wants infilling puts
+   dlm_trainer_step on clean texts, same trainer, in between. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
                                      dlm_report *report);
 /* The step at which each token of a sequence was filled in, 0 where it was given.  steps
@@ -3966,8 +3970,8 @@ static void dlm__matrix_row(const dlm_ctx *ctx, float *out, const dlm_matrix *w,
 }
 
 /* ==[ layers ]================================================================
-   Each layer: its formula, forward, and right below it the backward that undoes it.
-   A layer works on rows; rows of different sequences never meet except in the sums
+   Each operation of a layer: its formula, forward, and right below it its backward.
+   It works on rows; rows of different sequences never meet except in the sums
    that make a weight's gradient.  Backward functions add into weight gradients. */
 
 /* --[ linear ]----------------------------------------------------------------
@@ -6333,7 +6337,7 @@ DLM_API void dlm_state_free(dlm_state *s)
 }
 
 /* ==[ trainer ]===============================================================
-   What learns: passes that add up gradients, and what happens to masks before them.
+   What learns: work space, gradients, passes that add them up.
    Gradients and both moments are flat arrays in the order of the weights. */
 
 typedef struct dlm__trainer_parts { /* what a trainer points to, in one block      */
@@ -6342,7 +6346,7 @@ typedef struct dlm__trainer_parts { /* what a trainer points to, in one block   
     dlm__work   work;
 } dlm__trainer_parts;
 
-enum { DLM__GRAD_RUN = 4096 };
+enum { DLM__GRAD_RUN = 4096 };      /* floats of one job: sums in a fixed order    */
 
 /* What fields ask of each other and of the model. */
 static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
@@ -6469,8 +6473,8 @@ DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score
     return dlm__pass(t, b, score, user, 1);
 }
 
-DLM_API dlm_error dlm_trainer_score(dlm_trainer *t, const dlm_batch *b,
-                                    dlm_score_fn score, void *user)
+DLM_API dlm_error dlm_trainer_forward(dlm_trainer *t, const dlm_batch *b,
+                                      dlm_score_fn score, void *user)
 {
     return dlm__pass(t, b, score, user, 0);
 }
@@ -6608,7 +6612,8 @@ DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
    LIFT, learnability-informed fine-tuning (arXiv 2605.22939), and what it is compared
    with: functions that change the masks of a noised state before it is learned from.
      1  mask at rate t + rho, more than the noise level t asks for; n tokens
-     2  score them by log p(gold): one forward without gradient, the method's cost
+     2  score them by log p of their true, "gold" tokens, unless 3 is random: a forward
+        without gradient, the method's cost
      3  keep k = round(n t / (t + rho)) of them; the rest get their gold token back:
         which, the largest of three weights says: easiest t, hardest 1 - t, random
         H t (1 - t).  With H = 3: hardest below t = 1/3, random up to 2/3, then easiest
@@ -6691,7 +6696,8 @@ DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, in
 }
 
 /* --[ choosing ]--------------------------------------------------------------
-   The table of methods.  Each is given a state with plain masks at t and weights 1/t. */
+   The table of methods.  Each is given a state with plain masks at t, weights 1/t or
+   1. */
 
 typedef struct dlm__method {
     int        superset;            /* masks more than t and selects: LIFT's steps */
@@ -6708,7 +6714,7 @@ static dlm_error dlm__score_cells(dlm_trainer *t, dlm_score_fn score)
     dlm_error e;
     memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
     dlm_state_layout(s, 0);
-    e = dlm_trainer_score(t, &s->batch, score, s);
+    e = dlm_trainer_forward(t, &s->batch, score, s);
     for (int k = 0; k < s->n_units; k++) s->units[k].wanted = 1;
     return e;
 }
@@ -6807,6 +6813,7 @@ static void dlm__cart_weights(float *weight, const unsigned char *masked, int P,
     }
 }
 
+/* CART's weights pass through score. */
 static dlm_error dlm__choose_cart(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
     dlm_state *s = t->state;
@@ -6958,8 +6965,8 @@ static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
 
 static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.0; }
 
-/* All examples through as many passes as they need.  loss is normalised by D, the
-   tokens that could carry loss, so that it does not depend on the passes. */
+/* All examples through as many passes as they need.  loss is normalised by r->tokens,
+   those that could carry loss, so that it does not depend on the passes. */
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
                                    dlm_noise *noise, int learn, dlm_report *r)
 {
@@ -7056,11 +7063,11 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
 
 /* ==[ sampler ]===============================================================
    A state machine per sequence: the active block [a, e) loses its masks step by step,
-   then the next block that has some becomes active.  A step has three parts, and only the
-   one in the middle needs a network:
+   then the next block that has some becomes active.  A step has three parts; the network
+   runs between the first two:
        ask      which positions are candidates, which rows must be run to see them
-       decide   the logits of a row -> a token, its probability, how it is ranked
-       commit   the best ranked are written on the canvas, as many as the order says
+       score    the logits of a row -> a token, its probability, how it is ranked
+       answer   the best ranked are written on the canvas, as many as the order says
    What a step runs.  The pattern is BLOCK, a prompt of 3, blocks of 4, two tokens a step,
    a cache; the digits are the steps in which the row of that slot is run:
 
@@ -7072,9 +7079,9 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
        step 5                             5 5 5 5    5  5  5  5
 
    Keys and values that a row leaves in the cache are final when it and all it saw were
-   clean: those of 3..6 not before step 3, which commits that block along with the first
-   step of the next, without a forward of its own.  The last block needs no commit.
-   CAUSAL is the same with blocks of one, where the row to commit is the row that
+   clean: those of 3..6 not before step 3, which stores them along with the first step
+   of the next block, without a forward of its own.  The last block needs none of that.
+   CAUSAL is the same with blocks of one, where the row to store is the row that
    predicts.  FULL runs the whole canvas every time; without a cache BLOCK and CAUSAL run
    everything from slot 0 to there. */
 
@@ -7123,7 +7130,7 @@ struct dlm_sampler {
     dlm__candidate    *cands;       /* (seqs, slots)                               */
     int                n_cands;
     dlm__guess        *guesses;     /* (rows) of the rows looked at                */
-    int               *wanted_by;   /* (rows) their first candidates               */
+    int               *wanted_by;   /* (rows) looked at: first candidate of each   */
     float             *kept;        /* (out, V) guidance: logits of both sides     */
     int               *start, *lanes, *tokens, *slots, *out_rows;   /* the batch    */
     dlm_keys          *keys;
@@ -8228,7 +8235,8 @@ static void dlm__random_round(dlm_state *s, const dlm_unit *u, const dlm_address
     if (hits == 0) s->masked[u->cell + (int)(dlm_uniform(at, 1) * u->n)] = 1;
 }
 
-/* Masks for every unit of the student's state; round < 0: a random one per block. */
+/* Masks for every unit; first: the number of example 0 in the update; round < 0: a random
+   one per block.  A block with fewer rounds gets no masks, hence no loss. */
 static void dlm__distill_masks(dlm_distiller *d, int first, int round)
 {
     dlm_state *s = d->t->state;
@@ -8253,7 +8261,8 @@ static void dlm__distill_masks(dlm_distiller *d, int first, int round)
     }
 }
 
-/* Weights: the mean over each sample's masked cells, then the mean over rows. */
+/* Weights: the mean over an example's masked cells, times per_row.  Returns how many
+   examples have any. */
 static int dlm__distill_weights(dlm_distiller *d, double per_row)
 {
     dlm_state *s = d->t->state;
