@@ -652,7 +652,8 @@ typedef struct dlm_sample_options {        /* 0 in a field marked * = the defaul
            DLM_RANDOM_ORDER   p            RANDOM, FIRST_HITTING: the smallest go first
            DLM_RANDOM_ORDER   p, step 0    ANCESTRAL: p's turn, steps * u rounded down
            DLM_RANDOM_ORDER   the length   FIRST_HITTING: the time, times u^(1/masks)
-       TOKEN only at a temperature above 0, for every position that is looked at. */
+       TOKEN only at a temperature above 0, for every masked position that is looked at;
+       of tokens 0 and 1 of a shifted model, when both are masked, for 0 alone. */
     double (*uniform)(void *uniform_user, const dlm_address *at);
     void    *uniform_user;
     uint64_t seed;                         /* 0 is a seed like any other           */
@@ -719,6 +720,9 @@ DLM_API int       dlm_sampler_length(const dlm_sampler *sm, int seq);
    what a stop token then cut off; a token that is masked again is listed again when it
    is filled in again).  What is drawn_only was never there. */
 DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events);
+/* The step at which each token of a sequence was filled in, 0 where it was given.  steps
+   (session slots) of which dlm_sampler_length are written. */
+DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
 /* Forward passes and their operations since begin: the cost of parallel decoding (of
    operations only a session knows). */
 DLM_API void      dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops);
@@ -815,17 +819,19 @@ typedef struct dlm_noise {                 /* 0 in a field marked * = the defaul
     uint64_t seed;
     uint32_t step;                         /* address of the random numbers        */
     int      independent;                  /* 0: levels stratified over the step   */
-    double   lo, hi;                       /* * = 0.001, 1: range of the levels    */
-    int      all;                          /* units of the step; * = of this state */
+    double   lo, hi;                       /* * = 0.001, 1: range of the levels, within
+                                              0 < lo <= hi <= 1                    */
+    int      all;                          /* units of the step; * = up to this state's */
     int      first, row;                   /* units, examples of the step before these */
 } dlm_noise;
 
-typedef struct dlm_state {                 /* open for reading; masks, weights, scores,
-                                              wanted, scale for writing, too       */
+typedef struct dlm_state {                 /* open for reading; what is in units, masked,
+                                              weight, score, scale and out_weight for
+                                              writing, too                         */
     dlm_ctx   *ctx;
     dlm_config config;
     dlm_objective objective;
-    int        rows, seqs, most_cells;     /* room for                             */
+    int        rows, seqs;                 /* room for                             */
     const dlm_example *examples;           /* (n_examples) borrowed                */
     int        n_examples, n_units, n_cells;
     int       *first_cell, *first_unit;    /* (n_examples + 1)                     */
@@ -844,14 +850,15 @@ typedef struct dlm_state {                 /* open for reading; masks, weights, 
     dlm_keys  *keys;
 } dlm_state;
 
-/* For a resolved config; AUTO is what its pattern asks for.  rows: of a pass; seqs 0: of
-   so many sequences as the trainer has. */
-DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
-                                   dlm_objective objective, int rows, int seqs,
-                                   dlm_memory *mem);
+/* config: of the model that will run the batches.  AUTO is what its pattern asks for.
+   rows: of a pass; seqs 0: of so many sequences as the trainer has. */
+DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx,
+                                   const dlm_config *config, dlm_objective objective,
+                                   int rows, int seqs, dlm_memory *mem);
 DLM_API void      dlm_state_free(dlm_state *s);                        /* NULL is ok */
-/* The first examples of n that fit, `views` times each; n_examples says how many they
-   are.  DLM_E_INPUT names an example that contradicts itself or could never fit. */
+/* The first examples of n that fit, n_examples of them.  views 2: each twice, as long as
+   it takes for dlm_state_layout to add a second view.  DLM_E_INPUT names an example that
+   contradicts itself or could never fit. */
 DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int n,
                                  int views);
 /* A level for every unit, masks at that rate, weights 1/t; scale for this state alone.
@@ -861,8 +868,9 @@ DLM_API void      dlm_state_noise(dlm_state *s, const dlm_noise *noise);
    was masked at a lower p still is. */
 DLM_API void      dlm_state_mask(dlm_state *s, int k, double p);
 /* Fills in batch from what is wanted, an example without such a unit not at all; cells of
-   weight 0 are not looked at.  again 1: adds a second view to what is there. */
-DLM_API void      dlm_state_layout(dlm_state *s, int again);
+   weight 0 are not looked at.  again 1: adds a second view to what is there.
+   DLM_E_INPUT, and an empty batch, where the room is not enough for that. */
+DLM_API dlm_error dlm_state_layout(dlm_state *s, int again);
 /* For a pass over batch, user is the state: loss and gradient of the weighted
    cross-entropy; or log p(gold) of every cell looked at into score. */
 DLM_API void      dlm_state_loss(void *state, int i, float *logits);
@@ -1019,7 +1027,7 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
    to the gradients, then one update.  slots and lanes of the batch are not used. */
 DLM_API dlm_error dlm_trainer_pass(dlm_trainer *t, const dlm_batch *b, dlm_score_fn score,
                                    void *user);
-/* The way up alone, without gradients: score only looks. */
+/* The way up alone, without gradients: score, which must be given, only looks. */
 DLM_API dlm_error dlm_trainer_forward(dlm_trainer *t, const dlm_batch *b,
                                       dlm_score_fn score, void *user);
 /* Denormals (below 2^-126) among weights, averages and moments become 0 at every 64th
@@ -1101,9 +1109,6 @@ DLM_API void      dlm_distiller_free(dlm_distiller *d);                /* NULL i
    dlm_trainer_step on clean texts, same trainer, in between. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
                                      dlm_report *report);
-/* The step at which each token of a sequence was filled in, 0 where it was given.  steps
-   (session slots) of which dlm_sampler_length are written. */
-DLM_API void      dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps);
 
 /* --[ tokenizers ]------------------------------------------------------------
    Text to ids and back.  After the ordinary tokens come a stop token and, last, the
@@ -3339,7 +3344,7 @@ static dlm_error dlm__resolve(dlm_ctx *ctx, const char *what, const dlm__option 
     for (const dlm__option *o = list; o->name; o++) {
         const double lo = o->real ? (double)(float)o->lo : o->lo;
         const double hi = o->real ? (double)(float)o->hi : o->hi;
-        const int digits = o->real ? 6 : 10;
+        const int digits = o->real ? 7 : 10;
         double value = dlm__get_option(o, options);
         if (value == 0.0) dlm__set_option(o, options, o->preset);
         value = dlm__get_option(o, options);
@@ -4964,7 +4969,7 @@ DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config
                                  const float *weights, size_t n_params)
 {
     dlm_error e = dlm__model_new(out, ctx, cfg, DLM_F32, dlm__wrapped_carve, NULL);
-    if (e != DLM_OK) return e;
+    if (e != DLM_OK || out == NULL) return e;
     if ((*out)->n_params != n_params) {
         e = dlm__fail(ctx, DLM_E_MISMATCH, "weights: %.0f floats, the config needs %.0f",
                       (double)n_params, (double)(*out)->n_params);
@@ -5990,6 +5995,16 @@ static dlm_objective dlm__objective_of(const dlm_config *c)
     return by_pattern[c->pattern];
 }
 
+static dlm_error dlm__check_objective(dlm_ctx *ctx, const dlm_config *c,
+                                      dlm_objective objective)
+{
+    const int ar = objective == DLM_OBJECTIVE_AR;
+    if (objective == DLM_OBJECTIVE_AUTO || ar == (c->pattern == DLM_PATTERN_CAUSAL))
+        return DLM_OK;
+    return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go "
+                     "together, in a model of their own");
+}
+
 /* Everything but the arrays; seqs 0: one to 32 rows, but not few. */
 static void dlm__state_prepare(dlm_state *s, dlm_ctx *ctx, const dlm_config *c,
                                dlm_objective objective, int rows, int seqs)
@@ -5998,7 +6013,7 @@ static void dlm__state_prepare(dlm_state *s, dlm_ctx *ctx, const dlm_config *c,
     s->ctx = ctx;
     s->config = *c;
     s->objective = objective == DLM_OBJECTIVE_AUTO ? dlm__objective_of(c) : objective;
-    s->rows = s->most_cells = rows;
+    s->rows = rows;
     s->seqs = seqs ? seqs : dlm__max(16, rows / 32);
     s->scale = 1.0;
 }
@@ -6094,8 +6109,9 @@ static void dlm__take_example(dlm_state *s, const dlm_example *e)
     s->first_unit[s->n_examples] = s->n_units;
 }
 
-/* Of checked examples; the first always fits. */
-static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, int views)
+/* Of checked examples, of at most most_cells cells together; the first always fits. */
+static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, int views,
+                            int most_cells)
 {
     int rows = 0;
     s->examples = examples;
@@ -6103,7 +6119,7 @@ static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, in
     for (int i = 0; i < n && (i + 1) * views <= s->seqs; i++) {
         const dlm_example *e = &examples[i];
         rows += views * dlm__rows_of(s, e);
-        if (rows > s->rows || s->n_cells + e->length - e->prompt > s->most_cells) break;
+        if (rows > s->rows || s->n_cells + e->length - e->prompt > most_cells) break;
         dlm__take_example(s, e);
     }
 }
@@ -6111,8 +6127,9 @@ static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, in
 DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int n,
                                  int views)
 {
-    const dlm_error e = dlm__check_examples(s, examples, n, views);
-    if (e == DLM_OK) dlm__state_take(s, examples, n, views);
+    dlm_error e = dlm__in_range(s->ctx, "views", views, 1, dlm__min(2, s->seqs));
+    if (e == DLM_OK) e = dlm__check_examples(s, examples, n, views);
+    if (e == DLM_OK) dlm__state_take(s, examples, n, views, s->rows);
     return e;
 }
 
@@ -6157,7 +6174,7 @@ DLM_API void dlm_state_noise(dlm_state *s, const dlm_noise *noise)
     if (noise) s->noise = *noise;
     if (s->noise.lo == 0.0) s->noise.lo = 1e-3;
     if (s->noise.hi == 0.0) s->noise.hi = 1.0;
-    if (s->noise.all == 0) s->noise.all = s->n_units;
+    if (s->noise.all == 0) s->noise.all = s->noise.first + s->n_units;
     at = dlm__address(s->noise.seed, DLM_RANDOM_LEVEL, s->noise.step, 0, 0);
     for (int k = 0; k < s->n_units; k++) {
         dlm_unit *u = &s->units[k];
@@ -6277,7 +6294,7 @@ static int dlm__layout_block(dlm_state *s, int ex, int base)
     return rows;
 }
 
-DLM_API void dlm_state_layout(dlm_state *s, int again)
+DLM_API dlm_error dlm_state_layout(dlm_state *s, int again)
 {
     dlm_batch *b = &s->batch;
     if (!again) {
@@ -6287,16 +6304,22 @@ DLM_API void dlm_state_layout(dlm_state *s, int again)
     b->start = s->start; b->tokens = s->tokens; b->positions = s->positions;
     b->keys = s->keys; b->out_rows = s->out_rows;
     for (int ex = 0; ex < s->n_examples; ex++) {
-        const int base = s->start[b->n_seqs];
+        const int base = s->start[b->n_seqs], most = dlm__rows_of(s, &s->examples[ex]);
         int wanted = 0, rows;
         for (int k = s->first_unit[ex]; k < s->first_unit[ex + 1]; k++)
             wanted |= s->units[k].wanted;
         if (!wanted) continue;
+        if (b->n_seqs == s->seqs || most > s->rows - base) {
+            memset(b, 0, sizeof *b);
+            return dlm__fail(s->ctx, DLM_E_INPUT, "state: no room for rows of example %d "
+                             "(two views must be taken as such)", ex);
+        }
         rows = s->objective == DLM_OBJECTIVE_BLOCK ? dlm__layout_block(s, ex, base)
             : s->objective == DLM_OBJECTIVE_MDLM ? dlm__layout_full(s, ex, base)
             : dlm__layout_ar(s, ex, base);
         s->start[++b->n_seqs] = base + rows;
     }
+    return DLM_OK;
 }
 
 /* --[ looking at rows ]-------------------------------------------------------  */
@@ -6315,16 +6338,19 @@ DLM_API void dlm_state_gold(void *state, int i, float *logits)
         - dlm_log_sum_exp(s->ctx, logits, s->config.vocab, NULL));
 }
 
-DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx, const dlm_config *c,
-                                   dlm_objective objective, int rows, int seqs,
-                                   dlm_memory *mem)
+DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx,
+                                   const dlm_config *config, dlm_objective objective,
+                                   int rows, int seqs, dlm_memory *mem)
 {
     dlm_state draft, *s;
-    dlm_error e = dlm__in_range(ctx, "rows", rows, 1, 1 << 26);
+    dlm_config c = *config;
+    dlm_error e = dlm_config_resolve(ctx, &c);
+    if (e == DLM_OK) e = dlm__in_range(ctx, "rows", rows, 1, 1 << 26);
     if (e == DLM_OK) e = dlm__in_range(ctx, "seqs", seqs, 0, 1 << 20);
     if (e == DLM_OK) e = dlm__in_range(ctx, "objective", (int)objective, 0,
                                        DLM_OBJECTIVE_AR);
-    if (e == DLM_OK) dlm__state_prepare(&draft, ctx, c, objective, rows, seqs);
+    if (e == DLM_OK) e = dlm__check_objective(ctx, &c, objective);
+    if (e == DLM_OK) dlm__state_prepare(&draft, ctx, &c, objective, rows, seqs);
     s = (dlm_state *)dlm__make(&e, ctx, "state", dlm__state_carve, &draft, sizeof draft,
                                out != NULL, mem);
     if (out) *out = s;
@@ -6353,9 +6379,8 @@ static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
                                   const dlm_train_options *o)
 {
     const int ar = o->objective == DLM_OBJECTIVE_AR;
-    if (ar != (m->config.pattern == DLM_PATTERN_CAUSAL))
-        return dlm__fail(ctx, DLM_E_CONFIG, "objective: ar and the causal pattern go"
-                         " together, in a model of their own");
+    const dlm_error e = dlm__check_objective(ctx, &m->config, o->objective);
+    if (e != DLM_OK) return e;
     if (ar && (o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary))
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "lift.method: ar has no masks to choose from");
@@ -6713,8 +6738,8 @@ static dlm_error dlm__score_cells(dlm_trainer *t, dlm_score_fn score)
     dlm_state *s = t->state;
     dlm_error e;
     memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
-    dlm_state_layout(s, 0);
-    e = dlm_trainer_forward(t, &s->batch, score, s);
+    e = dlm_state_layout(s, 0);
+    if (e == DLM_OK) e = dlm_trainer_forward(t, &s->batch, score, s);
     for (int k = 0; k < s->n_units; k++) s->units[k].wanted = 1;
     return e;
 }
@@ -6949,12 +6974,12 @@ static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
     for (int k = 0; k < s->n_units && learn && o->no_time_scaling; k++)
         dlm__weigh(s, k, 1.0);
     if (m->choose) e = m->choose(t, m, r);
-    if (e != DLM_OK) return e;
-    dlm_state_layout(s, 0);
-    if (learn && o->complementary) {
+    if (e == DLM_OK) e = dlm_state_layout(s, 0);
+    if (e == DLM_OK && learn && o->complementary) {
         dlm__complement(s, !o->no_time_scaling);
-        dlm_state_layout(s, 1);
+        e = dlm_state_layout(s, 1);
     }
+    if (e != DLM_OK) return e;
     if (learn && o->one_pass && m->superset)
         e = dlm__learn_in_one_pass(t, r);
     else
@@ -6978,7 +7003,7 @@ static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
         noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
     }
     for (int i = 0; i < n && error == DLM_OK; i += s->n_examples) {
-        dlm__state_take(s, e + i, n - i, views);
+        dlm__state_take(s, e + i, n - i, views, s->rows);
         noise->row = i;
         dlm_state_noise(s, noise);
         noise->first += s->n_units;
@@ -7239,11 +7264,10 @@ DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
     dlm_error e;
     memset(&draft, 0, sizeof draft);
     draft.ctx = ctx;
-    *c = *config;
-    if (c->dim == 0) {                      /* whatever, the network is not ours   */
-        c->dim = 2;
-        c->layers = c->heads = 1;
-    }
+    c->vocab = config->vocab; c->max_seq = config->max_seq; c->block = config->block;
+    c->mask_id = config->mask_id; c->mask_is_0 = config->mask_is_0;
+    c->pattern = config->pattern; c->shifted = config->shifted;
+    c->dim = 2; c->layers = c->heads = 1;   /* whatever, the network is not ours   */
     e = dlm_config_resolve(ctx, c);
     if (e == DLM_OK) e = dlm__limits_resolve(ctx, lim, c->max_seq, &draft.lim);
     if (e == DLM_OK) e = dlm__sample_resolve(ctx, c, opt, &draft.opt);
@@ -7258,7 +7282,9 @@ DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
 {
     const dlm_limits lim = dlm__limits_of(&s->w);
     dlm_error e = dlm_sampler_create_for(out, s->w.ctx, &s->w.c, &lim, opt, mem);
-    if (out && e == DLM_OK) (*out)->s = s;
+    if (e != DLM_OK || out == NULL) return e;
+    (*out)->s = s;
+    (*out)->c = s->w.c;
     return e;
 }
 
@@ -7363,6 +7389,16 @@ DLM_API const dlm_event *dlm_sampler_trace(const dlm_sampler *sm, int *n_events)
 {
     *n_events = sm->n_events;
     return sm->trace;
+}
+
+DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
+{
+    memset(steps, 0, (size_t)sm->seqs[seq].end * sizeof *steps);
+    for (int i = 0; i < sm->n_events; i++) {
+        const dlm_event *e = &sm->trace[i];
+        if (e->seq == seq && e->position < sm->seqs[seq].end && !e->drawn_only)
+            steps[e->position] = e->step;
+    }
 }
 
 DLM_API void dlm_sampler_cost(const dlm_sampler *sm, int *forwards, double *flops)
@@ -7544,8 +7580,10 @@ DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *out)
         if (!unguided) dlm__find_candidates(sm, seq);
         dlm__add_rows(sm, seq, unguided);
     }
-    *out = *b;
-    if (b->n_out <= sm->lim.out) return DLM_OK;
+    if (b->n_out <= sm->lim.out) {
+        *out = *b;
+        return DLM_OK;
+    }
     b->n_seqs = 0;
     return dlm__fail(sm->ctx, DLM_E_INPUT, "a step looks at %d rows, there is room for "
                      "%d", b->n_out, sm->lim.out);
@@ -7921,8 +7959,8 @@ static dlm_error dlm__likelihood_sample(dlm_session *s, dlm_state *x, int sample
     if (x->objective != DLM_OBJECTIVE_AR)
         for (int i = 0; i < x->n_units; i++)
             dlm__mask_exactly(x, &x->units[i], seed, sample, samples);
-    dlm_state_layout(x, 0);
-    e = dlm_forward(s, &x->batch, dlm_state_loss, x);
+    e = dlm_state_layout(x, 0);
+    if (e == DLM_OK) e = dlm_forward(s, &x->batch, dlm_state_loss, x);
     for (int i = 0; e == DLM_OK && i < x->batch.n_out; i++)
         *sum -= x->loss[i] * (double)x->out_weight[i];
     return e;
@@ -7955,7 +7993,7 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
                          "session has %d and %d", rows, s->w.slots, s->w.rows);
     e = dlm_state_create(&x, ctx, c, DLM_OBJECTIVE_AUTO, rows, 1, NULL);
     if (e != DLM_OK) return e;
-    dlm__state_take(x, &whole, 1, 1);
+    dlm__state_take(x, &whole, 1, 1, rows);
     dlm_state_noise(x, NULL);
     for (int i = 0; i < samples && e == DLM_OK; i++)
         e = dlm__likelihood_sample(s, x, i, samples, seed, &sum);
@@ -8009,16 +8047,6 @@ DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar
         }
     }
     return DLM_OK;
-}
-
-DLM_API void dlm_sampler_steps(const dlm_sampler *sm, int seq, int *steps)
-{
-    memset(steps, 0, (size_t)sm->seqs[seq].end * sizeof *steps);
-    for (int i = 0; i < sm->n_events; i++) {
-        const dlm_event *e = &sm->trace[i];
-        if (e->seq == seq && e->position < sm->seqs[seq].end && !e->drawn_only)
-            steps[e->position] = e->step;
-    }
 }
 
 /* --[ divergences ]-----------------------------------------------------------  */
@@ -8269,15 +8297,16 @@ static int dlm__distill_weights(dlm_distiller *d, double per_row)
     int rows = 0;
     for (int k = 0; k < s->n_examples; k++) {
         const dlm_example *e = &s->examples[k];
+        const int first = s->first_cell[k], end = s->first_cell[k + 1];
         int n = 0;
-        for (int pass = 0; pass < 2; pass++)
-            for (int i = s->first_cell[k]; i < s->first_cell[k + 1]; i++) {
-                const int position = e->prompt + i - s->first_cell[k];
-                const int counts = s->masked[i] && position > 0
-                    && !(d->opt.exclude_stop && e->tokens[position] == d->opt.stop);
-                if (pass == 0) n += counts;
-                else s->weight[i] = counts ? (float)(per_row / n) : 0.0f;
-            }
+        for (int i = first; i < end; i++) {
+            const int position = e->prompt + i - first;
+            const int excluded = d->opt.exclude_stop
+                && e->tokens[position] == d->opt.stop;
+            s->weight[i] = s->masked[i] && position > 0 && !excluded ? 1.0f : 0.0f;
+            n += s->weight[i] > 0.0f;
+        }
+        for (int i = first; i < end && n > 0; i++) s->weight[i] *= (float)(per_row / n);
         rows += n > 0;
     }
     return rows;
@@ -8298,9 +8327,11 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
 {
     const dlm_state *s = d->t->state;
     dlm_state *q = &d->said;
-    dlm__state_take(q, s->examples, s->n_examples, 1);
+    dlm_error e;
+    dlm__state_take(q, s->examples, s->n_examples, 1, q->rows);
     memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
-    dlm_state_layout(q, 0);
+    e = dlm_state_layout(q, 0);
+    if (e != DLM_OK) return e;
     for (int i = 0; i < q->batch.n_out; i++) d->target_of[q->out_cell[i]] = i;
     r->flops += dlm_forward_flops(&q->config, &q->batch);
     return dlm_forward(d->teacher, &q->batch, dlm__keep_target, d);
@@ -8320,9 +8351,8 @@ static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 {
     dlm_state *s = d->t->state;
     dlm_error e = dlm__teacher_pass(d, r);
-    if (e != DLM_OK) return e;
-    dlm_state_layout(s, 0);
-    e = dlm_trainer_pass(d->t, &s->batch, dlm__distill_score, d);
+    if (e == DLM_OK) e = dlm_state_layout(s, 0);
+    if (e == DLM_OK) e = dlm_trainer_pass(d->t, &s->batch, dlm__distill_score, d);
     for (int i = 0; i < s->batch.n_out && e == DLM_OK; i++) {
         r->loss += s->loss[i] * (double)s->out_weight[i];
         r->scored++;
@@ -8377,10 +8407,9 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
         rows += dlm__most_rounds(d, &examples[i]);
         r->tokens += examples[i].length - examples[i].prompt;
     }
-    s->most_cells = d->opt.max_targets;
     for (int i = 0; i < n && e == DLM_OK; i += s->n_examples) {
         int most = 1;
-        dlm__state_take(s, examples + i, n - i, 1);
+        dlm__state_take(s, examples + i, n - i, 1, d->opt.max_targets);
         for (int k = 0; k < s->n_examples; k++)
             most = dlm__max(most, dlm__most_rounds(d, &examples[i + k]));
         for (int round = 0; round < most && e == DLM_OK; round++) {
@@ -8388,7 +8417,6 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
             if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
         }
     }
-    s->most_cells = s->rows;
     if (e != DLM_OK) return e;
     teacher_flops = r->flops;
     e = dlm_trainer_update(d->t, r);

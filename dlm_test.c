@@ -1889,7 +1889,7 @@ TEST(states_show_doubled_rows_as_block_diffusion_says)
                 CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_AUTO, 64, 1, NULL));
                 CHECK_OK(dlm_state_take(s, &e, 1, 1));
                 dlm_state_noise(s, NULL);
-                dlm_state_layout(s, 0);
+                CHECK_OK(dlm_state_layout(s, 0));
                 doubled_check(s, P, R, block);
                 dlm_state_free(s);
             }
@@ -10132,9 +10132,13 @@ static double lift_again_without_rho(dlm_trainer *t)
         s->units[k].keep = (dlm_select)(k % 3);
         s->units[k].wanted = s->units[k].keep != DLM_SELECT_RANDOM;
     }
-    CHECK_OK(dlm__score_cells(t, dlm_state_gold));
-    for (int k = 0; k < s->n_units; k++) dlm__lift_refill(s, &s->units[k], &r);
-    dlm_state_layout(s, 0);
+    CHECK_OK(dlm_state_layout(s, 0));
+    CHECK_OK(dlm_trainer_forward(t, &s->batch, dlm_state_gold, s));
+    for (int k = 0; k < s->n_units; k++) {
+        dlm__lift_refill(s, &s->units[k], &r);
+        s->units[k].wanted = 1;
+    }
+    CHECK_OK(dlm_state_layout(s, 0));
     CHECK_OK(dlm_trainer_pass(t, &s->batch, dlm_state_loss, s));
     dlm__report_state(&r, s);
     return r.loss;
@@ -10164,8 +10168,11 @@ TEST(steps_are_the_public_pieces_bit_for_bit)
             CHECK_OK(dlm_state_take(s, e, LIFT_SEQS, 1));
             CHECK(s->n_examples == LIFT_SEQS);
             dlm_state_noise(s, &noise);
-            dlm_state_layout(s, 0);
+            CHECK_OK(dlm_state_layout(s, 0));
+            CHECK_OK(dlm_trainer_forward(t[1], &s->batch, dlm_state_gold, s));
             CHECK_OK(dlm_trainer_pass(t[1], &s->batch, dlm_state_loss, s));
+            for (int i = 0; i < s->batch.n_out; i++)
+                CHECK(s->score[s->out_cell[i]] == (float)-s->loss[i]);
             for (int i = 0; i < s->batch.n_out; i++)
                 loss += s->loss[i] * (double)s->out_weight[i] * s->scale;
             CHECK_OK(dlm_trainer_update(t[1], NULL));
@@ -10187,26 +10194,42 @@ TEST(states_take_what_fits)
     dlm_config c = toy_config(2);
     dlm_example e[3] = { { tokens, 10, 3, 0, NULL }, { tokens, 12, 12, 0, NULL },
                          { tokens, 9, 1, 0, NULL } };
+    const dlm_example few[2] = { { tokens, 2, 0, 2, NULL }, { tokens, 2, 0, 2, NULL } };
     dlm_state *s = NULL;
     CHECK_OK(dlm_config_resolve(ctx, &c));
     CHECK_ERROR(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_BLOCK, 0, 0, NULL),
                 DLM_E_CONFIG, ctx, "rows");
+    CHECK_ERROR(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_AR, 20, 2, NULL),
+                DLM_E_CONFIG, ctx, "causal pattern");
     CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_BLOCK, 20, 2, NULL));
     CHECK_OK(dlm_state_take(s, e, 3, 1));       /* 18 rows, 0 rows, no third       */
     CHECK(s->n_examples == 2 && s->n_units == 2 && s->n_cells == 7);
     dlm_state_noise(s, NULL);
-    dlm_state_layout(s, 0);
+    CHECK_OK(dlm_state_layout(s, 0));
     CHECK(s->batch.n_seqs == 1 && s->start[1] == 18 && s->scale == 1.0 / 7);
-    s->most_cells = 6;
-    CHECK_OK(dlm_state_take(s, e + 1, 2, 1));
+    CHECK_ERROR(dlm_state_layout(s, 1), DLM_E_INPUT, ctx, "rows of example 0");
+    CHECK(s->batch.n_seqs == 0 && s->batch.n_out == 0);
+    CHECK_OK(dlm_state_take(s, few, 2, 2));     /* 4 rows twice, no room for a third */
+    CHECK(s->n_examples == 1);
+    dlm_state_noise(s, NULL);
+    CHECK_OK(dlm_state_layout(s, 0));
+    CHECK_OK(dlm_state_layout(s, 1));
+    CHECK(s->batch.n_seqs == 2 && s->start[2] == 2 * s->start[1]);
+    CHECK_ERROR(dlm_state_layout(s, 1), DLM_E_INPUT, ctx, "no room");
+    for (int views = 0; views <= 3; views += 3)
+        CHECK_ERROR(dlm_state_take(s, e, 2, views), DLM_E_CONFIG, ctx, "views");
+    CHECK_OK(dlm_state_take(s, e + 1, 1, 1));
     CHECK(s->n_examples == 1 && s->n_cells == 0);
     dlm_state_noise(s, NULL);
-    dlm_state_layout(s, 0);
+    CHECK_OK(dlm_state_layout(s, 0));
     CHECK(s->batch.n_seqs == 0 && s->batch.n_out == 0);
     CHECK_ERROR(dlm_state_take(s, e, 0, 1), DLM_E_INPUT, ctx, "0 of them");
     CHECK_ERROR(dlm_state_take(s, e, 1, 2), DLM_E_INPUT, ctx, "36 rows");
     tokens[4] = -1;
     CHECK_ERROR(dlm_state_take(s, e, 1, 1), DLM_E_INPUT, ctx, "token -1 at 4");
+    dlm_state_free(s);
+    CHECK_OK(dlm_state_create(&s, ctx, &c, DLM_OBJECTIVE_BLOCK, 20, 1, NULL));
+    CHECK_ERROR(dlm_state_take(s, e, 1, 2), DLM_E_CONFIG, ctx, "views: 2");
     dlm_state_free(s);
     test_close(ctx);
 }
@@ -11049,7 +11072,7 @@ static int stop_compare(const stop_watch *w, dlm_ctx *ctx, const dlm_model *m,
     dlm_state_noise(s, NULL);
     for (int i = e->prompt; i < e->length; i++)
         s->masked[i - e->prompt] = steps[i] >= step;
-    dlm_state_layout(s, 0);
+    CHECK_OK(dlm_state_layout(s, 0));
     float *logits = test_logits(ctx, m, &s->batch, 0);
     for (int i = 0; i < s->batch.n_out; i++) {
         const int at = e->prompt + s->out_cell[i];

@@ -664,7 +664,7 @@ static void infilling_layout(const lab *l, dlm_state *s, int block, int i)
         const int j = r + 1 + task_below(&at, 0, block - 2);   /* seen from both sides */
         s->masked[j] = 1, s->weight[j] = 1;
     }
-    dlm_state_layout(s, 0);
+    bench_require(l->ctx, dlm_state_layout(s, 0));
 }
 
 /* Means over one token per block, neither its first nor its last.  Comparable among

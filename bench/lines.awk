@@ -1,23 +1,19 @@
 # lines.awk - sections of dlm.h against their budgets, then the house rules for all
-# files given: functions of at most 60 lines, at most 90 columns, no tabs, ASCII only.
+# files given: functions of at most 60 lines, 50 in dlm.h, 90 columns, no tabs, ASCII.
 # Use: awk -f bench/lines.awk dlm.h dlm_test.c examples/*.c bench/*.c ...
 # A section over its budget is a remark for review; everything marked FAIL fails.
 
 BEGIN {
-    total_target = 9800; total_limit = 11500
-    function_limit = 60; exception_limit = 90; width_limit = 90
-    split("top:280 api:900 platform:120 memory:180 random:120 cpu:160 kernels:720 " \
-          "instances:480 threads:180 context:120 matmul:420 layers:400 " \
-          "attention:400 config:80 parameters:330 patterns:50 work:330 passes:310 " \
-          "sessions:120 states:400 trainer:240 optimizer:140 lift:320 steps:150 " \
-          "sampler:800 likelihood:120 distill:500 json:270 files:250 " \
-          "tokenizers:350 safetensors:310 checkpoints:380 llama2c:80 loading:70 " \
-          "options:130 quantised:350 hf:400 history:35 license:45", words, " ")
+    total_target = 10150; total_limit = 11500
+    function_limit = 60; header_limit = 50; width_limit = 90
+    split("top:280 api:1050 platform:120 memory:220 random:120 cpu:190 kernels:770 " \
+          "instances:425 threads:250 context:165 matmul:460 layers:315 " \
+          "attention:365 config:40 parameters:540 patterns:50 work:330 passes:310 " \
+          "sessions:125 states:420 trainer:160 optimizer:140 lift:320 steps:150 " \
+          "sampler:850 likelihood:120 distill:440 json:270 files:250 " \
+          "tokenizers:350 safetensors:310 checkpoints:370 llama2c:80 loading:90 " \
+          "options:135 quantised:350 hf:400 history:35 license:45", words, " ")
     for (i in words) { split(words[i], pair, ":"); budget[pair[1]] = pair[2] }
-    # Longer than a page because they are one column of calls or one grammar.
-    split("dlm__json_value dlm__bpe_merge",
-          words, " ")
-    for (i in words) exception[words[i]] = 1
     files["README.md"] = 170; files["Makefile"] = 95
     files["examples/00_by_hand.c"] = 300            # a whole model, not one feature
     files["examples/demo.c"] = 510                  # seven stages
@@ -96,9 +92,9 @@ END {
         }
     printf "%d functions, median %d lines, 90 %% at most %d; the longest:\n", n_functions,
            length_of[int((n_functions + 1) / 2)], length_of[int(n_functions / 10) + 1]
-    for (i = 1; i <= n_functions && (i <= 5 || length_of[i] > function_limit); i++) {
-        printf "%6d  %s (%s)\n", length_of[i], name_of[i], file_of[i]
-        limit = name_of[i] in exception ? exception_limit : function_limit
+    for (i = 1; i <= n_functions && (i <= 5 || length_of[i] > header_limit); i++) {
+        if (i <= 5) printf "%6d  %s (%s)\n", length_of[i], name_of[i], file_of[i]
+        limit = file_of[i] ~ /(^|\/)dlm\.h:/ ? header_limit : function_limit
         if (length_of[i] > limit)
             fail(file_of[i], name_of[i] ": " length_of[i] " lines, the limit is " limit)
     }

@@ -65,8 +65,8 @@ static dlm_error focal_step(dlm_trainer *t, struct focal *f, size_t n, int step)
     dlm_error e = dlm_state_take(f->s, windows, B, 1);
     if (e) return e;
     dlm_state_noise(f->s, &noise);                      /* masks may be changed here */
-    dlm_state_layout(f->s, 0);
-    e = dlm_trainer_pass(t, &f->s->batch, score, f);
+    e = dlm_state_layout(f->s, 0);
+    if (!e) e = dlm_trainer_pass(t, &f->s->batch, score, f);
     return e ? e : dlm_trainer_update(t, NULL);
 }
 
