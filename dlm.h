@@ -927,8 +927,8 @@ DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy 
    is used by RANDOM only, score by the others.  Returns how many stay masked.  Of equal
    scores the lower index is kept first. */
 DLM_API int        dlm_lift_select(unsigned char *masked, const float *score, int n,
-                                   int k,
-                                   dlm_select mode, const dlm_address *at);
+                                   int k, dlm_select mode, const dlm_address *at);
+
 /* --[ training ]--------------------------------------------------------------
    A trainer owns gradients, moments, activations, schedule and step counter of one
    model.  One step is one update over all the examples given, in as many passes as
@@ -1016,8 +1016,8 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
 /* One update on B random windows of T tokens out of a long text; which ones is a
    function of (seed, step) alone. */
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
-                                        size_t n_tokens,
-                                        int T, int B, dlm_report *report);
+                                        size_t n_tokens, int T, int B,
+                                        dlm_report *report);
 /* The loss on examples without learning, over all noise levels; `draw` picks them.
    report must be given. */
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
@@ -2622,6 +2622,7 @@ DLM__INLINE uint32_t dlm__toint_scalar(float x)          /* |x| <= 128; NaN: 0  
 #include DLM_SELF                   /* not found?  see DLM_SELF in the top comment */
 
 #ifdef DLM__X86
+
 /* --[ sse2 ]------------------------------------------------------------------ */
 DLM__INLINE float dlm__hsum_sse2(__m128 v)
 {
@@ -2774,6 +2775,7 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
 #undef DLM__SAME_WORDS
 
 #ifdef DLM__AVX512BF16
+
 /* --[ amx ]-------------------------------------------------------------------
    Eight tile registers of 16 rows of 64 bytes.  A block of c, 32 by 32, stays in four of
    them, two hold 16 words of each of its rows of a, two as many words of its columns of
@@ -2860,6 +2862,7 @@ static DLM__AMX_TARGET void dlm__amx_tile_int8(
 #endif /* DLM__X86 */
 
 #ifdef DLM__ARM
+
 /* --[ neon ]------------------------------------------------------------------ */
 /* Sums of neighbouring products, as _mm_madd_epi16. */
 DLM__INLINE int32x4_t dlm__madd16_neon(int16x8_t a, int16x8_t b)
@@ -7211,8 +7214,7 @@ static void dlm__sampler_carve(dlm__arena *a, void *object)
 }
 
 static dlm_error dlm__sample_tokens(dlm_ctx *ctx, const char *name, const int *list,
-                                    int n,
-                                    int vocab)
+                                    int n, int vocab)
 {
     if (n < 0 || (n > 0 && list == NULL))
         return dlm__fail(ctx, DLM_E_CONFIG, "%s: %d tokens at %p", name, n,
