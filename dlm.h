@@ -1496,7 +1496,7 @@ static void *dlm__make(dlm_error *e, dlm_ctx *ctx, const char *what, dlm__carve_
     dlm__arena a = { NULL, 0 };
     dlm__origin *origin;
     size_t bytes;
-    void *object, *block;
+    void *object, *block = NULL;
     if (*e != DLM_OK) return NULL;
     dlm__carve_whole(&a, carve, draft, size);
     bytes = a.used + DLM__ALIGN;    /* some to align the base                      */
@@ -4668,6 +4668,8 @@ static void dlm__config_defaults(dlm_config *c)
     if (c->pattern == DLM_PATTERN_CAUSAL) c->shifted = 1;
 }
 
+/* In this order: defaults that depend on other fields, the table's own and its ranges,
+   then what fields ask of each other.  cfg is written only when all of it holds. */
 DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
 {
     dlm_config c = *cfg;
@@ -4968,6 +4970,7 @@ DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_conf
     return e;
 }
 
+/* The weights are not ours to free, and const only until they are trained. */
 DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
                                  const float *weights, size_t n_params)
 {
@@ -5070,6 +5073,9 @@ static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows,
     return w;
 }
 
+/* The carve of a packed model: k says whose panels these are; every layer has its vectors
+   and then its products, in the order of the tables; a tied head is embed itself, so that
+   it is packed and stored once. */
 static void dlm__packed_carve(dlm__arena *a, void *object)
 {
     dlm_model *m = (dlm_model *)object;
@@ -5134,6 +5140,7 @@ static void dlm__repack_matrix(const dlm_ctx *ctx, dlm_matrix *out, const dlm_ma
                     (const float *)w->data, w->rows, w->cols);
 }
 
+/* The same walk as dlm__packed_carve: matrices are packed, vectors copied. */
 static void dlm__repack(const dlm_model *m, const dlm_model *plain)
 {
     const dlm_config *c = &m->config;
@@ -5310,6 +5317,7 @@ static void dlm__rows_carve(dlm__arena *a, dlm__rows *r, int n, int seqs)
     r->keys = (dlm_keys *)dlm__push(a, (size_t)n, sizeof(dlm_keys));
 }
 
+/* norm is 0 or 1: without QK-norm nothing before it has to be kept. */
 static void dlm__acts_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
 {
     const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
@@ -5351,6 +5359,8 @@ static void dlm__layers_carve(dlm__arena *a, dlm__work *w)
     w->hq = dlm__push_floats(a, (size_t)w->out, (size_t)w->c.dim);
 }
 
+/* Gradients of activations, one set for all layers: each is used up by the layer below
+   before the next is written. */
 static void dlm__training_carve(dlm__arena *a, dlm__work *w)
 {
     const size_t N = (size_t)w->rows, C = (size_t)w->c.dim, F = (size_t)w->c.ffn;
@@ -5396,6 +5406,7 @@ static void dlm__work_carve(dlm__arena *a, dlm__work *w)
     dlm__layers_carve(a, w);
     if (w->training) dlm__training_carve(a, w);
 }
+/* cos and sin of t theta^(-2i/D), the angle of pair i at position t: half a row each. */
 static void dlm__fill_cos_sin(const dlm__work *w)
 {
     const dlm_config *c = &w->c;
@@ -5448,6 +5459,8 @@ static dlm_error dlm__check_lanes(const dlm__work *w, const dlm_batch *b)
     return DLM_OK;
 }
 
+/* With the ranges in order and inside the slots, attention needs no check of its own; a
+   row that sees nothing would divide by a sum of 0. */
 static dlm_error dlm__check_row(const dlm__work *w, int i, int slots)
 {
     const dlm_keys *k = &w->all.keys[i];
@@ -5528,6 +5541,7 @@ static void dlm__take_out_rows(dlm__work *w, const dlm_batch *b)
     w->sub.start[w->n_seqs] = i;
 }
 
+/* All that is wrong is found before anything is computed, and cached keys stay. */
 static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
 {
     dlm_error e = dlm__check_sequences(w, b);
@@ -5781,6 +5795,8 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
     dlm__norm_forward(&norm, w->sub.n);
 }
 
+/* The gradient of the last layer's output has only the rows looked at, so it begins in
+   dy; what leaves that layer, and all below it, has every row and stays in dx. */
 static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
 {
     const dlm__globals g = dlm__globals_at(&w->c, grads);
@@ -5834,6 +5850,8 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
     }
 }
 
+/* Per layer and row 4 C KVD for k and v, 2 C (2 HD + 3 F) for the other products of those
+   that have queries, and 4 HD per key that a query sees: scores and their mixture. */
 DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
 {
     const double C = c->dim, HD = (double)c->heads * c->head_dim;
@@ -5883,6 +5901,7 @@ static dlm_limits dlm__limits_of(const dlm__work *w)
     return lim;
 }
 
+/* A work space that is complete but for its arrays. */
 static dlm_error dlm__session_limits(dlm__work *w, dlm_ctx *ctx, const dlm_model *m,
                                      const dlm_limits *lim)
 {
@@ -5966,6 +5985,7 @@ static double dlm__noise_level(const dlm_address *at, int row, int n, int strati
     return lo + (hi - lo) * u;
 }
 
+/* Cells are at most the rows, and so are units and rows looked at. */
 static void dlm__state_carve(dlm__arena *a, void *object)
 {
     dlm_state *s = (dlm_state *)object;
@@ -6062,6 +6082,7 @@ static dlm_error dlm__check_text(dlm_ctx *ctx, const dlm_config *c, const char *
     return DLM_OK;
 }
 
+/* Everything that could make an example impossible, so that the passes cannot fail. */
 static dlm_error dlm__check_example(const dlm_state *s, const dlm_example *e, int i,
                                     int views)
 {
@@ -6169,6 +6190,8 @@ static void dlm__weigh(dlm_state *s, int k, double w)
     for (int i = u->cell; i < u->cell + u->n; i++) s->weight[i] = (float)w;
 }
 
+/* Levels are numbered through the whole step, so that strata spread over all its states
+   and the noise of an example does not depend on which of them it is in. */
 DLM_API void dlm_state_noise(dlm_state *s, const dlm_noise *noise)
 {
     dlm_address at;
@@ -6297,6 +6320,8 @@ static int dlm__layout_block(dlm_state *s, int ex, int base)
     return rows;
 }
 
+/* One sequence per example that has a wanted unit.  Kept to the rows that taking it has
+   counted, which are the most it can have. */
 DLM_API dlm_error dlm_state_layout(dlm_state *s, int again)
 {
     dlm_batch *b = &s->batch;
@@ -6403,6 +6428,8 @@ static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
     return DLM_OK;
 }
 
+/* A row of a pass costs a row of every activation, so max_rows is what memory grows with;
+   block diffusion shows every token twice. */
 static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
                                     const dlm_train_options *opt, dlm_train_options *o)
 {
@@ -6458,6 +6485,7 @@ static dlm_error dlm__trainer_prepare(dlm__trainer_parts *p, dlm_ctx *ctx, dlm_m
     return DLM_OK;
 }
 
+/* Averaged weights begin as the weights: an average of nothing would begin at 0. */
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
                                      const dlm_train_options *opt, dlm_memory *mem)
 {
@@ -6591,6 +6619,9 @@ static void dlm__adam_job(void *arg, int i)
     if (t->ema) k->lerp(t->ema + at, t->model->weights + at, 1.0f - t->options.ema, n);
 }
 
+/* Moments are biased towards their beginning, 0, by 1 - beta^n (Kingma and Ba 2015,
+   section 3): constants 2 and 3 undo that.  Decay is decoupled from the gradient
+   (Loshchilov and Hutter 2019) and for matrices only. */
 static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
 {
     const dlm_train_options *o = &t->options;
@@ -6616,6 +6647,8 @@ static void dlm__adam_run(dlm_trainer *t, double lr, double clip)
     }
 }
 
+/* A norm that is not finite leaves weights and moments alone, but counts as a step: the
+   next one draws other noise and may go well. */
 DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
 {
     const double lr = dlm__learning_rate(&t->options, t->steps);
@@ -6661,6 +6694,7 @@ DLM_API int dlm_lift_count(int n, double t, double rho)
                                                          * (float)fraction))));
 }
 
+/* The released code compares these weights as floats, so ties are theirs, too. */
 DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy policy,
                                  const dlm_address *at)
 {
@@ -6907,6 +6941,8 @@ static double dlm__gift_mean(const dlm_state *s, int *cells)
     return sum / dlm__max(*cells, 1);
 }
 
+/* 1: entropies with everything masked.  2: masks at each cell's own level.  3: if that
+   left none, plain masks. */
 static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
     dlm_state *s = t->state;
@@ -7050,6 +7086,7 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
     return e == DLM_OK ? dlm_trainer_update(t, r) : e;
 }
 
+/* The first token of a window is uniform over all places where a window fits. */
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
                                         size_t n_tokens, int T, int B,
                                         dlm_report *report)
@@ -7235,6 +7272,7 @@ static dlm_error dlm__sample_bias(dlm_ctx *ctx, const float *bias, int vocab)
     return DLM_OK;
 }
 
+/* What depends on the model: tokens of its vocabulary, its mask, its blocks. */
 static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
                                      const dlm_sample_options *opt, dlm_sample_options *o)
 {
@@ -7257,6 +7295,8 @@ static dlm_error dlm__sample_resolve(dlm_ctx *ctx, const dlm_config *c,
     return DLM_OK;
 }
 
+/* A config with the seven fields that the sampler reads; the rest is made up to be valid,
+   and never looked at. */
 DLM_API dlm_error dlm_sampler_create_for(dlm_sampler **out, dlm_ctx *ctx,
                                          const dlm_config *config, const dlm_limits *lim,
                                          const dlm_sample_options *opt, dlm_memory *mem)
@@ -7319,6 +7359,7 @@ static void dlm__next_block(const dlm_sampler *sm, dlm__sequence *q)
     q->done = q->block_masks == 0;
 }
 
+/* Masks and tokens of the vocabulary; CAUSAL cannot predict the first token. */
 static dlm_error dlm__check_canvas(const dlm_sampler *sm, int seq, const int *canvas,
                                    int length)
 {
@@ -7337,6 +7378,7 @@ static dlm_error dlm__check_canvas(const dlm_sampler *sm, int seq, const int *ca
     return DLM_OK;
 }
 
+/* What is visible now stays; the prompt is what of it has no mask before. */
 static void dlm__begin_sequence(const dlm_sampler *sm, dlm__sequence *q, int *canvas,
                                 unsigned char *marks, int length)
 {
@@ -7557,6 +7599,8 @@ static void dlm__add_rows(dlm_sampler *sm, int seq, int unguided)
     sm->start[b->n_seqs] = base + q->to;
 }
 
+/* Rows first, candidates after: nothing is changed when the room is not enough.  With
+   guidance the second half of the sequences are the same rows, given tokens masked. */
 DLM_API dlm_error dlm_sampler_ask(dlm_sampler *sm, dlm_batch *out)
 {
     const int sides = sm->opt.guidance != 0.0f ? 2 : 1;
@@ -7870,6 +7914,8 @@ static void dlm__check_stop(const dlm_sampler *sm, dlm__sequence *q)
         if (q->marks[i] != DLM__GIVEN) q->canvas[i] = mask;
 }
 
+/* Nothing is committed before all guesses are sound, so that an error changes nothing.
+   What is before the active block was clean in this forward: it has final keys now. */
 DLM_API dlm_error dlm_sampler_answer(dlm_sampler *sm)
 {
     const int before = sm->n_events;
@@ -7968,6 +8014,8 @@ static dlm_error dlm__likelihood_sample(dlm_session *s, dlm_state *x, int sample
     return e;
 }
 
+/* A state of the one text; each sample masks it anew.  Strata: sample i of n has i / n of
+   the way through the counts of masks, from a random first one. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats)
 {
@@ -8017,6 +8065,8 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
         divergence, its mean over the places, then over the texts.  No 1/t: a masked
         place counts as often as the student met it */
 
+/* Weights are copied.  A new token gets the mean of all rows, in embedding and head: it
+   means nothing in particular, and its logit is an average one. */
 DLM_API dlm_error dlm_convert(dlm_model **out, dlm_ctx *ctx, const dlm_model *ar,
                               int block, int mask_id, int shifted, dlm_memory *mem)
 {
@@ -8105,6 +8155,7 @@ static float dlm__sparse_limit(const float *p, int V, int sparse, int *ties)
     return limit;
 }
 
+/* Twice over the vocabulary: the softmax's derivative needs the sum of all slopes. */
 DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher, int V,
                               double weight, const dlm_divergence_options *o)
 {
@@ -8146,6 +8197,8 @@ struct dlm_distiller {
     int                *values;     /* (rows) steps of the rounds of a block       */
 };
 
+/* The teacher must know every token the student can write, but for the mask, and be able
+   to read as far.  Reverse KL divides by the teacher's probabilities. */
 static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *teacher,
                                       const dlm_distill_options *opt,
                                       dlm_distill_options *o)
@@ -8202,6 +8255,7 @@ static void dlm__distiller_carve(dlm__arena *a, void *object)
     d->place.base = dlm__push(a, d->place.size, 1);
 }
 
+/* The teacher's session lives in the distiller's own memory, as its last array. */
 DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
                                        const dlm_distill_options *o, dlm_memory *mem)
@@ -8339,6 +8393,7 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
     return dlm_forward(d->teacher, &q->batch, dlm__keep_target, d);
 }
 
+/* Tokens that the teacher does not know, the mask, get no gradient. */
 static void dlm__distill_score(void *user, int i, float *logits)
 {
     const dlm_distiller *d = (const dlm_distiller *)user;
@@ -8349,6 +8404,7 @@ static void dlm__distill_score(void *user, int i, float *logits)
     for (int v = d->V; v < s->config.vocab; v++) logits[v] = 0.0f;   /* unknown to the */
 }                                                                    /* teacher        */
 
+/* The same masks and weights for both: targets first, then the pass that learns. */
 static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 {
     dlm_state *s = d->t->state;
@@ -8375,6 +8431,7 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e)
     return most;
 }
 
+/* On top of what every example must be: few enough targets, the teacher's tokens, steps. */
 static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e, int k)
 {
     dlm_ctx *ctx = d->t->ctx;
@@ -8394,6 +8451,8 @@ static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e
     return DLM_OK;
 }
 
+/* `rows` counts the texts (ALL: their rounds) that the loss is a mean over, before the
+   first pass, because every pass needs it. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
                                      dlm_report *report)
 {
