@@ -8431,7 +8431,7 @@ static int dlm__most_rounds(const dlm_distiller *d, const dlm_example *e)
     return most;
 }
 
-/* On top of what every example must be: few enough targets, the teacher's tokens, steps. */
+/* On top of what every example must be: few targets, the teacher's tokens, steps. */
 static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e, int k)
 {
     dlm_ctx *ctx = d->t->ctx;

@@ -4,12 +4,12 @@
 # A section over its budget is a remark for review; everything marked FAIL fails.
 
 BEGIN {
-    total_target = 10150; total_limit = 11500
+    total_target = 10200; total_limit = 11500
     function_limit = 60; header_limit = 50; width_limit = 90
     split("top:280 api:1050 platform:120 memory:220 random:120 cpu:190 kernels:770 " \
           "instances:425 threads:250 context:165 matmul:460 layers:315 " \
-          "attention:365 config:40 parameters:540 patterns:50 work:330 passes:310 " \
-          "sessions:125 states:420 trainer:160 optimizer:140 lift:320 steps:150 " \
+          "attention:365 config:45 parameters:540 patterns:50 work:330 passes:320 " \
+          "sessions:125 states:430 trainer:160 optimizer:140 lift:320 steps:150 " \
           "sampler:850 likelihood:120 distill:440 json:270 files:250 " \
           "tokenizers:350 safetensors:310 checkpoints:370 llama2c:80 loading:90 " \
           "options:135 quantised:350 hf:400 history:35 license:45", words, " ")
