@@ -1551,17 +1551,13 @@ static void dlm__unmake(void *object)
 
 DLM_API const char *dlm_error_string(dlm_error e)
 {
-    switch (e) {
-    case DLM_OK:            return "ok";
-    case DLM_E_NOMEM:       return "out of memory";
-    case DLM_E_CONFIG:      return "invalid configuration";
-    case DLM_E_INPUT:       return "invalid input";
-    case DLM_E_IO:          return "input or output failed";
-    case DLM_E_FORMAT:      return "malformed file";
-    case DLM_E_MISMATCH:    return "names or shapes do not fit";
-    case DLM_E_UNSUPPORTED: return "not supported";
-    }
-    return "unknown error";
+    static const char *const words[] = {    /* in the order of dlm_error           */
+        "ok", "out of memory", "invalid configuration", "invalid input",
+        "input or output failed", "malformed file", "names or shapes do not fit",
+        "not supported"
+    };
+    const size_t i = (size_t)e;
+    return i < sizeof words / sizeof *words ? words[i] : "unknown error";
 }
 
 DLM_API const char *dlm_last_error(const dlm_ctx *ctx) { return ctx ? ctx->error : ""; }
@@ -4729,40 +4725,34 @@ typedef struct dlm__param {
     dlm__when   when;
 } dlm__param;
 
-#define DLM__AT(field) offsetof(dlm__layer, field)
+#define DLM__P(name, field, rows, cols, init, when) \
+    { name, offsetof(DLM__OF, field), DLM__##rows, DLM__##cols, DLM__##init, DLM__##when }
+#define DLM__OF dlm__layer
 static const dlm__param dlm__layer_params[] = {
-    { "input_layernorm.weight", DLM__AT(norm1), DLM__C, DLM__ONE, DLM__ONES,
-      DLM__ALWAYS },
-    { "self_attn.q_proj.weight", DLM__AT(wq), DLM__HD, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "self_attn.k_proj.weight", DLM__AT(wk), DLM__KVD, DLM__C, DLM__NORMAL,
-      DLM__ALWAYS },
-    { "self_attn.v_proj.weight", DLM__AT(wv), DLM__KVD, DLM__C, DLM__NORMAL,
-      DLM__ALWAYS },
-    { "self_attn.q_proj.bias", DLM__AT(bq), DLM__HD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
-    { "self_attn.k_proj.bias", DLM__AT(bk), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
-    { "self_attn.v_proj.bias", DLM__AT(bv), DLM__KVD, DLM__ONE, DLM__ZEROS, DLM__BIASED },
-    { "self_attn.q_norm.weight", DLM__AT(qnorm), DLM__D, DLM__ONE, DLM__ONES,
-      DLM__QK_NORM },
-    { "self_attn.k_norm.weight", DLM__AT(knorm), DLM__D, DLM__ONE, DLM__ONES,
-      DLM__QK_NORM },
-    { "self_attn.o_proj.weight", DLM__AT(wo), DLM__C, DLM__HD, DLM__RESIDUAL,
-      DLM__ALWAYS },
-    { "post_attention_layernorm.weight", DLM__AT(norm2), DLM__C, DLM__ONE, DLM__ONES,
-      DLM__ALWAYS },
-    { "mlp.gate_proj.weight", DLM__AT(wgate), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "mlp.up_proj.weight", DLM__AT(wup), DLM__F, DLM__C, DLM__NORMAL, DLM__ALWAYS },
-    { "mlp.down_proj.weight", DLM__AT(wdown), DLM__C, DLM__F, DLM__RESIDUAL,
-      DLM__ALWAYS },
+    DLM__P("input_layernorm.weight",          norm1, C,   ONE, ONES,     ALWAYS),
+    DLM__P("self_attn.q_proj.weight",         wq,    HD,  C,   NORMAL,   ALWAYS),
+    DLM__P("self_attn.k_proj.weight",         wk,    KVD, C,   NORMAL,   ALWAYS),
+    DLM__P("self_attn.v_proj.weight",         wv,    KVD, C,   NORMAL,   ALWAYS),
+    DLM__P("self_attn.q_proj.bias",           bq,    HD,  ONE, ZEROS,    BIASED),
+    DLM__P("self_attn.k_proj.bias",           bk,    KVD, ONE, ZEROS,    BIASED),
+    DLM__P("self_attn.v_proj.bias",           bv,    KVD, ONE, ZEROS,    BIASED),
+    DLM__P("self_attn.q_norm.weight",         qnorm, D,   ONE, ONES,     QK_NORM),
+    DLM__P("self_attn.k_norm.weight",         knorm, D,   ONE, ONES,     QK_NORM),
+    DLM__P("self_attn.o_proj.weight",         wo,    C,   HD,  RESIDUAL, ALWAYS),
+    DLM__P("post_attention_layernorm.weight", norm2, C,   ONE, ONES,     ALWAYS),
+    DLM__P("mlp.gate_proj.weight",            wgate, F,   C,   NORMAL,   ALWAYS),
+    DLM__P("mlp.up_proj.weight",              wup,   F,   C,   NORMAL,   ALWAYS),
+    DLM__P("mlp.down_proj.weight",            wdown, C,   F,   RESIDUAL, ALWAYS),
 };
-#undef DLM__AT
+#undef DLM__OF
+#define DLM__OF dlm__globals
 static const dlm__param dlm__global_params[] = {        /* the first comes first,   */
-    { "model.embed_tokens.weight", offsetof(dlm__globals, tok_emb), DLM__V, DLM__C,
-      DLM__NORMAL, DLM__ALWAYS },
-    { "model.norm.weight", offsetof(dlm__globals, norm_out), DLM__C, DLM__ONE, DLM__ONES,
-      DLM__ALWAYS },                                    /* the others after the layers */
-    { "lm_head.weight", offsetof(dlm__globals, head), DLM__V, DLM__C, DLM__NORMAL,
-      DLM__UNTIED },
-};
+    DLM__P("model.embed_tokens.weight", tok_emb,  V, C,   NORMAL, ALWAYS),
+    DLM__P("model.norm.weight",         norm_out, C, ONE, ONES,   ALWAYS),
+    DLM__P("lm_head.weight",            head,     V, C,   NORMAL, UNTIED),
+};                                                      /* others after the layers  */
+#undef DLM__OF
+#undef DLM__P
 enum {
     DLM__N_LAYER = sizeof dlm__layer_params / sizeof *dlm__layer_params,
     DLM__N_GLOBAL = sizeof dlm__global_params / sizeof *dlm__global_params
@@ -4770,16 +4760,9 @@ enum {
 
 static int dlm__dim_of(const dlm_config *c, dlm__dim d)
 {
-    switch (d) {
-    case DLM__ONE: return 1;
-    case DLM__V:   return c->vocab;
-    case DLM__C:   return c->dim;
-    case DLM__HD:  return c->heads * c->head_dim;
-    case DLM__KVD: return c->kv_heads * c->head_dim;
-    case DLM__D:   return c->head_dim;
-    case DLM__F:   return c->ffn;
-    }
-    return 0;
+    const int sizes[] = { 1, c->vocab, c->dim, c->heads * c->head_dim,
+                          c->kv_heads * c->head_dim, c->head_dim, c->ffn };
+    return sizes[d];                        /* in the order of dlm__dim            */
 }
 
 /* Floats of one parameter; 0 when the config does not have it. */
@@ -4866,32 +4849,21 @@ DLM_API int dlm_model_tensors(const dlm_model *m)
         + c->layers * dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
 }
 
-/* The i-th parameter that exists in a list, and the floats before it. */
-static const dlm__param *dlm__nth_param(const dlm_config *c, const dlm__param *list,
-                                        int i, size_t *before)
-{
-    for (;; list++) {
-        const size_t size = dlm__param_size(c, list);
-        if (size != 0 && i-- == 0) return list;
-        *before += size;
-    }
-}
-
 /* Parameter i of a model: its entry in a table, its layer or -1, the floats before. */
 static const dlm__param *dlm__param_at(const dlm_config *c, int i, int *layer, size_t *at)
 {
     const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
-    const size_t first = dlm__param_size(c, dlm__global_params);
-    *layer = -1;
-    *at = 0;
-    if (i == 0) return dlm__global_params;
-    if (i - 1 < c->layers * per_layer) {
-        *layer = (i - 1) / per_layer;
-        *at = first + (size_t)*layer * dlm__layer_size(c);
-        return dlm__nth_param(c, dlm__layer_params, (i - 1) % per_layer, at);
+    const int in_layers = i > 0 && i - 1 < c->layers * per_layer;
+    const int whole = in_layers ? (i - 1) / per_layer : i > 0 ? c->layers : 0;
+    const dlm__param *p = in_layers ? dlm__layer_params : dlm__global_params + (i > 0);
+    *layer = in_layers ? whole : -1;
+    *at = (size_t)whole * dlm__layer_size(c)
+        + (i > 0 ? dlm__param_size(c, dlm__global_params) : 0);
+    for (int left = i > 0 ? i - 1 - whole * per_layer : 0; ; p++) {
+        const size_t size = dlm__param_size(c, p);
+        if (size != 0 && left-- == 0) return p;
+        *at += size;
     }
-    *at = first + (size_t)c->layers * dlm__layer_size(c);
-    return dlm__nth_param(c, dlm__global_params + 1, i - 1 - c->layers * per_layer, at);
 }
 
 DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
@@ -4907,28 +4879,23 @@ DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
     out->decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
 }
 
-/* Initialises tensor i: normal(0.02), what writes to the residual stream smaller by
-   1/sqrt(2L) (GPT-2), norms 1, biases 0. */
-static void dlm__init_tensor(dlm_model *m, int i, dlm__init init, uint64_t seed)
-{
-    dlm_tensor t;
-    double scale = 0.02;
-    dlm_address at = dlm__address(seed, DLM_RANDOM_INIT, 0, (uint32_t)i, 0);
-    dlm_model_tensor(m, i, &t);
-    if (init == DLM__RESIDUAL) scale /= sqrt(2.0 * m->config.layers);
-    for (size_t j = 0; j < (size_t)t.rows * (size_t)t.cols; j++) {
-        at.position = (uint32_t)(j >> 16);
-        t.data[j] = init == DLM__ONES ? 1.0f : init == DLM__ZEROS ? 0.0f
-            : (float)(scale * dlm__normal(&at, (uint32_t)(j & 0xFFFF)));
-    }
-}
-
+/* normal(0.02), what writes to the residual stream smaller by 1/sqrt(2L) (GPT-2), norms
+   1, biases 0.  Number i is the row of the address, 2^16 entries share a position. */
 static void dlm__init_weights(dlm_model *m, uint64_t seed)
 {
     for (int i = 0; i < dlm_model_tensors(m); i++) {
-        size_t at;
-        int layer;
-        dlm__init_tensor(m, i, dlm__param_at(&m->config, i, &layer, &at)->init, seed);
+        dlm_address at = dlm__address(seed, DLM_RANDOM_INIT, 0, (uint32_t)i, 0);
+        dlm_tensor t;
+        size_t before;
+        const dlm__init init = dlm__param_at(&m->config, i, &t.layer, &before)->init;
+        const double scale = init == DLM__RESIDUAL ? 0.02 / sqrt(2.0 * m->config.layers)
+                                                   : 0.02;
+        dlm_model_tensor(m, i, &t);
+        for (size_t j = 0; j < (size_t)t.rows * (size_t)t.cols; j++) {
+            at.position = (uint32_t)(j >> 16);
+            t.data[j] = init == DLM__ONES ? 1.0f : init == DLM__ZEROS ? 0.0f
+                : (float)(scale * dlm__normal(&at, (uint32_t)(j & 0xFFFF)));
+        }
     }
 }
 
@@ -6463,34 +6430,24 @@ static void dlm__trainer_carve(dlm__arena *a, void *object)
     dlm__work_carve(a, &p->work);
 }
 
-/* Everything but the arrays. */
-static dlm_error dlm__trainer_prepare(dlm__trainer_parts *p, dlm_ctx *ctx, dlm_model *m,
-                                      const dlm_train_options *opt)
-{
-    dlm__work *w = &p->work;
-    dlm_train_options *o = &p->t.options;
-    dlm_error e;
-    memset(p, 0, sizeof *p);
-    e = dlm__train_resolve(ctx, m, opt, o);
-    if (e != DLM_OK) return e;
-    p->t.ctx = ctx;
-    p->t.model = m;
-    dlm__state_prepare(&p->state, ctx, &m->config, o->objective, o->max_rows, 0);
-    w->ctx = ctx;
-    w->c = m->config;
-    w->training = 1;
-    w->type = o->precision;
-    w->rows = w->out = w->slots = o->max_rows;
-    w->seqs = p->state.seqs;
-    return DLM_OK;
-}
-
 /* Averaged weights begin as the weights: an average of nothing would begin at 0. */
 DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model *m,
                                      const dlm_train_options *opt, dlm_memory *mem)
 {
     dlm__trainer_parts draft, *p;
-    dlm_error e = dlm__trainer_prepare(&draft, ctx, m, opt);
+    dlm__work *w = &draft.work;
+    dlm_train_options *o = &draft.t.options;
+    dlm_error e;
+    memset(&draft, 0, sizeof draft);
+    e = dlm__train_resolve(ctx, m, opt, o);
+    draft.t.ctx = w->ctx = ctx;
+    draft.t.model = m;
+    w->c = m->config;
+    w->training = 1;
+    w->type = o->precision;
+    w->rows = w->out = w->slots = o->max_rows;
+    dlm__state_prepare(&draft.state, ctx, &w->c, o->objective, o->max_rows, 0);
+    w->seqs = draft.state.seqs;
     p = (dlm__trainer_parts *)dlm__make(&e, ctx, "trainer", dlm__trainer_carve, &draft,
                                         sizeof draft, out != NULL, mem);
     if (out) *out = p ? &p->t : NULL;
@@ -7032,20 +6989,28 @@ static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.
 /* All examples through as many passes as they need.  loss is normalised by r->tokens,
    those that could carry loss, so that it does not depend on the passes. */
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
-                                   dlm_noise *noise, int learn, dlm_report *r)
+                                   uint64_t seed, uint32_t step, int learn,
+                                   dlm_report *r)
 {
     dlm_state *s = t->state;
     const int views = 1 + t->options.lift.complementary, unit = dlm__unit_length(s);
     dlm_error error = DLM_OK;
+    dlm_noise noise;
+    memset(&noise, 0, sizeof noise);
+    noise.seed = seed;
+    noise.step = step;
+    noise.independent = t->options.independent_levels;
+    noise.lo = learn ? (double)t->options.level_min : 0.0;
+    noise.hi = learn ? (double)t->options.level_max : 0.0;
     for (int k = 0; k < n; k++) {
         r->tokens += dlm__could_carry(s, &e[k]);
-        noise->all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
+        noise.all += dlm__ceil_div(e[k].length - e[k].prompt, unit);
     }
     for (int i = 0; i < n && error == DLM_OK; i += s->n_examples) {
         dlm__state_take(s, e + i, n - i, views, s->rows);
-        noise->row = i;
-        dlm_state_noise(s, noise);
-        noise->first += s->n_units;
+        noise.row = i;
+        dlm_state_noise(s, &noise);
+        noise.first += s->n_units;
         s->scale = 1.0 / (double)(r->tokens > 0 ? r->tokens : 1);
         error = dlm__run_state(t, learn, r);
     }
@@ -7058,31 +7023,15 @@ static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
     return error;
 }
 
-static dlm_noise dlm__noise_of(const dlm_trainer *t, uint64_t seed, uint32_t step)
-{
-    dlm_noise noise;
-    memset(&noise, 0, sizeof noise);
-    noise.seed = seed;
-    noise.step = step;
-    noise.independent = t->options.independent_levels;
-    return noise;
-}
-
-static dlm_error dlm__check_step(const dlm_trainer *t, const dlm_example *e, int n)
-{
-    return dlm__check_examples(t->state, e, n, 1 + t->options.lift.complementary);
-}
-
 DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, int n,
                                    dlm_report *report)
 {
     dlm_report local, *r = report ? report : &local;
-    dlm_noise noise = dlm__noise_of(t, t->options.seed, (uint32_t)t->steps);
-    dlm_error e = dlm__check_step(t, examples, n);
+    dlm_error e = dlm__check_examples(t->state, examples, n,
+                                      1 + t->options.lift.complementary);
     memset(r, 0, sizeof *r);
-    noise.lo = (double)t->options.level_min;
-    noise.hi = (double)t->options.level_max;
-    if (e == DLM_OK) e = dlm__run_examples(t, examples, n, &noise, 1, r);
+    if (e == DLM_OK) e = dlm__run_examples(t, examples, n, t->options.seed,
+                                           (uint32_t)t->steps, 1, r);
     return e == DLM_OK ? dlm_trainer_update(t, r) : e;
 }
 
@@ -7110,16 +7059,16 @@ DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
     return dlm_trainer_step(t, t->windows, B, report);
 }
 
-/* Never the noise that was trained on. */
+/* Over all levels, and never the noise that was trained on. */
 DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *examples, int n,
                                        uint32_t draw, dlm_report *report)
 {
     const double flops = t->flops;
-    dlm_noise noise = dlm__noise_of(t, ~t->options.seed, draw);
-    dlm_error e = dlm__check_step(t, examples, n);
+    dlm_error e = dlm__check_examples(t->state, examples, n,
+                                      1 + t->options.lift.complementary);
     memset(report, 0, sizeof *report);
     if (e != DLM_OK) return e;
-    e = dlm__run_examples(t, examples, n, &noise, 0, report);
+    e = dlm__run_examples(t, examples, n, ~t->options.seed, draw, 0, report);
     report->step = t->steps;
     report->flops = t->flops - flops;
     t->flops = flops;
