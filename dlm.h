@@ -736,7 +736,7 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
    What a diffusion language model learns.  Of a text x every response token is masked
    with probability t, the noise level; x_t is what is left to see.  With t uniform
        L(x) = E_t E [ 1/t  sum over masked i of  -log p(x_i | x_t) ]  >=  -log p(x)
-   bounds the text's information (MDLM, Sahoo et al. 2024, eq. 11; LLaDA, Nie et al. 2025,
+   bounds the information in the text (MDLM, Sahoo et al. 2024; LLaDA, Nie et al. 2025,
    eq. 3).  1/t, because a token is masked with probability t: in expectation each counts
    once at every level.  A report's loss is L per response token, in nats. */
 
