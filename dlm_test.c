@@ -4949,7 +4949,7 @@ TEST(sampler_of_sizes_says_what_it_cannot_do)
          CHECK(sm == NULL); } while (0)
     TRY(c.vocab, 1, "vocab");
     TRY(c.max_seq, 0, "max_seq");
-    TRY(c.pattern, 9, "pattern");
+    TRY(c.pattern, (dlm_pattern)9, "pattern");
     TRY(c.block, -1, "block");
     TRY(l.seqs, -1, "limits.seqs");
     TRY(l.rows, -1, "limits.rows");
