@@ -5367,7 +5367,7 @@ TEST(states_mask_a_fraction_t_of_the_response)
             masks += s->masked[i];
             CHECK_CLOSE(s->weight[i], 1 / t, 1e-6 / t);
         }
-        CHECK_CLOSE(masks, N * t, 5 * sqrt(N * t * (1 - t)) + 1e-9);
+        CHECK_CLOSE(masks, (int)N * t, 5 * sqrt((int)N * t * (1 - t)) + 1e-9);
         CHECK(t > 0.95 || memcmp(s->masked, s->masked + N, 1000 - FIRST) != 0);
         memcpy(masked, s->masked, N);
         dlm_state_mask(s, 0, t + 0.05);
