@@ -3913,38 +3913,48 @@ static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int
     return dlm__floats_scalar(0U - (uint32_t)k->narrow.offset * (uint32_t)sum);
 }
 
-/* Panels (words, nr), of int8 followed by a scale and a correction per row of w. */
-DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
-                            const float *w, int rows, int cols)
+/* Of `out`, packed rows [first, first + n): panels (words, nr), of int8 followed by a scale
+   and a correction per row.  first is a multiple of nr; w has these rows alone. */
+static void dlm__pack_rows(const dlm_ctx *ctx, const dlm_matrix *out, const float *w,
+                           int first, int n)
 {
     const dlm__kernels *k = ctx->k;
-    const dlm__word kind = dlm__word_of(type);
-    const int N = rows, K = cols, nr = k->nr, per = dlm__values_per_word(kind);
-    const int words = dlm__words_of(k, kind, K), columns = dlm__round_up(N, nr);
-    float *packed = (float *)memory, *scale = packed + (size_t)columns * (size_t)words;
+    const dlm__word kind = dlm__word_of(out->type);
+    const int K = out->cols, nr = k->nr, per = dlm__values_per_word(kind);
+    const int words = dlm__words_of(k, kind, K), columns = dlm__round_up(out->rows, nr);
+    float *packed = (float *)(uintptr_t)out->data;
+    float *scale = packed + (size_t)columns * (size_t)words;
     float inverse[DLM__MAX_NR];
-    dlm_matrix out = dlm__plain(packed, rows, cols, type);
     dlm__slice s;
-    out.packed = 1;
-    DLM_ASSERT(kind != DLM__WORDS && (kind != DLM__WORD_I8 || K <= DLM_I8_MOST));
-    if (kind == DLM__WORD_I8) memset(scale, 0, (size_t)columns * 2 * sizeof *scale);
     s.inverse = inverse; s.offset = 0;
-    for (int j = 0; j < N; j += nr) {
+    for (int j = first; j < first + n; j += nr, w += (size_t)nr * (size_t)K) {
         float *panel = packed + (size_t)j * (size_t)words;
-        s.n = dlm__min(nr, N - j);
-        for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
-            dlm__int8_scale(k, w + (size_t)(j + i) * (size_t)K, K, &scale[j + i],
-                            &inverse[i]);
+        s.n = dlm__min(nr, first + n - j);
+        for (int i = 0; kind == DLM__WORD_I8 && i < nr; i++) {
+            scale[j + i] = scale[columns + j + i] = 0.0f;       /* of what is padding */
+            if (i < s.n)
+                dlm__int8_scale(k, w + (size_t)i * (size_t)K, K, &scale[j + i],
+                                &inverse[i]);
+        }
         for (int at = 0; at < words; at += DLM__KC) {
             const int kc = dlm__min(DLM__KC, words - at);
-            s.x = dlm__side_of(w + (size_t)j * (size_t)K + (size_t)(at * per), (size_t)K,
-                                 1);
+            s.x = dlm__side_of(w + (size_t)(at * per), (size_t)K, 1);
             s.K = dlm__max(0, dlm__min(kc * per, K - at * per));
             dlm__pack_slice(k, kind, panel + at * nr, nr, 0, kc, &s);
         }
         for (int i = 0; kind == DLM__WORD_I8 && i < s.n; i++)
             scale[columns + j + i] = dlm__int8_correction(k, panel, words, i);
     }
+}
+
+DLM_API dlm_matrix dlm_pack(const dlm_ctx *ctx, void *memory, dlm_dtype type,
+                            const float *w, int rows, int cols)
+{
+    dlm_matrix out = dlm__plain((const float *)memory, rows, cols, type);
+    DLM_ASSERT(dlm__word_of(type) != DLM__WORDS
+               && (type != DLM_I8 || cols <= DLM_I8_MOST));
+    out.packed = 1;
+    dlm__pack_rows(ctx, &out, w, 0, rows);
     return out;
 }
 
@@ -4866,17 +4876,27 @@ static const dlm__param *dlm__param_at(const dlm_config *c, int i, int *layer, s
     }
 }
 
+/* What parameter p of a layer, or of none (-1), is called and how large it is. */
+static dlm_tensor dlm__tensor_of(const dlm_config *c, const dlm__param *p, int layer)
+{
+    dlm_tensor t;
+    if (layer < 0) snprintf(t.name, sizeof t.name, "%s", p->name);
+    else snprintf(t.name, sizeof t.name, "model.layers.%d.%s", layer, p->name);
+    t.data = NULL;
+    t.rows = dlm__dim_of(c, p->rows);
+    t.cols = dlm__dim_of(c, p->cols);
+    t.layer = layer;
+    t.decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
+    return t;
+}
+
 DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
 {
-    const dlm_config *c = &m->config;
+    int layer;
     size_t at;
-    const dlm__param *p = dlm__param_at(c, i, &out->layer, &at);
-    if (out->layer < 0) snprintf(out->name, sizeof out->name, "%s", p->name);
-    else snprintf(out->name, sizeof out->name, "model.layers.%d.%s", out->layer, p->name);
+    const dlm__param *p = dlm__param_at(&m->config, i, &layer, &at);
+    *out = dlm__tensor_of(&m->config, p, layer);
     out->data = m->weights + at;
-    out->rows = dlm__dim_of(c, p->rows);
-    out->cols = dlm__dim_of(c, p->cols);
-    out->decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
 }
 
 /* normal(0.02), what writes to the residual stream smaller by 1/sqrt(2L) (GPT-2), norms
@@ -4969,8 +4989,8 @@ typedef struct dlm__layer_weights {
 } dlm__layer_weights;
 
 typedef struct dlm__outer_weights {
+    dlm__globals p;                         /* packed: only the vectors            */
     dlm_matrix   embed, head;               /* (V, C); the same when tied          */
-    float       *norm_out;                  /* (C)                                 */
 } dlm__outer_weights;
 
 struct dlm__packed {
@@ -5017,12 +5037,10 @@ static dlm__layer_weights dlm__layer_of(const dlm_model *m, int layer, dlm_dtype
 static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
 {
     dlm__outer_weights w;
-    dlm__globals g;
     if (m->packed) return m->packed->outer;
-    g = dlm__globals_at(&m->config, m->weights);
-    w.embed = dlm__plain(g.tok_emb, m->config.vocab, m->config.dim, type);
-    w.head = dlm__plain(g.head, m->config.vocab, m->config.dim, type);
-    w.norm_out = g.norm_out;
+    w.p = dlm__globals_at(&m->config, m->weights);
+    w.embed = dlm__plain(w.p.tok_emb, m->config.vocab, m->config.dim, type);
+    w.head = dlm__plain(w.p.head, m->config.vocab, m->config.dim, type);
     return w;
 }
 
@@ -5067,7 +5085,8 @@ static void dlm__packed_carve(dlm__arena *a, void *object)
                 a, m, x->times * dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
         }
     }
-    p->outer.norm_out = dlm__push_floats(a, (size_t)c->dim, 1);
+    memset(&p->outer, 0, sizeof p->outer);
+    p->outer.p.norm_out = dlm__push_floats(a, (size_t)c->dim, 1);
     p->outer.head = dlm__matrix_carve(a, m, c->vocab, c->dim);
     p->outer.embed = c->untied_head ? dlm__matrix_carve(a, m, c->vocab, c->dim)
                                     : p->outer.head;
@@ -5101,32 +5120,119 @@ DLM_API size_t dlm_model_bytes(dlm_ctx *ctx, const dlm_config *cfg, dlm_dtype ty
     return mem.size;
 }
 
-static void dlm__repack_matrix(const dlm_ctx *ctx, dlm_matrix *out, const dlm_matrix *w)
+/* --[ filling ]---------------------------------------------------------------
+   Wherever the numbers of a model come from, another model or a file, they are asked for
+   by rows and put where they belong: into the flat block, or packed. */
+
+/* n rows of parameter p of a layer (-1: of none), from `first` on; beyond its last row
+   those of the next in the table follow.  They are written to out, or lie elsewhere when
+   out is NULL; returns where they are.  Runs on any thread. */
+typedef const float *(*dlm__rows_fn)(void *from, const dlm__param *p, int layer,
+                                     int first, int n, float *out);
+
+typedef struct dlm__filling {
+    dlm_model        *m;
+    dlm__rows_fn      take;
+    void             *from;
+    float            *room;                 /* (size) for what is still to be packed, */
+    size_t            size;                 /* at least nr rows; NULL: take needs none */
+    const dlm__param *p;                    /* in work: of this layer, with those   */
+    int               layer;                /* behind it, rows [first, first + n)  */
+    int               first, n, cols, step; /* step: rows of a job                 */
+    float            *plain;                /* where all its rows go, or           */
+    const dlm_matrix *packed;
+} dlm__filling;
+
+static void dlm__fill_job(void *arg, int job)
 {
-    *out = dlm_pack(ctx, (void *)(uintptr_t)out->data, out->type,
-                    (const float *)w->data, w->rows, w->cols);
+    const dlm__filling *f = (const dlm__filling *)arg;
+    const int at = job * f->step, n = dlm__min(f->step, f->n - at), row = f->first + at;
+    const size_t cols = (size_t)f->cols;
+    float *to = f->plain ? f->plain + (size_t)row * cols
+        : f->room ? f->room + (size_t)at * cols : NULL;
+    const float *rows = f->take(f->from, f->p, f->layer, row, n, f->room ? to : NULL);
+    if (f->packed) dlm__pack_rows(f->m->ctx, f->packed, rows, row, n);
+    else if (rows != to) memcpy(to, rows, (size_t)n * cols * sizeof *to);
 }
 
-/* The same walk as dlm__packed_carve: matrices are packed, vectors copied. */
-static void dlm__repack(const dlm_model *m, const dlm_model *plain)
+/* All rows of p, or of a product, to one of plain and packed. */
+static void dlm__fill_rows(dlm__filling *f, const dlm__param *p, int layer, int rows,
+                           float *plain, const dlm_matrix *packed)
 {
-    const dlm_config *c = &m->config;
-    const dlm__outer_weights outer = dlm__outer_of(plain, DLM_F32);
-    struct dlm__packed *p = m->packed;
-    for (int l = 0; l < c->layers; l++) {
-        dlm__layer_weights from = dlm__layer_of(plain, l, DLM_F32), *to = &p->layers[l];
-        for (int i = 0; i < DLM__N_LAYER; i++) {
-            const dlm__param *x = &dlm__layer_params[i];
-            const size_t n = dlm__vector_size(c, x);
-            if (n > 0) memcpy(*dlm__param_in(&to->p, x), *dlm__param_in(&from.p, x),
-                              n * sizeof(float));
-        }
-        for (int i = 0; i < DLM__N_PRODUCTS; i++)
-            dlm__repack_matrix(m->ctx, dlm__product_of(to, i), dlm__product_of(&from, i));
+    const int nr = f->m->ctx->k->nr;
+    int chunk = rows;
+    f->p = p; f->layer = layer; f->plain = plain; f->packed = packed;
+    f->cols = dlm__dim_of(&f->m->config, p->cols);
+    f->step = nr;
+    if (packed && f->room) chunk = (int)(f->size / (size_t)f->cols / (size_t)nr) * nr;
+    for (f->first = 0; f->first < rows; f->first += chunk) {
+        f->n = dlm__min(chunk, rows - f->first);
+        dlm__parallel(f->m->ctx, dlm__ceil_div(f->n, nr), 8.0 * f->n * f->cols,
+                      dlm__fill_job, f);
     }
-    memcpy(p->outer.norm_out, outer.norm_out, (size_t)c->dim * sizeof(float));
-    dlm__repack_matrix(m->ctx, &p->outer.head, &outer.head);
-    if (c->untied_head) dlm__repack_matrix(m->ctx, &p->outer.embed, &outer.embed);
+}
+
+/* The plain parameters among n of a list to the places that `at` has for them. */
+static void dlm__fill_list(dlm__filling *f, const dlm__param *list, int n, int layer,
+                           void *at)
+{
+    for (int i = 0; i < n; i++) {
+        float *to = *dlm__param_in(at, &list[i]);
+        if (dlm__param_size(&f->m->config, &list[i]) > 0 && to)
+            dlm__fill_rows(f, &list[i], layer, dlm__dim_of(&f->m->config, list[i].rows),
+                           to, NULL);
+    }
+}
+
+static const dlm__param *dlm__param_of(const dlm__param *list, size_t offset)
+{
+    while (list->offset != offset) list++;
+    return list;
+}
+
+static void dlm__fill(dlm__filling *f)
+{
+    const dlm_config *c = &f->m->config;
+    const struct dlm__packed *packed = f->m->packed;
+    dlm__outer_weights outer = dlm__outer_of(f->m, DLM_F32);
+    dlm__fill_list(f, dlm__global_params, DLM__N_GLOBAL, -1, &outer.p);
+    if (packed)
+        dlm__fill_rows(f, dlm__global_params, -1, c->vocab, NULL, &packed->outer.embed);
+    if (packed && c->untied_head)
+        dlm__fill_rows(f, dlm__param_of(dlm__global_params, offsetof(dlm__globals, head)),
+                       -1, c->vocab, NULL, &packed->outer.head);
+    for (int l = 0; l < c->layers; l++) {
+        dlm__layer_weights w = dlm__layer_of(f->m, l, DLM_F32);
+        dlm__fill_list(f, dlm__layer_params, DLM__N_LAYER, l, &w.p);
+        for (int i = 0; packed && i < DLM__N_PRODUCTS; i++) {
+            const dlm_matrix *to = dlm__product_of(&w, i);
+            dlm__fill_rows(f, dlm__param_of(dlm__layer_params, dlm__products[i].from), l,
+                           to->rows, NULL, to);
+        }
+    }
+}
+
+/* The rows of a plain model, where they lie: neighbours do. */
+static const float *dlm__model_rows(void *from, const dlm__param *p, int layer, int first,
+                                    int n, float *out)
+{
+    const dlm_model *m = (const dlm_model *)from;
+    dlm__globals g = dlm__globals_at(&m->config, m->weights);
+    dlm__layer l = dlm__layer_at(&m->config, m->weights, dlm__max(layer, 0));
+    const size_t skip = (size_t)first * (size_t)dlm__dim_of(&m->config, p->cols);
+    (void)n;
+    (void)out;
+    return *dlm__param_in(layer < 0 ? (void *)&g : &l, p) + skip;
+}
+
+static void dlm__fill_from_model(dlm_model *m, const dlm_model *plain)
+{
+    dlm__filling f;
+    memset(&f, 0, sizeof f);
+    f.m = m;
+    f.take = dlm__model_rows;
+    f.from = (void *)(uintptr_t)plain;
+    dlm__fill(&f);
 }
 
 static dlm_error dlm__check_kernels(dlm_ctx *ctx, const dlm_model *m)
@@ -5151,8 +5257,7 @@ DLM_API dlm_error dlm_model_clone(dlm_model **out, dlm_ctx *ctx, const dlm_model
     if (out) *out = NULL;
     if (e != DLM_OK) return e;
     e = dlm__model_new(out, ctx, &plain->config, DLM_F32, dlm__plain_carve, mem);
-    if (out && *out)
-        memcpy((*out)->weights, plain->weights, plain->n_params * sizeof(float));
+    if (out && *out) dlm__fill_from_model(*out, plain);
     return e;
 }
 
@@ -5162,7 +5267,7 @@ DLM_API dlm_error dlm_model_pack(dlm_model **out, dlm_ctx *ctx, const dlm_model 
     dlm_error e = dlm__want_plain(ctx, "pack", plain);
     if (out) *out = NULL;
     if (e == DLM_OK) e = dlm__packed_new(out, ctx, &plain->config, type, mem);
-    if (out && *out) dlm__repack(*out, plain);
+    if (out && *out) dlm__fill_from_model(*out, plain);
     return e;
 }
 
@@ -5174,7 +5279,7 @@ DLM_API dlm_error dlm_model_repack(dlm_model *packed, const dlm_model *plain)
         || memcmp(&packed->config, &plain->config, sizeof plain->config) != 0)
         return dlm__fail(packed->ctx, DLM_E_MISMATCH, "repack: these are not the packed "
                          "and the plain form of one config");
-    dlm__repack(packed, plain);
+    dlm__fill_from_model(packed, plain);
     return DLM_OK;
 }
 
@@ -5751,7 +5856,7 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
 {
     const dlm__outer_weights outer = dlm__outer_of(m, w->type);
     const int last = w->c.layers - 1;
-    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.norm_out);
+    dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.p.norm_out);
     dlm__embedding_forward(w->ctx, w->acts[0].x, &outer.embed, w->tokens, w->all.n);
     for (int l = 0; l <= last; l++) {
         const dlm__layer_weights lw = dlm__layer_of(m, l, w->type);
@@ -5769,7 +5874,7 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
     const dlm__globals g = dlm__globals_at(&w->c, grads);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf,
-                                  dlm__outer_of(m, w->type).norm_out);
+                                  dlm__outer_of(m, w->type).p.norm_out);
     memset(w->dy, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dy);
     norm.dy = w->dhf;
     norm.dx = w->dy;
