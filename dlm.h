@@ -400,7 +400,8 @@ DLM_API void       dlm_matmul(dlm_ctx *ctx, float *out, const float *a,
 /* --[ model ]-----------------------------------------------------------------
    A pre-norm transformer: RMSNorm, rotary positions (half-split), grouped-query
    attention, SwiGLU.  Covers LLaMA, Qwen2/2.5 (qkv_bias), Qwen3 (QK-norm), SDAR,
-   LLaDA and Dream (shifted).  Weights are read-only while in use and may be shared
+   LLaDA and Dream (shifted), and MDLM's DiT (gelu_mlp, head_bias) with its LayerNorms and
+   modulation folded into weights.  Weights are read-only while in use and may be shared
    by any number of sessions.  A model is plain, one flat block of floats that can be
    trained and saved, or packed: made from a plain one to run quickly in f32, bf16 or
    int8, needing it no longer.  Denormal ones (below 2^-126) are numbers like any others
@@ -432,6 +433,12 @@ typedef struct dlm_config {                /* 0 in a field marked * = the defaul
     float rope_theta;                      /* * = 10000; short sequences (64) learn faster
                                               with 10 to 100                       */
     float norm_eps;                        /* * = 1e-6                             */
+    int   gelu_mlp;                        /* 1: no gate, the MLP is down(gelu(up x + b))
+                                              + b, GELU in its tanh form: MDLM's, and what
+                                              GPT-2 calls gelu_new; 0: SwiGLU      */
+    int   head_bias;                       /* 1: logits + bias (V).  A token of bias
+                                              -INFINITY has probability 0 and no gradient,
+                                              whatever is learned (SUBS: MDLM's mask) */
 } dlm_config;
 
 typedef struct dlm_model {                 /* open for reading                     */
@@ -1711,7 +1718,7 @@ DLM__INLINE dlm__side dlm__side_of(const float *at, size_t by_i, size_t by_k)
                         room for a vector more; q, o (F, DLM__MAX_D); F = (vw + 3) / 4
                         rows are computed, needed or not
      add                y += x              add_product  y += r x z
-     lerp               y += r (x - y) */
+     lerp               y += r (x - y), which leaves a y of -INFINITY as it is */
 #define DLM__KERNEL_LIST(K) \
     K(to_bf16, void, (float *words, const float *x, int n)) \
     K(to_int8, void, (float *words, const float *x, int n, float scale, int offset)) \
@@ -1738,6 +1745,8 @@ DLM__INLINE dlm__side dlm__side_of(const float *at, size_t by_i, size_t by_k)
     K(swiglu, void, (float *y, const float *gate, const float *up, int n)) \
     K(swiglu_backward, void, (float *dgate, float *dup, const float *dy, \
                               const float *gate, const float *up, int n)) \
+    K(gelu, void, (float *y, const float *x, int n)) \
+    K(gelu_backward, void, (float *dx, const float *dy, const float *x, int n)) \
     K(add, void, (float *y, const float *x, int n)) \
     K(add_product, void, (float *y, const float *x, const float *z, float r, int n)) \
     K(lerp, void, (float *y, const float *x, float r, int n)) \
@@ -2352,6 +2361,38 @@ static DLM__TARGET void DLM__K(dlm__swiglu_backward)(
     }
 }
 
+/* 2 sqrt(2/pi) and that times 0.044715: the sigmoid's argument is x (c1 + c3 x^2). */
+#define DLM__GELU_1 1.59576912f
+#define DLM__GELU_3 0.0713548162f
+
+static DLM__TARGET void DLM__K(dlm__gelu)(float *y, const float *x, int n)
+{
+    const dlm__vf c1 = dlm__vset1(DLM__GELU_1), c3 = dlm__vset1(DLM__GELU_3);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf z = dlm__ld(x + i, n - i);
+        const dlm__vf u = dlm__vmul(z, dlm__vfma(dlm__vmul(z, z), c3, c1));
+        dlm__st(y + i, dlm__vmul(z, DLM__K(dlm__vsigmoid)(u)), n - i);
+    }
+}
+
+/* Beyond 16 the slope is what it is there, 0 or 1; z^2 could overflow. */
+static DLM__TARGET void DLM__K(dlm__gelu_backward)(float *dx, const float *dy,
+                                                   const float *x, int n)
+{
+    const dlm__vf c1 = dlm__vset1(DLM__GELU_1), c3 = dlm__vset1(DLM__GELU_3);
+    const dlm__vf one = dlm__vset1(1.0f), zero = dlm__vset1(0.0f);
+    const dlm__vf least = dlm__vset1(-16.0f);
+    for (int i = 0; i < n; i += DLM__VW) {
+        const dlm__vf minus_z = zero - dlm__vmax(least, dlm__ld(x + i, n - i));
+        const dlm__vf z = zero - dlm__vmax(least, minus_z);
+        const dlm__vf c3zz = dlm__vmul(c3, dlm__vmul(z, z));
+        const dlm__vf s = DLM__K(dlm__vsigmoid)(dlm__vmul(z, c3zz + c1));
+        const dlm__vf du = dlm__vfma(dlm__vset1(3.0f), c3zz, c1);
+        const dlm__vf slope = dlm__vmul(s, dlm__vfma(dlm__vmul(z, du), one - s, one));
+        dlm__st(dx + i, dlm__vmul(dlm__ld(dy + i, n - i), slope), n - i);
+    }
+}
+
 static DLM__TARGET void DLM__K(dlm__add)(float *y, const float *x, int n)
 {
     for (int i = 0; i < n; i += DLM__VW)
@@ -2372,10 +2413,10 @@ static DLM__TARGET void DLM__K(dlm__add_product)(float *y, const float *x, const
 
 static DLM__TARGET void DLM__K(dlm__lerp)(float *y, const float *x, float r, int n)
 {
-    const dlm__vf rv = dlm__vset1(r);
+    const dlm__vf rv = dlm__vset1(r), least = dlm__vset1(-FLT_MAX);
     for (int i = 0; i < n; i += DLM__VW) {
         const dlm__vf a = dlm__ld(y + i, n - i);
-        const dlm__vf d = dlm__ld(x + i, n - i) - a;
+        const dlm__vf d = dlm__ld(x + i, n - i) - dlm__vmax(least, a);
         dlm__st(y + i, dlm__vfma(rv, d, a), n - i);
     }
 }
@@ -2470,6 +2511,7 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
     const dlm__vf u1 = dlm__vset1(constants[2]), u2 = dlm__vset1(constants[3]);
     const dlm__vf eps = dlm__vset1(constants[4]), lr = dlm__vset1(-constants[5]);
     const dlm__vf decay = dlm__vset1(-constants[6]), clip = dlm__vset1(constants[7]);
+    const int decays = constants[6] != 0.0f;        /* 0 times -INFINITY is NaN    */
     for (int i = 0; i < n; i += DLM__VW) {
         const int left = n - i;
         const dlm__vf gi = dlm__vmul(dlm__ld(g + i, left), clip);
@@ -2478,7 +2520,7 @@ static DLM__TARGET void DLM__K(dlm__adamw)(float *w, const float *g, float *m, f
         mi = dlm__vfma(c1, gi - mi, mi);
         vi = dlm__vfma(c2, dlm__vmul(gi, gi) - vi, vi);
         step = dlm__vmul(mi, u1) / (dlm__vsqrt(dlm__vmul(vi, u2)) + eps);
-        wi = dlm__vfma(decay, wi, wi);
+        if (decays) wi = dlm__vfma(decay, wi, wi);
         dlm__st(w + i, dlm__vfma(lr, step, wi), left);
         dlm__st(m + i, mi, left);
         dlm__st(v + i, vi, left);
@@ -2505,6 +2547,8 @@ static const dlm__kernels dlm__table_amx = {
 #undef DLM__K
 #undef DLM__NR
 #undef DLM__FEW
+#undef DLM__GELU_1
+#undef DLM__GELU_3
 #undef DLM__PARTS
 #undef DLM__PRODUCTS
 #undef DLM__ENTRY
@@ -3256,7 +3300,8 @@ static const dlm__option dlm__config_options[] = {
     DLM__INT(ffn, 0, 1, 1 << 20),           DLM__FLAG(untied_head),
     DLM__FLAG(no_qk_norm),                  DLM__FLAG(qkv_bias),
     DLM__REAL(rope_theta, 10000, 0, 1e12),  DLM__REAL(norm_eps, 1e-6, 0, 1),
-    DLM__FLAG(mask_is_0),                   DLM__END
+    DLM__FLAG(mask_is_0),                   DLM__FLAG(gelu_mlp),
+    DLM__FLAG(head_bias),                   DLM__END
 };
 #undef DLM__OF
 
@@ -4049,11 +4094,12 @@ static void dlm__bias_forward(const dlm_ctx *ctx, float *y, const float *b, size
     for (int i = 0; i < rows; i++) ctx->k->add(y + (size_t)i * ldy, b, n);
 }
 
+/* db NULL: there is no bias. */
 static void dlm__bias_backward(dlm_ctx *ctx, float *db, const float *dy, size_t ldy,
                                int rows, int n)
 {
     dlm__column_sum c = { ctx, db, dy, ldy, NULL, 0, NULL, NULL, rows, 1, n };
-    dlm__column_sum_run(&c);
+    if (db) dlm__column_sum_run(&c);
 }
 
 /* --[ embedding ]-------------------------------------------------------------
@@ -4073,10 +4119,12 @@ static void dlm__embedding_backward(dlm_ctx *ctx, float *de, const float *dx,
 }
 
 /* --[ residual ]--------------------------------------------------------------
-     y_i += x_row(i)                  dx_row(i) += dy_i, which is done in place    */
+     y_i += b + x_row(i)              dx_row(i) += dy_i, which is done in place
+   b is the bias of the linear layer that wrote y: its gradient is as above. */
 typedef struct dlm__residual {
     dlm_ctx     *ctx;
     float       *y;                 /* (n, C)                                      */
+    const float *bias;              /* (C); NULL: none                             */
     const float *x;                 /* (.., C)                                     */
     const int   *rows;              /* (n) which of x; NULL: the same              */
     int          C;
@@ -4085,16 +4133,19 @@ typedef struct dlm__residual {
 static void dlm__residual_rows(void *arg, int first, int end)
 {
     const dlm__residual *a = (const dlm__residual *)arg;
-    for (int i = first; i < end; i++)
-        a->ctx->k->add(a->y + (size_t)i * (size_t)a->C,
-                       a->x + (size_t)(a->rows ? a->rows[i] : i) * (size_t)a->C, a->C);
+    const dlm__kernels *k = a->ctx->k;
+    for (int i = first; i < end; i++) {
+        float *y_i = a->y + (size_t)i * (size_t)a->C;
+        if (a->bias) k->add(y_i, a->bias, a->C);
+        k->add(y_i, a->x + (size_t)(a->rows ? a->rows[i] : i) * (size_t)a->C, a->C);
+    }
 }
 
-static void dlm__add_residual(dlm_ctx *ctx, float *y, const float *x, const int *rows,
-                              int n, int C)
+static void dlm__add_residual(dlm_ctx *ctx, float *y, const float *bias, const float *x,
+                              const int *rows, int n, int C)
 {
     dlm__residual a;
-    a.ctx = ctx; a.y = y; a.x = x; a.rows = rows; a.C = C;
+    a.ctx = ctx; a.y = y; a.bias = bias; a.x = x; a.rows = rows; a.C = C;
     dlm__for_rows(ctx, n, 2.0 * C, dlm__residual_rows, &a);
 }
 
@@ -4223,30 +4274,39 @@ static void dlm__heads_backward(dlm__heads *q, float *dg, float *dbias, int rows
         dlm__column_sum_run(&c);
         dlm__for_rows(q->ctx, rows, 8.0 * n, dlm__heads_unnorm, q);
     }
-    if (dbias) dlm__bias_backward(q->ctx, dbias, q->x, q->ldx, rows, n);
+    dlm__bias_backward(q->ctx, dbias, q->x, q->ldx, rows, n);
 }
 
-/* --[ swiglu ]----------------------------------------------------------------
+/* --[ mlp ]-------------------------------------------------------------------
      y = silu(gate) up                silu(z) = z s(z), s(z) = 1 / (1 + e^-z)
      dup = dy silu(gate)              dgate = dy up s (1 + z (1 - s))
-   gate and up are the halves of one row gu (2F).  (Shazeer 2020.) */
-typedef struct dlm__gated {
+   gate and up are the halves of one row gu (2F).  (Shazeer 2020.)  Ungated, gu (F) is up,
+   and with s = s(u), u = 2 sqrt(2/pi) (z + 0.044715 z^3),
+     z = up + bias, kept in gu        y = gelu(z) = z (1 + tanh(u/2)) / 2 = z s
+     dz = dy s (1 + z (1 - s) du/dz)  dbias += sum_i dz_i
+   (the tanh form of Hendrycks and Gimpel 2016). */
+typedef struct dlm__mlp {
     dlm_ctx *ctx;
     float *y_or_dy;                 /* (rows, F) out; backward: in                 */
-    float *gu, *dgu;                /* (rows, 2F); dgu NULL: forward               */
+    float *gu, *dgu;                /* (rows, 2F or F); dgu NULL: forward          */
+    const float *bias;              /* (F); NULL: gated                            */
     int F;
-} dlm__gated;
+} dlm__mlp;
 
-static void dlm__gated_rows(void *arg, int first, int end)
+static void dlm__mlp_rows(void *arg, int first, int end)
 {
-    const dlm__gated *s = (const dlm__gated *)arg;
+    const dlm__mlp *s = (const dlm__mlp *)arg;
     const dlm__kernels *k = s->ctx->k;
-    const size_t F = (size_t)s->F;
+    const size_t F = (size_t)s->F, width = s->bias ? F : 2 * F;
     for (int i = first; i < end; i++) {
-        const float *gu = s->gu + (size_t)i * 2 * F;
-        float *y_i = s->y_or_dy + (size_t)i * F;
-        if (s->dgu) {
-            float *dgu = s->dgu + (size_t)i * 2 * F;
+        float *gu = s->gu + (size_t)i * width, *y_i = s->y_or_dy + (size_t)i * F;
+        float *dgu = s->dgu ? s->dgu + (size_t)i * width : NULL;
+        if (s->bias && dgu) {
+            k->gelu_backward(dgu, y_i, gu, s->F);
+        } else if (s->bias) {
+            k->add(gu, s->bias, s->F);
+            k->gelu(y_i, gu, s->F);
+        } else if (dgu) {
             k->swiglu_backward(dgu, dgu + F, y_i, gu, gu + F, s->F);
         } else {
             k->swiglu(y_i, gu, gu + F, s->F);
@@ -4254,12 +4314,12 @@ static void dlm__gated_rows(void *arg, int first, int end)
     }
 }
 
-static void dlm__gated_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu, int rows,
-                           int F)
+static void dlm__mlp_run(dlm_ctx *ctx, float *y_or_dy, float *gu, float *dgu,
+                         const float *bias, int rows, int F)
 {
-    dlm__gated s;
-    s.ctx = ctx; s.y_or_dy = y_or_dy; s.gu = gu; s.dgu = dgu; s.F = F;
-    dlm__for_rows(ctx, rows, 30.0 * F, dlm__gated_rows, &s);
+    dlm__mlp s;
+    s.ctx = ctx; s.y_or_dy = y_or_dy; s.gu = gu; s.dgu = dgu; s.bias = bias; s.F = F;
+    dlm__for_rows(ctx, rows, 30.0 * F, dlm__mlp_rows, &s);
 }
 
 /* --[ cross-entropy ]---------------------------------------------------------
@@ -4711,20 +4771,26 @@ typedef struct dlm__layer {                 /* weights, or gradients, of one lay
     float *qnorm, *knorm;                   /* (D) each; NULL: none                */
     float *wo;                              /* (C, H*D)                            */
     float *norm2;                           /* (C)                                 */
-    float *wgate, *wup;                     /* (F, C) each                         */
+    float *wgate, *wup;                     /* (F, C) each; wup twice: no gate     */
+    float *bup;                             /* (F); NULL: gated                    */
     float *wdown;                           /* (C, F)                              */
+    float *bdown;                           /* (C); NULL: none                     */
 } dlm__layer;
 
 typedef struct dlm__globals {
     float *tok_emb;                         /* (V, C)                              */
     float *norm_out;                        /* (C)                                 */
     float *head;                            /* (V, C); tok_emb when tied           */
+    float *head_bias;                       /* (V); NULL: none                     */
 } dlm__globals;
 
-typedef enum dlm__dim {
-    DLM__ONE, DLM__V, DLM__C, DLM__HD, DLM__KVD, DLM__D, DLM__F
+typedef enum dlm__dim {                     /* KV, GU: of what one matmul serves   */
+    DLM__ONE, DLM__V, DLM__C, DLM__HD, DLM__KVD, DLM__D, DLM__F, DLM__KV, DLM__GU
 } dlm__dim;
-typedef enum dlm__when { DLM__ALWAYS, DLM__BIASED, DLM__QK_NORM, DLM__UNTIED } dlm__when;
+typedef enum dlm__when {
+    DLM__ALWAYS, DLM__BIASED, DLM__QK_NORM, DLM__UNTIED, DLM__GATED, DLM__UNGATED,
+    DLM__HEAD_BIAS
+} dlm__when;
 typedef enum dlm__init { DLM__ONES, DLM__ZEROS, DLM__NORMAL, DLM__RESIDUAL } dlm__init;
 
 typedef struct dlm__param {
@@ -4750,17 +4816,20 @@ static const dlm__param dlm__layer_params[] = {
     DLM__P("self_attn.k_norm.weight",         knorm, D,   ONE, ONES,     QK_NORM),
     DLM__P("self_attn.o_proj.weight",         wo,    C,   HD,  RESIDUAL, ALWAYS),
     DLM__P("post_attention_layernorm.weight", norm2, C,   ONE, ONES,     ALWAYS),
-    DLM__P("mlp.gate_proj.weight",            wgate, F,   C,   NORMAL,   ALWAYS),
+    DLM__P("mlp.gate_proj.weight",            wgate, F,   C,   NORMAL,   GATED),
     DLM__P("mlp.up_proj.weight",              wup,   F,   C,   NORMAL,   ALWAYS),
+    DLM__P("mlp.up_proj.bias",                bup,   F,   ONE, ZEROS,    UNGATED),
     DLM__P("mlp.down_proj.weight",            wdown, C,   F,   RESIDUAL, ALWAYS),
+    DLM__P("mlp.down_proj.bias",              bdown, C,   ONE, ZEROS,    UNGATED),
 };
 #undef DLM__OF
 #define DLM__OF dlm__globals
 static const dlm__param dlm__global_params[] = {        /* the first comes first,   */
-    DLM__P("model.embed_tokens.weight", tok_emb,  V, C,   NORMAL, ALWAYS),
-    DLM__P("model.norm.weight",         norm_out, C, ONE, ONES,   ALWAYS),
-    DLM__P("lm_head.weight",            head,     V, C,   NORMAL, UNTIED),
-};                                                      /* others after the layers  */
+    DLM__P("model.embed_tokens.weight", tok_emb,   V, C,   NORMAL, ALWAYS),
+    DLM__P("model.norm.weight",         norm_out,  C, ONE, ONES,   ALWAYS),
+    DLM__P("lm_head.weight",            head,      V, C,   NORMAL, UNTIED),
+    DLM__P("lm_head.bias",              head_bias, V, ONE, ZEROS,  HEAD_BIAS),
+};                                  /* others after the layers, head_bias the last  */
 #undef DLM__OF
 #undef DLM__P
 enum {
@@ -4770,17 +4839,18 @@ enum {
 
 static int dlm__dim_of(const dlm_config *c, dlm__dim d)
 {
-    const int sizes[] = { 1, c->vocab, c->dim, c->heads * c->head_dim,
-                          c->kv_heads * c->head_dim, c->head_dim, c->ffn };
+    const int KVD = c->kv_heads * c->head_dim;
+    const int sizes[] = { 1, c->vocab, c->dim, c->heads * c->head_dim, KVD, c->head_dim,
+                          c->ffn, 2 * KVD, c->gelu_mlp ? c->ffn : 2 * c->ffn };
     return sizes[d];                        /* in the order of dlm__dim            */
 }
 
 /* Floats of one parameter; 0 when the config does not have it. */
 static size_t dlm__param_size(const dlm_config *c, const dlm__param *p)
 {
-    if (p->when == DLM__BIASED && !c->qkv_bias) return 0;
-    if (p->when == DLM__QK_NORM && c->no_qk_norm) return 0;
-    if (p->when == DLM__UNTIED && !c->untied_head) return 0;
+    const int has[] = { 1, c->qkv_bias, !c->no_qk_norm, c->untied_head, !c->gelu_mlp,
+                        c->gelu_mlp, c->head_bias };    /* in the order of dlm__when */
+    if (!has[p->when]) return 0;
     return (size_t)dlm__dim_of(c, p->rows) * (size_t)dlm__dim_of(c, p->cols);
 }
 
@@ -4831,6 +4901,7 @@ static dlm__layer dlm__layer_at(const dlm_config *c, float *base, int layer)
     dlm__place_params(c, &l, dlm__layer_params, DLM__N_LAYER,
                       base + dlm__param_size(c, &dlm__global_params[0])
                       + (size_t)layer * dlm__layer_size(c));
+    if (l.wgate == NULL) l.wgate = l.wup;
     return l;
 }
 
@@ -5002,14 +5073,12 @@ struct dlm__packed {
 static const struct dlm__product {
     size_t   at, from;                      /* in dlm__layer_weights; dlm__layer   */
     dlm__dim rows, cols;
-    int      times;                         /* so many weights of `rows` rows      */
 } dlm__products[] = {
-    { offsetof(dlm__layer_weights, q), offsetof(dlm__layer, wq), DLM__HD, DLM__C, 1 },
-    { offsetof(dlm__layer_weights, kv), offsetof(dlm__layer, wk), DLM__KVD, DLM__C, 2 },
-    { offsetof(dlm__layer_weights, o), offsetof(dlm__layer, wo), DLM__C, DLM__HD, 1 },
-    { offsetof(dlm__layer_weights, gu), offsetof(dlm__layer, wgate), DLM__F, DLM__C, 2 },
-    { offsetof(dlm__layer_weights, down), offsetof(dlm__layer, wdown), DLM__C, DLM__F,
-      1 },
+    { offsetof(dlm__layer_weights, q), offsetof(dlm__layer, wq), DLM__HD, DLM__C },
+    { offsetof(dlm__layer_weights, kv), offsetof(dlm__layer, wk), DLM__KV, DLM__C },
+    { offsetof(dlm__layer_weights, o), offsetof(dlm__layer, wo), DLM__C, DLM__HD },
+    { offsetof(dlm__layer_weights, gu), offsetof(dlm__layer, wgate), DLM__GU, DLM__C },
+    { offsetof(dlm__layer_weights, down), offsetof(dlm__layer, wdown), DLM__C, DLM__F },
 };
 enum { DLM__N_PRODUCTS = sizeof dlm__products / sizeof *dlm__products };
 
@@ -5028,7 +5097,7 @@ static dlm__layer_weights dlm__layer_of(const dlm_model *m, int layer, dlm_dtype
     for (int i = 0; i < DLM__N_PRODUCTS; i++) {
         const struct dlm__product *x = &dlm__products[i];
         *dlm__product_of(&w, i) = dlm__plain(*(float **)((char *)&w.p + x->from),
-                                             x->times * dlm__dim_of(c, x->rows),
+                                             dlm__dim_of(c, x->rows),
                                              dlm__dim_of(c, x->cols), type);
     }
     return w;
@@ -5048,6 +5117,16 @@ static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
 static size_t dlm__vector_size(const dlm_config *c, const dlm__param *p)
 {
     return p->cols == DLM__ONE ? dlm__param_size(c, p) : 0;
+}
+
+/* Room for all vectors of a list, in `to`, a dlm__layer or dlm__globals. */
+static void dlm__vectors_carve(dlm__arena *a, const dlm_config *c, const dlm__param *list,
+                               int n, void *to)
+{
+    for (int i = 0; i < n; i++) {
+        const size_t size = dlm__vector_size(c, &list[i]);
+        if (size > 0) *dlm__param_in(to, &list[i]) = dlm__push_floats(a, size, 1);
+    }
 }
 
 static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows, int cols)
@@ -5074,19 +5153,15 @@ static void dlm__packed_carve(dlm__arena *a, void *object)
     for (int l = 0; l < c->layers; l++) {
         dlm__layer_weights one, *w = a->base ? &p->layers[l] : &one;
         memset(w, 0, sizeof *w);
-        for (int i = 0; i < DLM__N_LAYER; i++) {
-            const dlm__param *x = &dlm__layer_params[i];
-            const size_t n = dlm__vector_size(c, x);
-            if (n > 0) *dlm__param_in(&w->p, x) = dlm__push_floats(a, n, 1);
-        }
+        dlm__vectors_carve(a, c, dlm__layer_params, DLM__N_LAYER, &w->p);
         for (int i = 0; i < DLM__N_PRODUCTS; i++) {
             const struct dlm__product *x = &dlm__products[i];
             *dlm__product_of(w, i) = dlm__matrix_carve(
-                a, m, x->times * dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
+                a, m, dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
         }
     }
     memset(&p->outer, 0, sizeof p->outer);
-    p->outer.p.norm_out = dlm__push_floats(a, (size_t)c->dim, 1);
+    dlm__vectors_carve(a, c, dlm__global_params, DLM__N_GLOBAL, &p->outer.p);
     p->outer.head = dlm__matrix_carve(a, m, c->vocab, c->dim);
     p->outer.embed = c->untied_head ? dlm__matrix_carve(a, m, c->vocab, c->dim)
                                     : p->outer.head;
@@ -5341,7 +5416,7 @@ typedef struct dlm__acts {          /* Q: query rows, all rows but in the last l
     float *kv, *k_pre, *rk;         /* (N, 2*KV*D), (N, KV*D), (N, KV)             */
     float *o, *lse;                 /* (Q, H*D), (Q, H)                            */
     float *x2, *h2, *r2;            /* (Q, C), (Q, C), (Q) after attention; norm2  */
-    float *gu, *act;                /* (Q, 2F), (Q, F)                             */
+    float *gu, *act;                /* (Q, 2F or ungated F), (Q, F)                */
 } dlm__acts;
 
 typedef struct dlm__cache {
@@ -5409,7 +5484,7 @@ static void dlm__acts_carve(dlm__arena *a, const dlm__work *w, dlm__acts *t)
     t->x2 = dlm__push_floats(a, N, C);
     t->h2 = dlm__push_floats(a, N, C);
     t->r2 = dlm__push_floats(a, N, 1);
-    t->gu = dlm__push_floats(a, N, 2 * F);
+    t->gu = dlm__push_floats(a, N, (size_t)dlm__dim_of(&w->c, DLM__GU));
     t->act = dlm__push_floats(a, N, F);
 }
 
@@ -5445,7 +5520,7 @@ static void dlm__training_carve(dlm__arena *a, dlm__work *w)
     w->dq = dlm__push_floats(a, N, HD);
     w->dkv = dlm__push_floats(a, N, 2 * KVD);
     w->d_o = dlm__push_floats(a, N, HD);
-    w->dgu = dlm__push_floats(a, N, 2 * F);
+    w->dgu = dlm__push_floats(a, N, (size_t)dlm__dim_of(&w->c, DLM__GU));
     w->dact = dlm__push_floats(a, N, F);
     w->dhf = dlm__push_floats(a, out, C);
     w->v_panels = dlm__push_floats(a, (size_t)w->pad_total, KVD);
@@ -5637,10 +5712,11 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
      4  o  = attention(q, k, v)
      5  x2 = x + o Wo
      6  h2 = norm2(x2)
-     7  a  = swiglu(h2 Wgate, h2 Wup)
-     8  y  = x2 + a Wdown           y is the next layer's x
-   Before the first stands x = embedding, behind the last logits = norm(y) W_head.  In the
-   last layer only the rows that are looked at have queries, and all that follows them. */
+     7  a  = swiglu(h2 Wgate, h2 Wup)   or gelu(h2 Wup + bup)
+     8  y  = x2 + a Wdown + bdown   y is the next layer's x
+   Before the first stands x = embedding, behind the last logits = norm(y) W_head, plus a
+   bias if there is one.  In the last layer only the rows that are looked at have queries,
+   and all that follows them. */
 
 /* out (n, C) = rows[i] of x. */
 static void dlm__gather(float *out, const float *x, const int *rows, int n, int C)
@@ -5790,12 +5866,12 @@ static void dlm__layer_forward(dlm__work *w, const dlm__layer_weights *lw,
 
     dlm__attention_forward(&attention);                             /* 4 */
     dlm_matmul(w->ctx, t->x2, t->o, &lw->o, Q);                     /* 5 */
-    dlm__add_residual(w->ctx, t->x2, t->x, looked_at, Q, C);
+    dlm__add_residual(w->ctx, t->x2, NULL, t->x, looked_at, Q, C);
     dlm__norm_forward(&norm2, Q);                                   /* 6 */
     dlm_matmul(w->ctx, t->gu, t->h2, &lw->gu, Q);                   /* 7 */
-    dlm__gated_run(w->ctx, t->act, t->gu, NULL, Q, w->c.ffn);
+    dlm__mlp_run(w->ctx, t->act, t->gu, NULL, p->bup, Q, w->c.ffn);
     dlm_matmul(w->ctx, y, t->act, &lw->down, Q);                    /* 8 */
-    dlm__add_residual(w->ctx, y, t->x2, NULL, Q, C);
+    dlm__add_residual(w->ctx, y, p->bdown, t->x2, NULL, Q, C);
 }
 
 /* Layers share the cache, so it is filled once more; dq, dkv get the gradients. */
@@ -5818,7 +5894,7 @@ static void dlm__layer_backward(dlm__work *w, const dlm__layer_weights *lw,
 {
     const dlm__layer *p = &lw->p;
     const dlm__rows *rows = last ? &w->sub : &w->all;
-    const int C = w->c.dim, KVD = w->c.kv_heads * w->c.head_dim;
+    const int C = w->c.dim, F = w->c.ffn, KVD = w->c.kv_heads * w->c.head_dim;
     const int N = w->all.n, Q = rows->n;
     float *hq = last ? w->hq : t->h1, *dy = last ? w->dy : w->dx;
     float *dhq = last ? w->dhq : w->dh;
@@ -5831,15 +5907,16 @@ static void dlm__layer_backward(dlm__work *w, const dlm__layer_weights *lw,
     norm2.dx = dy;
 
     dlm__linear_backward(w->ctx, w->dact, 0, g->wdown, dy, t->act, &lw->down, Q); /* 8 */
-    dlm__gated_run(w->ctx, w->dact, t->gu, w->dgu, Q, w->c.ffn);                  /* 7 */
+    dlm__bias_backward(w->ctx, g->bdown, dy, (size_t)C, Q, C);
+    dlm__mlp_run(w->ctx, w->dact, t->gu, w->dgu, p->bup, Q, F);                   /* 7 */
+    dlm__bias_backward(w->ctx, g->bup, w->dgu, (size_t)F, Q, F);
     dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &lw->gu, Q);
     dlm__norm_backward(&norm2, g->norm2, Q);       /* 6: dy, now that of x2, grows    */
     dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, dy, t->o, &lw->o, Q);          /* 5 */
     if (last) dlm__scatter(w->dx, dy, w->out_rows, N, Q, C);
     dlm__attention_back(w, t, rows);                                              /* 4 */
     dlm__heads_backward(&k, g->knorm, g->bk, N);                                  /* 3 */
-    if (g->bv)
-        dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
+    dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
     dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &lw->kv, N);
     dlm__heads_backward(&q, g->qnorm, g->bq, Q);                                  /* 2 */
     dlm__linear_backward(w->ctx, dhq, !last, g->wq, w->dq, hq, &lw->q, Q);
@@ -5888,17 +5965,35 @@ static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
 }
 
 typedef struct dlm__scoring {
+    dlm_ctx *ctx;
     dlm_score_fn score;
     void  *user;
     float *logits;                  /* (chunk, V)                                  */
+    const float *bias;              /* (V); NULL: none                             */
     int    first, V;                /* number of the chunk's first row             */
 } dlm__scoring;
 
 static void dlm__score_rows(void *arg, int first, int end)
 {
     const dlm__scoring *s = (const dlm__scoring *)arg;
-    for (int i = first; i < end; i++)
-        s->score(s->user, s->first + i, s->logits + (size_t)i * (size_t)s->V);
+    for (int i = first; i < end; i++) {
+        float *logits = s->logits + (size_t)i * (size_t)s->V;
+        if (s->bias) s->ctx->k->add(logits, s->bias, s->V);
+        s->score(s->user, s->first + i, logits);
+    }
+}
+
+/* The way back of the chunk's n rows, whose logits are gradients now.  What a bias of
+   -INFINITY forbids has none, whatever the loss makes of it. */
+static void dlm__head_backward(dlm__work *w, const dlm__scoring *s, const dlm__globals *g,
+                               const dlm_matrix *head, int n)
+{
+    const size_t at = (size_t)s->first * (size_t)w->c.dim, V = (size_t)s->V;
+    for (size_t v = 0; s->bias && v < V; v++)
+        for (size_t i = 0; i < (size_t)n && s->bias[v] < -FLT_MAX; i++)
+            s->logits[i * V + v] = 0.0f;
+    dlm__bias_backward(w->ctx, g->head_bias, s->logits, V, n, s->V);
+    dlm__linear_backward(w->ctx, w->dhf + at, 0, g->head, s->logits, w->hf + at, head, n);
 }
 
 /* The head, a chunk of rows at a time: logits, score, and when training (grads not
@@ -5906,30 +6001,31 @@ static void dlm__score_rows(void *arg, int first, int end)
 static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_fn score,
                       void *user)
 {
-    const dlm_matrix head = dlm__outer_of(m, w->type).head;
-    const int C = w->c.dim, V = w->c.vocab;
+    const dlm__outer_weights outer = dlm__outer_of(m, w->type);
+    const size_t C = (size_t)w->c.dim;
+    const int V = w->c.vocab;
     dlm__scoring s;
-    s.score = score; s.user = user; s.logits = w->logits; s.V = V;
+    s.ctx = w->ctx; s.score = score; s.user = user; s.logits = w->logits; s.V = V;
+    s.bias = outer.p.head_bias;
     for (s.first = 0; s.first < w->sub.n; s.first += w->chunk) {
         const int n = dlm__min(w->chunk, w->sub.n - s.first);
-        float *hf = w->hf + (size_t)s.first * (size_t)C;
-        dlm_matmul(w->ctx, w->logits, hf, &head, n);
+        dlm_matmul(w->ctx, w->logits, w->hf + (size_t)s.first * C, &outer.head, n);
         dlm__for_rows(w->ctx, n, 20.0 * V, dlm__score_rows, &s);
-        if (grads)
-            dlm__linear_backward(w->ctx, w->dhf + (size_t)s.first * (size_t)C, 0,
-                                 dlm__globals_at(&w->c, grads).head, w->logits, hf,
-                                 &head, n);
+        if (grads) {
+            const dlm__globals g = dlm__globals_at(&w->c, grads);
+            dlm__head_backward(w, &s, &g, &outer.head, n);
+        }
     }
 }
 
-/* Per layer and row 4 C KVD for k and v, 2 C (2 HD + 3 F) for the other products of those
-   that have queries, and 4 HD per key that a query sees: scores and their mixture. */
+/* Per layer and row 4 C KVD for k and v, 2 C (2 HD + GU + F) for the other products of
+   those that have queries, and 4 HD per key that a query sees: scores, their mixture. */
 DLM_API double dlm_forward_flops(const dlm_config *c, const dlm_batch *b)
 {
     const double C = c->dim, HD = (double)c->heads * c->head_dim;
-    const double KVD = (double)c->kv_heads * c->head_dim, F = c->ffn;
+    const double KVD = (double)c->kv_heads * c->head_dim;
     const int N = b->start[b->n_seqs];
-    const double per_query = 2.0 * C * (2.0 * HD + 3.0 * F);
+    const double per_query = 2.0 * C * (2.0 * HD + dlm__dim_of(c, DLM__GU) + c->ffn);
     double seen_out = 0.0, flops;
     for (int i = 0; i < b->n_out; i++)
         seen_out += dlm__keys_seen(b->keys + b->out_rows[i], 1);
@@ -7859,8 +7955,9 @@ static void dlm__guide_job(void *arg, int i)
     const size_t V = (size_t)sm->c.vocab, n = (size_t)sm->batch.n_out / 2;
     float *x = sm->kept + (size_t)i * V;
     const float *unguided = x + n * V;
-    for (size_t v = 0; v < V; v++)
-        x[v] = unguided[v] + (sm->opt.guidance + 1.0f) * (x[v] - unguided[v]);
+    for (size_t v = 0; v < V; v++)          /* the same, as -INFINITY is: it stays so  */
+        if (x[v] != unguided[v])
+            x[v] = unguided[v] + (sm->opt.guidance + 1.0f) * (x[v] - unguided[v]);
     dlm__guess_row(sm, i, x);
 }
 
@@ -9803,7 +9900,9 @@ static dlm_error dlm__checkpoint_from(dlm_model **out, dlm_tokenizer **tok, dlm_
 typedef struct dlm__array {
     dlm_tensor t;                   /* of a state's arrays: name and data alone    */
     size_t     count;
-    float      least;               /* no sound value is below                     */
+    size_t     numbers;             /* so many must be numbers; behind them stands the
+                                       head's bias, which may be -INFINITY         */
+    float      least;               /* no sound number is below                    */
 } dlm__array;
 
 /* Array i of a file: a tensor of the model m or, t not NULL, what the state of t consists
@@ -9823,18 +9922,21 @@ static int dlm__array_at(const dlm_model *m, const dlm_trainer *t, int i, dlm__a
         a->t.data = state[i];
         a->count = m->n_params;
     }
+    a->numbers = a->count;
+    if (m->config.head_bias && (t ? i % 3 == 0 : i == dlm_model_tensors(m) - 1))
+        a->numbers -= (size_t)m->config.vocab;
     return a->count > 0;
 }
 
-/* data (count), maybe unaligned: finite, and no mean of squares below zero, whose root
-   would be NaN in an update that reports finite gradients. */
+/* data (count), maybe unaligned: numbers where they must be, and no mean of squares below
+   zero, whose root would be NaN in an update that reports finite gradients. */
 static dlm_error dlm__check_array(dlm_ctx *ctx, dlm_error code, const char *what,
                                   const dlm__array *a, const void *data)
 {
     for (size_t i = 0; i < a->count; i++) {
         float x;
         memcpy(&x, (const char *)data + i * sizeof x, sizeof x);
-        if (!(x >= a->least && x <= FLT_MAX))
+        if (!(x >= (i < a->numbers ? a->least : -INFINITY) && x <= FLT_MAX))
             return dlm__fail(ctx, code, "%s: %s[%.0f] is %g", what, a->t.name, (double)i,
                              (double)x);
     }

@@ -167,10 +167,10 @@ int main(int argc, char **argv)
         return strcmp(argv[1], "--help") ? 2 : 0;
     }
 
-    /* Grouped queries, biases, an untied head: every kind of tensor there is. */
+    /* Every kind of tensor there is, but for those of an ungated MLP (gelu_mlp). */
     cfg.vocab = V, cfg.dim = 32, cfg.layers = 2, cfg.heads = 4, cfg.kv_heads = 2;
     cfg.max_seq = T, cfg.pattern = DLM_PATTERN_FULL;
-    cfg.qkv_bias = 1, cfg.untied_head = 1;
+    cfg.qkv_bias = 1, cfg.untied_head = 1, cfg.head_bias = 1;
     dlm_keys_fill(keys, T, DLM_PATTERN_FULL, 0, 0);
     options.message = why, options.message_size = sizeof why;
     dlm_error e = dlm_init(&ctx, &options);
