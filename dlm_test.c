@@ -11810,6 +11810,256 @@ TEST(distiller_lives_in_one_block_and_steps_without_allocating)
     dlm_distiller_free(NULL);
 }
 
+/* ==[ dit ]===================================================================
+   MDLM's DiT (Sahoo et al. 2024) as its authors have it, in double: LayerNorms without
+   bias, shifted, scaled and gated by a condition (Peebles and Xie 2023).  At noise level
+   0, where it does not depend on time, it is exactly a model of ours. */
+
+enum { DIT_C = 12, DIT_H = 3, DIT_F = 24, DIT_V = 13, DIT_CD = 5, DIT_L = 3, DIT_T = 9,
+       DIT_D = DIT_C / DIT_H };
+
+typedef struct dit_layer {
+    double norm1[DIT_C], norm2[DIT_C], qkv[3 * DIT_C * DIT_C], out[DIT_C * DIT_C];
+    double up[DIT_F * DIT_C], bup[DIT_F], down[DIT_C * DIT_F], bdown[DIT_C];
+    double ada[6 * DIT_C * DIT_CD], bada[6 * DIT_C];
+} dit_layer;
+
+typedef struct dit {                       /* nothing but doubles                  */
+    double embed[DIT_V * DIT_C], norm[DIT_C], head[DIT_V * DIT_C], bhead[DIT_V];
+    double ada[2 * DIT_C * DIT_CD], bada[2 * DIT_C];
+    double sigma0[DIT_CD * 8], bsigma0[DIT_CD], sigma2[DIT_CD * DIT_CD], bsigma2[DIT_CD];
+    dit_layer layer[DIT_L];
+} dit;
+
+static void dit_fill(dit *d)
+{
+    double *x = (double *)(void *)d;
+    for (size_t i = 0; i < sizeof *d / sizeof *x; i++) x[i] = 0.7 * (double)test_float();
+    for (int i = 0; i < DIT_C; i++) d->norm[i] += 1;
+    for (int l = 0; l < DIT_L; l++)
+        for (int i = 0; i < DIT_C; i++) {
+            d->layer[l].norm1[i] += 1;
+            d->layer[l].norm2[i] += 1;
+        }
+}
+
+static void dit_silu(double *x, int n)
+{
+    for (int i = 0; i < n; i++) x[i] /= 1 + exp(-x[i]);
+}
+
+/* n numbers that the condition gives, W silu(MLP(embedding of level 0)) + b; free it. */
+static double *dit_modulation(const dit *d, const double *w, const double *b, int n)
+{
+    const double level_0[8] = { 1, 1, 1, 1, 0, 0, 0, 0 };  /* cos 0 and sin 0      */
+    double *h = ref_linear(level_0, d->sigma0, d->bsigma0, 1, DIT_CD, 8);
+    dit_silu(h, DIT_CD);
+    double *c = ref_linear(h, d->sigma2, d->bsigma2, 1, DIT_CD, DIT_CD);
+    dit_silu(c, DIT_CD);
+    double *out = ref_linear(c, w, b, 1, n, DIT_CD);
+    free(h); free(c);
+    return out;
+}
+
+/* LayerNorm(x) (1 + scale) + shift, of all rows; free it. */
+static double *dit_norm(const double *x, const double *g, const double *shift,
+                        const double *scale)
+{
+    double *y = ref_doubles(DIT_T * DIT_C);
+    for (int t = 0; t < DIT_T; t++, x += DIT_C) {
+        double mean = 0, variance = 0;
+        for (int i = 0; i < DIT_C; i++) mean += x[i] / (int)DIT_C;
+        for (int i = 0; i < DIT_C; i++) variance += pow(x[i] - mean, 2) / (int)DIT_C;
+        for (int i = 0; i < DIT_C; i++)
+            y[t * DIT_C + i] = (x[i] - mean) / sqrt(variance + 1e-5) * g[i]
+                * (1 + scale[i]) + shift[i];
+    }
+    return y;
+}
+
+/* qkv (T, 3C) to heads (T, C): everyone sees everyone; free them. */
+static double *dit_attention(double *qkv)
+{
+    double *out = ref_doubles(DIT_T * DIT_C);
+    for (int t = 0; t < DIT_T; t++)
+        for (int h = 0; h < 2 * DIT_H; h++)
+            ref_rotate(qkv + t * 3 * DIT_C + h * DIT_D, DIT_D, t, 10000);
+    for (int i = 0; i < DIT_T * DIT_H; i++) {
+        const int t = i / DIT_H, at = i % DIT_H * DIT_D;
+        double p[DIT_T], sum = 0;
+        for (int u = 0; u < DIT_T; u++) {
+            const double *q = qkv + t * 3 * DIT_C + at;
+            const double *k = qkv + u * 3 * DIT_C + DIT_C + at;
+            double s = 0;
+            for (int j = 0; j < DIT_D; j++) s += q[j] * k[j] / sqrt((double)DIT_D);
+            sum += p[u] = exp(s);
+        }
+        for (int j = 0; j < DIT_D; j++) {
+            double mix = 0;
+            for (int u = 0; u < DIT_T; u++)
+                mix += p[u] / sum * qkv[u * 3 * DIT_C + 2 * DIT_C + at + j];
+            out[t * DIT_C + at + j] = mix;
+        }
+    }
+    return out;
+}
+
+/* x += gate * y, in every row; frees y. */
+static void dit_gate(double *x, double *y, const double *gate)
+{
+    for (int i = 0; i < DIT_T * DIT_C; i++) x[i] += gate[i % DIT_C] * y[i];
+    free(y);
+}
+
+static void dit_block(const dit *d, const dit_layer *l, double *x)
+{
+    double *m = dit_modulation(d, l->ada, l->bada, 6 * DIT_C);     /* shift scale gate */
+    double *y = dit_norm(x, l->norm1, m, m + DIT_C);
+    double *qkv = ref_linear(y, l->qkv, NULL, DIT_T, 3 * DIT_C, DIT_C);
+    double *o = dit_attention(qkv);
+    dit_gate(x, ref_linear(o, l->out, NULL, DIT_T, DIT_C, DIT_C), m + 2 * DIT_C);
+    free(y); free(qkv); free(o);
+    y = dit_norm(x, l->norm2, m + 3 * DIT_C, m + 4 * DIT_C);
+    double *up = ref_linear(y, l->up, l->bup, DIT_T, DIT_F, DIT_C);
+    for (int i = 0; i < DIT_T * DIT_F; i++) up[i] = ref_gelu(up[i]);
+    dit_gate(x, ref_linear(up, l->down, l->bdown, DIT_T, DIT_C, DIT_F), m + 5 * DIT_C);
+    free(y); free(up); free(m);
+}
+
+/* Logits (T, V); free them. */
+static double *dit_logits(const dit *d, const int *tokens)
+{
+    double x[DIT_T * DIT_C];
+    for (int i = 0; i < DIT_T * DIT_C; i++)
+        x[i] = d->embed[tokens[i / DIT_C] * DIT_C + i % DIT_C];
+    for (int l = 0; l < DIT_L; l++) dit_block(d, &d->layer[l], x);
+    double *m = dit_modulation(d, d->ada, d->bada, 2 * DIT_C);
+    double *y = dit_norm(x, d->norm, m, m + DIT_C);
+    double *logits = ref_linear(y, d->head, d->bhead, DIT_T, DIT_V, DIT_C);
+    free(m); free(y);
+    return logits;
+}
+
+/* --[ the fold ]--------------------------------------------------------------
+   What is written to the residual stream is made to have mean 0, then LayerNorm is
+   RMSNorm; gates go into what they gate, scales into the gains, shifts into biases. */
+
+/* The tensor = w, its row r times gain[r] where there is one; with centre its columns get
+   mean 0: the mean of all outputs is taken from each. */
+static void dit_put(dlm_model *m, int layer, const char *name, const double *w,
+                    const double *gain, int centre)
+{
+    char full[80];
+    dlm_tensor t = {0};
+    snprintf(full, sizeof full, "%s%s", layer < 0 ? "" : "model.layers.0.", name);
+    if (layer >= 0) full[13] = (char)('0' + layer);
+    for (int i = 0; i < dlm_model_tensors(m); i++) {
+        dlm_model_tensor(m, i, &t);
+        if (!strcmp(t.name, full)) break;
+    }
+    LABEL("%s", full);
+    CHECK(!strcmp(t.name, full));
+    for (int c = 0; c < t.cols; c++) {
+        double mean = 0;
+        for (int r = 0; r < t.rows; r++)
+            mean += w[r * t.cols + c] * (gain ? gain[r] : 1) / t.rows;
+        for (int r = 0; r < t.rows; r++)
+            t.data[r * t.cols + c] = (float)(w[r * t.cols + c] * (gain ? gain[r] : 1)
+                                             - (centre ? mean : 0));
+    }
+}
+
+/* The gain g (1 + scale) of a norm. */
+static void dit_put_norm(dlm_model *m, int layer, const char *name, const double *g,
+                         const double *scale)
+{
+    double gain[DIT_C];
+    for (int i = 0; i < DIT_C; i++) gain[i] = 1 + scale[i];
+    dit_put(m, layer, name, g, gain, 0);
+}
+
+static void dit_fold_layer(const dit *d, int i, dlm_model *m)
+{
+    static const char *const names[6] = {
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+        "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias" };
+    const dit_layer *l = &d->layer[i];
+    double *a = dit_modulation(d, l->ada, l->bada, 6 * DIT_C);
+    double *bqkv = ref_linear(a, l->qkv, NULL, 1, 3 * DIT_C, DIT_C);
+    double *bup = ref_linear(a + 3 * DIT_C, l->up, l->bup, 1, DIT_F, DIT_C);
+    dit_put_norm(m, i, "input_layernorm.weight", l->norm1, a + DIT_C);
+    for (int j = 0; j < 3; j++) {
+        dit_put(m, i, names[j], l->qkv + j * DIT_C * DIT_C, NULL, 0);
+        dit_put(m, i, names[3 + j], bqkv + j * DIT_C, NULL, 0);
+    }
+    dit_put(m, i, "self_attn.o_proj.weight", l->out, a + 2 * DIT_C, 1);
+    dit_put_norm(m, i, "post_attention_layernorm.weight", l->norm2, a + 4 * DIT_C);
+    dit_put(m, i, "mlp.up_proj.weight", l->up, NULL, 0);
+    dit_put(m, i, "mlp.up_proj.bias", bup, NULL, 0);
+    dit_put(m, i, "mlp.down_proj.weight", l->down, a + 5 * DIT_C, 1);
+    dit_put(m, i, "mlp.down_proj.bias", l->bdown, a + 5 * DIT_C, 1);
+    free(a); free(bqkv); free(bup);
+}
+
+static void dit_fold(const dit *d, dlm_model *m)
+{
+    double embed[DIT_V * DIT_C];
+    double *a = dit_modulation(d, d->ada, d->bada, 2 * DIT_C);
+    double *bhead = ref_linear(a, d->head, d->bhead, 1, DIT_V, DIT_C);
+    for (int v = 0; v < DIT_V; v++) {
+        double mean = 0;
+        for (int i = 0; i < DIT_C; i++) mean += d->embed[v * DIT_C + i] / (int)DIT_C;
+        for (int i = 0; i < DIT_C; i++)
+            embed[v * DIT_C + i] = d->embed[v * DIT_C + i] - mean;
+    }
+    dit_put(m, -1, "model.embed_tokens.weight", embed, NULL, 0);
+    for (int l = 0; l < DIT_L; l++) dit_fold_layer(d, l, m);
+    dit_put_norm(m, -1, "model.norm.weight", d->norm, a + DIT_C);
+    dit_put(m, -1, "lm_head.weight", d->head, NULL, 0);
+    dit_put(m, -1, "lm_head.bias", bhead, NULL, 0);
+    free(a); free(bhead);
+}
+
+static dlm_config dit_config(void)
+{
+    dlm_config c = test_config(DIT_V, DIT_C, DIT_L, DIT_H, DIT_T);
+    c.pattern = DLM_PATTERN_FULL;
+    c.ffn = DIT_F;
+    c.norm_eps = 1e-5f;
+    c.untied_head = c.no_qk_norm = c.qkv_bias = c.gelu_mlp = c.head_bias = 1;
+    return c;
+}
+
+TEST(folded_dit_equals_the_unfolded_one_in_double)
+{
+    static dit d;
+    static test_batch t;
+    const dlm_config c = dit_config();
+    for (int draw = 0; draw < 10; draw++) {
+        dit_fill(&d);
+        batch_clear(&t);
+        batch_add(&t, DIT_T, DIT_V, DLM_PATTERN_FULL, 0, 0);
+        const dlm_batch *b = batch_close(&t, 2);
+        double *want = dit_logits(&d, t.tokens), scale = max_abs(want, DIT_T * DIT_V);
+        FOR_EACH_ISA(isa) {
+            dlm_ctx *ctx = test_open(isa, 1);
+            dlm_model *m = test_model(ctx, &c);
+            dit_fold(&d, m);
+            for (int packed = 0; packed < 2; packed++) {
+                float *got = packed ? test_logits_in(ctx, m, b, DLM_F32)
+                                    : test_logits_as_is(ctx, m, b);
+                LABEL("draw %d, packed %d, %s", draw, packed, dlm_isa_name((dlm_isa)isa));
+                for (int i = 0; i < DIT_T * DIT_V; i++)
+                    CHECK_CLOSE(got[i], want[i], 1e-5 * scale);
+                free(got);
+            }
+            dlm_model_free(m);
+            test_close(ctx);
+        }
+        free(want);
+    }
+}
+
 /* ==[ forbidden tokens ]======================================================
    A bias of the head of -INFINITY at the mask, which is MDLM's SUBS parameterisation. */
 
@@ -12981,6 +13231,7 @@ static const test_case test_cases[] = {
     RUN(distiller_options_are_checked_by_name),
     RUN(distiller_refuses_bad_examples_and_forgets_them),
     RUN(distiller_lives_in_one_block_and_steps_without_allocating),
+    RUN(folded_dit_equals_the_unfolded_one_in_double),
     RUN(forbidden_token_has_probability_0_and_leaves_all_other_logits),
     RUN(forbidden_mask_is_sampled_as_any_mask_in_every_order),
     RUN(forbidden_token_has_no_gradient),
