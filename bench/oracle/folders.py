@@ -15,10 +15,12 @@ OUT/refuse/<name>/ must be refused, with an error that holds the one line of `ex
 tied-other-head is for a choice to be made and said: logits.f64 is by the head in the
 file, logits.tied.f64 by the embedding that config.json says is the head.
 
-Not verified (no published file could be read): the tokenizer files of Fast_dLLM_Qwen and
-open-dcoder beyond names and ids of their masks; DiffuGPT's config.json and whether its
-lm_head.weight is stored; the floating-point type of SMDM's files.  Taken from the code
-that wrote them, not from files: every tensor name of MDLM, BD3-LM, RADD and SMDM."""
+Names, shapes and logits agree with the modelling code that published MDLM, BD3-LM, RADD,
+SMDM, LLaDA, Dream and GPT-2 (run in PyTorch, names matched strictly: 1e-15 to 6e-9 where
+its arithmetic is f64, 4e-7 where parts are f32).  Not verified, for no published file
+could be read: tokenizer files of Fast_dLLM_Qwen and open-dcoder beyond names and ids of
+their masks; DiffuGPT's config.json, its mask, and whether its lm_head.weight is stored;
+the floating-point type of SMDM's files; tensor names of GIDD and SEDD."""
 import json
 import os
 import shutil
@@ -133,7 +135,7 @@ def draw(rng, shapes, dtype, types={}):
             gain = name.endswith(".weight")
             x = 1 + 0.3 * x if gain else 0.3 * x
         elif "embed" in name or "wte" in name or "wpe" in name:
-            x = 0.7 * x
+            x = 0.05 * x               # so that the eps of a norm counts
         else:
             x = x * 1.2 / np.sqrt(shape[0] if ".c_" in name else shape[1])
         out[name] = f.unpack(f.pack(x, kind), kind, shape)
@@ -143,7 +145,7 @@ def draw(rng, shapes, dtype, types={}):
 def hf_shapes(c, qkv_bias=False, qk_norm=False, head=False, o_bias=False):
     C, F, H = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     D = c.get("head_dim") or C // H
-    Q, K = H * D, c["num_key_value_heads"] * D
+    Q, K = H * D, (c.get("num_key_value_heads") or H) * D
     rows = {"norm1": (C,), "norm2": (C,), "q": (Q, C), "k": (K, C), "v": (K, C),
             "o": (C, Q), "gate": (F, C), "up": (F, C), "down": (C, F)}
     if qkv_bias:
@@ -315,11 +317,24 @@ def added(content, **more):
 
 def llama(at):
     d = Folder(at, "llama")
-    t = draw(d.rng, hf_shapes(LLAMA, head=True), "F16")
-    d.json("config.json", LLAMA)
+    c = dict(LLAMA, head_dim=None)
+    t = draw(d.rng, hf_shapes(c, head=True), "F16")
+    d.json("config.json", c)
     d.tensors(t, "F16")
     d.json("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    causal(d, LLAMA, t)
+    causal(d, c, t)
+
+
+def llama_old(at):
+    d = Folder(at, "llama-old")        # of 2023: heads, theta and ties are by default
+    c = dict(LLAMA, transformers_version="4.28.0")
+    for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "attention_bias",
+                "attention_dropout", "mlp_bias", "pretraining_tp", "tie_word_embeddings"):
+        del c[key]
+    t = draw(d.rng, hf_shapes(c, head=True), "F16")
+    d.json("config.json", c)
+    d.tensors(t, "F16")
+    causal(d, c, t)
 
 
 def llama_tied(at):
@@ -565,8 +580,8 @@ def tied_other_head(at):
     tied_head(at, "tied-other-head", False)
 
 
-FAMILIES = (llama, llama_tied, qwen2, qwen3, qwen3_nested, sdar, a2d_qwen2, a2d_qwen3,
-            fast_dllm, dream, open_dcoder, llada, smdm, mdlm, bd3lm, radd, gpt2,
+FAMILIES = (llama, llama_old, llama_tied, qwen2, qwen3, qwen3_nested, sdar, a2d_qwen2,
+            a2d_qwen3, fast_dllm, dream, open_dcoder, llada, smdm, mdlm, bd3lm, radd, gpt2,
             gpt2_saved, diffugpt, tied_same_head, tied_other_head)
 
 # --[ what must be refused ]----------------------------------------------------
