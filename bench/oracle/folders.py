@@ -581,8 +581,8 @@ def tied_other_head(at):
 
 
 FAMILIES = (llama, llama_old, llama_tied, qwen2, qwen3, qwen3_nested, sdar, a2d_qwen2,
-            a2d_qwen3, fast_dllm, dream, open_dcoder, llada, smdm, mdlm, bd3lm, radd, gpt2,
-            gpt2_saved, diffugpt, tied_same_head, tied_other_head)
+            a2d_qwen3, fast_dllm, dream, open_dcoder, llada, smdm, mdlm, bd3lm, radd,
+            gpt2, gpt2_saved, diffugpt, tied_same_head, tied_other_head)
 
 # --[ what must be refused ]----------------------------------------------------
 

@@ -52,7 +52,8 @@ for folder in "$dir"/folders/*/; do
     one=$dir/saved/$name.1 two=$dir/saved/$name.2
     mkdir "$one" "$two"
     "$dir/check_folder" "$folder" "$one" > "$dir/log" 2>&1
-    error=$($python bench/oracle/read_folder.py "$one" --against "$folder" 2>&1 | tail -n 1)
+    $python bench/oracle/read_folder.py "$one" --against "$folder" > "$dir/log" 2>&1
+    error=$(tail -n 1 "$dir/log")
     if below "$error" 1e-6; then pass; else fail "$name, saved: $error"; continue; fi
     cp "$folder/ids.i32" "$folder/logits.f64" "$folder/expect" "$one"
     "$dir/check_folder" "$one" "$two" > "$dir/log" 2>&1

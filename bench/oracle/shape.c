@@ -81,8 +81,8 @@ static const shape shapes[] = {
       "  \"cond_dim\": 128,\n  \"dropout\": 0.1,\n  \"model_length\": 1024,\n"
       "  \"return_dict\": false,\n  \"time_conditioning\": false,\n"
       "  \"torch_dtype\": \"float32\",\n" },
-    { "smdm-170m", SMDM, 0, 0, 32000, 768, 18, 12, 12, 64, 3072, 219050496, 0,
-      NULL }
+    { "smdm-170m", SMDM, 0, 1, 32000, 768, 18, 12, 12, 64, 3072, 219050496, 0,
+      NULL }                           /* F32 as it was trained; the file's type is ? */
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes, MOST = 1024, BUFFER = 1 << 16 };
 
