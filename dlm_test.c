@@ -1495,8 +1495,22 @@ TEST(config_refuses_contradictions_by_name)
 /* Sizes that are allowed one by one and overflow together. */
 static const dlm__option *const option_tables[] = {
     dlm__config_options, dlm__limits_options, dlm__sample_options, dlm__train_options,
-    dlm__distill_options
+    dlm__distill_options, dlm__score_options
 };
+
+static dlm_error options_try_scoring(dlm_ctx *ctx, const dlm_model *m,
+                                     const dlm_score_options *o)
+{
+    static const int text[5] = { 1, 2, 3, 4, 5 };
+    dlm_score score;
+    dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+    dlm_state *x = NULL;
+    CHECK_OK(dlm_state_create(&x, ctx, &m->config, DLM_OBJECTIVE_AUTO, 16, 1, NULL));
+    dlm_error e = dlm_score_text(s, x, o, text, 5, 1, 0, &score);
+    dlm_state_free(x);
+    dlm_session_free(s);
+    return e;
+}
 
 /* Every option at the ends of int (or of float) and around its range: taken, or refused
    with its name, and nothing overflows on the way (make san would stop).  The objects are
@@ -1509,7 +1523,8 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     dlm_sample_options sample = {0};
     dlm_train_options train = {0};
     dlm_distill_options distill = {0};
-    void *const options[] = { &c, &lim, &sample, &train, &distill };
+    dlm_score_options scoring = {0};
+    void *const options[] = { &c, &lim, &sample, &train, &distill, &scoring };
     dlm_model *fresh = NULL;
     dlm_session *s = NULL;
     dlm_sampler *sm = NULL;
@@ -1521,10 +1536,11 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     if (which == 0 && value > 1) e = dlm_config_resolve(ctx, &c);
     else if (which == 0) e = dlm_model_create(&fresh, ctx, &c, 1, NULL);
     else if (which < 3) e = dlm_session_create(&s, ctx, m, &lim, NULL);
+    else if (which == 5) e = options_try_scoring(ctx, teacher, &scoring);
     if (which == 2 && !e) e = dlm_sampler_create(&sm, s, &sample, NULL);
-    if (which > 2) e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train,
-                                          NULL);
-    if (which > 3 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
+    if (which == 3 || which == 4)
+        e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train, NULL);
+    if (which == 4 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
     value = dlm__get_option(o, options[which]);              /* rounded to float   */
     LABEL("struct %d, %s = %g", which, o->name, value);
     CHECK(e == DLM_OK || e == DLM_E_CONFIG || e == DLM_E_NOMEM || e == DLM_E_MISMATCH);
@@ -1553,7 +1569,7 @@ TEST(options_are_taken_in_their_range_and_refused_outside_by_name)
     CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
     c.pattern = DLM_PATTERN_CAUSAL;
     CHECK_OK(dlm_model_create(&teacher, ctx, &c, 1, NULL));
-    for (int which = 0; which < 5; which++)
+    for (int which = 0; which < 6; which++)
         for (const dlm__option *at = option_tables[which]; at->name; at++) {
             const double ends[] = { at->preset, at->lo, at->hi, 2 * at->hi, NAN };
             for (size_t k = 0; k < sizeof values / sizeof *values; k++)
@@ -5728,6 +5744,373 @@ TEST(log_likelihood_of_a_causal_model_is_exact)
     test_close(ctx);
 }
 
+/* log p of tokens[i] in double, given batch rows (T) that are looked at everywhere. */
+static double score_gold(const reference *r, test_batch *t, int row, int token, int mask)
+{
+    const dlm_batch *b = batch_close(t, 2);
+    double *logits = ref_logits(r, b), *x = logits + row * r->c.vocab, nats;
+    if (mask >= 0) x[mask] = -INFINITY;
+    nats = -ref_cross_entropy(x, r->c.vocab, token);
+    free(logits);
+    return nats;
+}
+
+static dlm_state *score_state(dlm_ctx *ctx, const dlm_model *m, int rows)
+{
+    dlm_state *x = NULL;
+    CHECK_OK(dlm_state_create(&x, ctx, &m->config, DLM_OBJECTIVE_AUTO, rows, 1, NULL));
+    if (!x) { printf("no state: %s\n", dlm_last_error(ctx)); exit(1); }
+    return x;
+}
+
+/* What the sampler would show: a canvas of the first i tokens and masks up to `end`, of
+   which the blocks begin at `offset`. */
+static double score_next(const reference *r, const int *tokens, int i, int end,
+                         int offset, int exclude)
+{
+    static test_batch t;
+    const dlm_config *c = &r->c;
+    batch_clear(&t);
+    batch_add(&t, end, c->vocab, (int)c->pattern, c->block, offset);
+    for (int j = 0; j < end; j++) t.tokens[j] = j < i ? tokens[j] : c->mask_id;
+    return score_gold(r, &t, i - c->shifted, tokens[i], exclude ? c->mask_id : -1);
+}
+
+/* Left to right through windows: every token of the response by a forward of its own in
+   double, on the window it belongs to. */
+static double score_windows(const reference *r, const int *tokens, int T, int P,
+                            const dlm_score_options *o, int *count)
+{
+    const dlm_config *c = &r->c;
+    const int block = c->pattern == DLM_PATTERN_BLOCK ? c->block : 1;
+    double nats = 0;
+    *count = 0;
+    for (int at = P, end, first; at < T; at = end) {
+        end = T;
+        if (T > o->window) {
+            int n = at == P && P + o->stride < o->window ? o->window - P : o->stride;
+            if (at + n / block * block < T) end = at + n / block * block;
+        }
+        first = end > o->window ? end - o->window : 0;
+        for (int i = at; i < end; i++) {
+            int stop = at - first + (i - at) / block * block + block;    /* its block */
+            if (c->pattern == DLM_PATTERN_FULL) stop = end - first;
+            if (c->pattern == DLM_PATTERN_CAUSAL) stop = i - first;
+            if (stop > c->max_seq) stop = c->max_seq;
+            if (i == 0 && c->shifted) continue;
+            nats += score_next(r, tokens + first, i - first, stop, at - first,
+                               o->exclude_mask);
+            ++*count;
+        }
+    }
+    return nats;
+}
+
+/* Every pattern, shifted or not; texts that fit and texts of several windows. */
+TEST(score_left_to_right_is_the_sum_over_windows)
+{
+    static const int windows[4][2] = { { 16, 8 }, { 12, 6 }, { 9, 3 }, { 7, 6 } };
+    enum { T = 31 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 5 * 4 * 2; k++) {
+        int kind = k % 5, P = k / 20 * 3, tokens[T], length = k & 1 ? T : 9, count;
+        dlm_score_options o = {0};
+        dlm_score got = {0};
+        dlm_model *m = bound_model(ctx, kind / 2, 3, kind & 1);    /* FULL is 1,
+                                                                      CAUSAL 2     */
+        dlm_session *s = test_session(ctx, m, 1, 32, 0, 0);
+        dlm_state *x = score_state(ctx, m, 32);
+        reference r;
+        ref_open(&r, m);
+        o.window = windows[k / 5 % 4][0];
+        o.stride = windows[k / 5 % 4][1];
+        o.left_to_right = 1;
+        o.exclude_mask = k / 5 & 1;
+        bound_tokens(tokens, T);
+        double want = score_windows(&r, tokens, length, P, &o, &count);
+        LABEL("kind %d, P %d, T %d, window %d, stride %d", kind, P, length, o.window,
+              o.stride);
+        CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 7, &got));
+        CHECK_CLOSE(got.nats, want, 1e-4 * (1 + fabs(want)));
+        CHECK(got.error == 0 && got.tokens == count);
+        CHECK_CLOSE(got.bits_per_byte, -want / 7 / log(2.0), 1e-4 * (1 + fabs(want)));
+        ref_close(&r);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* All texts there are: without the mask their probabilities sum to 1, with it to less. */
+TEST(score_left_to_right_sums_to_one_over_all_texts)
+{
+    enum { R = 5, V = 4, P = 1 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 8; k++) {
+        dlm_config c = test_config(V, 8, 1, 2, 8);
+        double sum = 0;
+        int texts = 1;
+        c.pattern = k / 2 % 2 ? DLM_PATTERN_FULL : DLM_PATTERN_BLOCK;
+        c.block = 2; c.shifted = k & 1; c.ffn = 12;
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = test_session(ctx, m, 1, 16, 0, 0);
+        dlm_state *x = score_state(ctx, m, 16);
+        dlm_score_options o = {0};
+        o.left_to_right = 1;
+        o.exclude_mask = k < 4;
+        for (int i = 0; i < R; i++) texts *= V - 1;
+        for (int text = 0; text < texts; text++) {
+            int tokens[P + R] = { 1 };
+            dlm_score got = {0};
+            for (int i = 0, rest = text; i < R; i++, rest /= V - 1)
+                tokens[P + i] = rest % (V - 1);
+            CHECK_OK(dlm_score_text(s, x, &o, tokens, P + R, P, 0, &got));
+            sum += exp(got.nats);
+        }
+        LABEL("case %d", k);
+        if (k < 4) CHECK_CLOSE(sum, 1, 1e-5);
+        else CHECK(sum < 0.9);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* The sampler's own account of what it wrote, drawn token by token from the left. */
+TEST(score_left_to_right_is_what_the_sampler_drew_with)
+{
+    enum { T = 22, P = 4 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 4; k++) {
+        int canvas[T], n_events;
+        double nats = 0;
+        dlm_score got = {0};
+        dlm_score_options o = {0};
+        dlm_sample_options how = {0};
+        dlm_sampler *sm = NULL;
+        int lengths[1] = { T };
+        dlm_config c = test_config(BOUND_V, 8, 1, 2, T);
+        c.pattern = k / 2 ? DLM_PATTERN_FULL : DLM_PATTERN_BLOCK;
+        c.block = 6; c.shifted = k & 1;
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = test_session(ctx, m, 1, T, 0, k < 2);
+        dlm_session *own = test_session(ctx, m, 1, 2 * T, 0, 0);
+        dlm_state *x = score_state(ctx, m, 2 * T);
+        o.left_to_right = o.exclude_mask = 1;
+        how.order = DLM_ORDER_SEQUENTIAL;
+        how.temperature = 1;
+        for (int i = 0; i < T; i++) canvas[i] = i < P ? i : c.vocab - 1;
+        CHECK_OK(dlm_sampler_create(&sm, s, &how, NULL));
+        CHECK_OK(dlm_sampler_begin(sm, canvas, lengths, 1));
+        while (!dlm_sampler_done(sm)) CHECK_OK(dlm_sampler_step(sm));
+        const dlm_event *e = dlm_sampler_trace(sm, &n_events);
+        for (int i = 0; i < n_events; i++) nats += log((double)e[i].confidence);
+        LABEL("pattern %d, shifted %d", (int)c.pattern, k & 1);
+        CHECK(n_events == T - P);
+        CHECK_OK(dlm_score_text(own, x, &o, canvas, T, P, 0, &got));
+        CHECK_CLOSE(got.nats, nats, 1e-4);
+        dlm_sampler_free(sm); dlm_state_free(x);
+        dlm_session_free(own); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* 600 estimates of the bound: they scatter as each of them says.  In windows, too. */
+TEST(score_error_is_the_spread_of_repetitions)
+{
+    enum { REPEAT = 600, T = 25 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 6; k++) {
+        int tokens[T], P = k & 1;
+        double sum = 0, squares = 0, said = 0;
+        dlm_score_options o = {0};
+        dlm_score got = {0};
+        dlm_model *m = bound_model(ctx, k < 3, 4, 0);              /* FULL is 1    */
+        dlm_session *s = test_session(ctx, m, 1, 32, 0, 0);
+        dlm_state *x = score_state(ctx, m, 32);
+        int length = k % 3 == 2 ? T : 12;                /* fits, or 3 windows     */
+        bound_tokens(tokens, T);
+        o.samples = k < 3 ? 48 : 16;
+        o.window = 16;
+        for (int i = 0; i < REPEAT; i++) {
+            o.seed = test_bits();
+            CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 0, &got));
+            sum += got.nats / (int)REPEAT;
+            squares += got.nats * got.nats / (int)REPEAT;
+            said += got.error * got.error / (int)REPEAT;
+        }
+        LABEL("case %d: spread %.4f, said %.4f", k, sqrt(squares - sum * sum),
+              sqrt(said));
+        CHECK_CLOSE(sqrt(said / (squares - sum * sum)), 1, 0.2);
+        o.samples = 1;
+        CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 0, &got));
+        CHECK(got.error > 1e300 && got.nats == got.nats);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+enum { CHOICES = 5 };
+
+/* Some masked places of a canvas of T tokens, at random but rising, with candidates. */
+static int choose_places(dlm_choice *choices, int *canvas, int T, const dlm_config *c,
+                         int (*lists)[4], double (*p)[4], double (*among)[4])
+{
+    int n = 0, at = 0;
+    for (int i = 0; i < T; i++) canvas[i] = test_below(c->vocab - 1);
+    at = test_below(3) + c->shifted;
+    for (; at < T && n < CHOICES; at += 1 + test_below(6)) {
+        dlm_choice *q = &choices[n];
+        memset(q, 0, sizeof *q);
+        q->position = at;
+        q->n = 1 + test_below(4);
+        for (int k = 0; k < q->n; k++) lists[n][k] = test_below(c->vocab);
+        q->candidates = lists[n];
+        q->p = p[n];
+        q->among = among[n];
+        canvas[at] = c->mask_id;
+        n++;
+    }
+    return n;
+}
+
+/* One row in double against what the choice was told. */
+static void choose_compare(const dlm_choice *q, double *logits, int V, int excluded)
+{
+    double sum = 0, most = -1;
+    if (excluded >= 0) logits[excluded] = -INFINITY;
+    for (int k = 0; k < q->n; k++)
+        sum += exp(-ref_cross_entropy(logits, V, q->candidates[k]));
+    for (int k = 0; k < q->n; k++) {
+        double p = exp(-ref_cross_entropy(logits, V, q->candidates[k]));
+        CHECK_CLOSE(q->p[k], p, 1e-4 * p);
+        if (sum > 0) CHECK_CLOSE(q->among[k], p / sum, 1e-4);
+        if (p > most) most = p;
+    }
+    CHECK_CLOSE(q->p[q->best], most, 1e-4 * most);
+}
+
+/* The whole canvas in double; blocks begin where the prompt ends, or at 0. */
+TEST(choose_gives_the_probabilities_of_one_forward)
+{
+    enum { T = 21 };
+    static test_batch t;
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 60; k++) {
+        int canvas[T], lists[CHOICES][4], prompt = 0;
+        double p[CHOICES][4], among[CHOICES][4];
+        dlm_choice choices[CHOICES];
+        dlm_score_options o = {0};
+        dlm_config c = test_config(11, 8, 2, 2, T);
+        c.pattern = (dlm_pattern)(k % 3); c.block = 4; c.shifted = k / 3 & 1;
+        o.exclude_mask = k / 6 & 1;
+        o.absolute_blocks = k / 12 & 1;
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = test_session(ctx, m, 1, T, 0, 0);
+        dlm_state *x = score_state(ctx, m, T);
+        reference r;
+        ref_open(&r, m);
+        int n = choose_places(choices, canvas, T, &m->config, lists, p, among);
+        while (canvas[prompt] != m->config.mask_id) prompt++;
+        batch_clear(&t);
+        if (o.absolute_blocks) prompt = 0;
+        batch_add(&t, T, c.vocab, (int)c.pattern, c.block, prompt);
+        memcpy(t.tokens, canvas, sizeof canvas);
+        const dlm_batch *b = batch_close(&t, 2);
+        double *logits = ref_logits(&r, b);
+        LABEL("pattern %d, shifted %d", (int)c.pattern, c.shifted);
+        CHECK_OK(dlm_choose(s, x, &o, canvas, T, choices, n));
+        for (int i = 0; i < n; i++)
+            choose_compare(&choices[i], logits + (choices[i].position - r.c.shifted) * 11,
+                           11, o.exclude_mask ? r.c.mask_id : -1);
+        free(logits);
+        ref_close(&r);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+/* Token 0 of a shifted model comes from row 0, as the sampler has it; a causal model
+   whose mask is no token decides at the end of its canvas, and in the midst of a text. */
+TEST(choose_takes_the_rows_that_the_sampler_takes)
+{
+    enum { T = 9, V = 11 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 3; k++) {
+        int canvas[T], all[V], place = k == 0 ? 0 : k == 1 ? T - 1 : 5;
+        double p[V], among[V];
+        dlm_choice q = { place, V - (k == 0), -1, all, p, among };
+        dlm_config c = test_config(V, 8, 1, 2, T);
+        c.pattern = k ? DLM_PATTERN_CAUSAL : DLM_PATTERN_FULL;
+        c.shifted = 1;
+        c.mask_id = k ? V : V - 1;
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = test_session(ctx, m, 1, T - (k > 0), 0, 0);
+        dlm_state *x = score_state(ctx, m, T);
+        for (int i = 0; i < V; i++) all[i] = i;
+        for (int i = 0; i < T; i++) canvas[i] = i;
+        if (k < 2) canvas[place] = m->config.mask_id;
+        LABEL("case %d", k);
+        CHECK_OK(dlm_choose(s, x, NULL, canvas, T, &q, 1));
+        canvas[place] = m->config.mask_id;
+        CHECK_OK(dlm_sample(ctx, m, canvas, k ? place + 1 : T, NULL));
+        CHECK(q.best == canvas[place]);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
+static void choose_try(dlm_session *s, dlm_state *x, const int *canvas, int T,
+                       dlm_choice *q, int n, const char *text)
+{
+    LABEL("%s", text);
+    CHECK_ERROR(dlm_choose(s, x, NULL, canvas, T, q, n), DLM_E_INPUT, test_ctx, text);
+}
+
+TEST(scoring_names_what_it_cannot_take)
+{
+    enum { T = 8 };
+    static const int yes_no[2] = { 3, 4 }, strange[2] = { 3, 11 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    int canvas[T + 1] = { 1, 2, 10, 3, 10, 4, 10, 5, 1 }, text[T] = { 1, 2, 3, 10 };
+    double p[2], among[2];
+    dlm_config c = test_config(11, 8, 1, 2, T);
+    dlm_choice q[2] = { { 2, 2, 0, yes_no, p, among }, { 4, 2, 0, yes_no, p, among } };
+    dlm_score score;
+    dlm_score_options o = {0};
+    c.pattern = DLM_PATTERN_FULL;
+    dlm_model *m = test_model(ctx, &c);
+    dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+    dlm_state *x = score_state(ctx, m, T);
+    CHECK_OK(dlm_choose(s, x, NULL, canvas, T, q, 2));
+    choose_try(s, x, canvas, T + 1, q, 1, "choices: 1 on a canvas of 9, there is room");
+    choose_try(s, x, canvas, T, q, 0, "choices: 0 on");
+    choose_try(s, x, canvas, 1, q, 2, "choices: 2 on a canvas of 1");
+    q[1].position = 2;
+    choose_try(s, x, canvas, T, q, 2, "out_rows[1] = 2");
+    q[1].position = 3;
+    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at 3, wants");
+    q[1].position = T;
+    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at 8, wants");
+    q[1].position = -1;
+    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at -1, wants");
+    q[1].position = 4;
+    q[1].n = 0;
+    choose_try(s, x, canvas, T, q, 2, "choice 1: 0 candidates at 4, wants");
+    q[1].n = 2;
+    q[1].candidates = strange;
+    choose_try(s, x, canvas, T, q, 2, "candidates[1]: 11 is not in 0..10");
+    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 4, 0, 0, &score), DLM_E_INPUT, ctx,
+                "text 0: token 10 at 3 is the mask");
+    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 3, 4, 0, &score), DLM_E_INPUT, ctx,
+                "prompt 4");
+    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 3, -1, 0, &score), DLM_E_INPUT, ctx,
+                "prompt -1");
+    o.stride = -1;
+    CHECK_ERROR(dlm_score_text(s, x, &o, text, 3, 0, 0, &score), DLM_E_CONFIG, ctx,
+                "stride: -1");
+    dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    test_close(ctx);
+}
+
 /* A head whose row 5 is NaN: no error, but no number either, whatever the target is. */
 TEST(log_likelihood_of_bad_weights_is_not_a_number)
 {
@@ -9498,6 +9881,41 @@ TEST(every_failing_allocation_leaves_nothing_behind)
     }
 }
 
+/* The state and the session say what they take; after them nothing is allocated. */
+TEST(scoring_allocates_nothing)
+{
+    for (int pattern = 0; pattern < 3; pattern++) {
+        test_heap heap = {0};
+        dlm_ctx *ctx = heap_open(&heap, 2);
+        dlm_config c = heap_config(pattern);
+        dlm_limits lim = heap_limits(pattern);
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = NULL;
+        dlm_memory mem = { NULL, 0 };
+        dlm_score score;
+        dlm_score_options o = {0};
+        int tokens[90], list[2] = { 1, 2 };
+        double p[2], among[2];
+        dlm_choice q = { 9, 2, 0, list, p, among };
+        CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
+        CHECK_OK(dlm_state_create(NULL, ctx, &m->config, DLM_OBJECTIVE_AUTO, 64, 1,
+                                  &mem));
+        dlm_state *x = score_state(ctx, m, 64);
+        int calls = heap.calls;
+        CHECK(heap.last == mem.size);
+        for (int i = 0; i < 90; i++) tokens[i] = i % 7;
+        CHECK_OK(dlm_score_text(s, x, NULL, tokens, 90, 1, 90, &score));
+        o.left_to_right = 1;
+        CHECK_OK(dlm_score_text(s, x, &o, tokens, 90, 1, 90, &score));
+        tokens[9] = m->config.mask_id;
+        CHECK_OK(dlm_choose(s, x, &o, tokens, 32, &q, 1));
+        CHECK(heap.calls == calls);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+        test_close(ctx);
+        CHECK(heap.live == 0);
+    }
+}
+
 /* The calls that need memory of their own for a while: 0 dlm_sample, 1 likelihood. */
 static dlm_error heap_call(heap_objects *o, int which)
 {
@@ -13111,6 +13529,13 @@ static const test_case test_cases[] = {
     RUN(log_likelihood_of_blocks_is_the_sum_of_their_bounds),
     RUN(log_likelihood_of_a_causal_model_is_exact),
     RUN(log_likelihood_of_bad_weights_is_not_a_number),
+    RUN(score_left_to_right_is_the_sum_over_windows),
+    RUN(score_left_to_right_sums_to_one_over_all_texts),
+    RUN(score_left_to_right_is_what_the_sampler_drew_with),
+    RUN(score_error_is_the_spread_of_repetitions),
+    RUN(choose_gives_the_probabilities_of_one_forward),
+    RUN(choose_takes_the_rows_that_the_sampler_takes),
+    RUN(scoring_names_what_it_cannot_take),
     RUN(gradients_match_finite_differences_of_the_reference),
     RUN(gradients_of_long_sequences_match_finite_differences),
     RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),
@@ -13193,6 +13618,7 @@ static const test_case test_cases[] = {
     RUN(steady_state_makes_no_allocation),
     RUN(objects_live_in_memory_of_exactly_the_predicted_size),
     RUN(every_failing_allocation_leaves_nothing_behind),
+    RUN(scoring_allocates_nothing),
     RUN(calls_that_allocate_survive_every_failing_allocation),
     RUN(lift_select_keeps_the_right_ones_and_of_equals_the_first),
     RUN(lift_select_takes_many),
