@@ -6231,12 +6231,10 @@ static void dlm__state_carve(dlm__arena *a, void *object)
 
 static const char *const dlm__objective_names[] = { "auto", "block", "mdlm", "ar" };
 
+/* What a pattern asks for is the objective of its own number, behind AUTO. */
 static dlm_objective dlm__objective_of(const dlm_config *c)
 {
-    static const dlm_objective by_pattern[] = {
-        DLM_OBJECTIVE_BLOCK, DLM_OBJECTIVE_MDLM, DLM_OBJECTIVE_AR
-    };
-    return by_pattern[c->pattern];
+    return (dlm_objective)((int)c->pattern + 1);
 }
 
 static dlm_error dlm__check_objective(dlm_ctx *ctx, const dlm_config *c,
@@ -6437,8 +6435,7 @@ DLM_API void dlm_state_noise(dlm_state *s, const dlm_noise *noise)
 }
 
 /* --[ layouts ]---------------------------------------------------------------
-   Each adds the rows of example number ex and closes its sequence.  Out rows must
-   increase, so they are added in the order of rows. */
+   Out rows must increase, so they are added in the order of rows. */
 
 static int dlm__cell_token(const dlm_state *s, int ex, int cell)
 {
@@ -6459,44 +6456,6 @@ static void dlm__look_at(dlm_state *s, const dlm_unit *u, int cell, int row)
     s->out_cell[i] = cell;
     s->out_weight[i] = s->weight[cell];
     s->out_level[i] = (float)u->t;
-}
-
-/* Rows 0 .. T-1 of an example, from row `base` on, as they are. */
-static void dlm__clean_rows(dlm_state *s, const dlm_example *e, int base, int T)
-{
-    for (int i = 0; i < T; i++) {
-        s->tokens[base + i] = e->tokens[i];
-        s->positions[base + i] = i;
-    }
-}
-
-/* Row i-1 predicts token i; the last token needs no row.  Returns the rows, as all do. */
-static int dlm__layout_ar(dlm_state *s, int ex, int base)
-{
-    const dlm_example *e = &s->examples[ex];
-    const dlm_unit *u = &s->units[s->first_unit[ex]];
-    const int rows = e->length - 1;
-    dlm_keys_fill(s->keys + base, rows, DLM_PATTERN_CAUSAL, 1, 0);
-    dlm__clean_rows(s, e, base, rows);
-    for (int i = u->blind; i < u->n; i++)
-        dlm__look_at(s, u, u->cell + i, base + e->prompt + i - 1);
-    return rows;
-}
-
-/* Everybody sees everybody. */
-static int dlm__layout_full(dlm_state *s, int ex, int base)
-{
-    const dlm_example *e = &s->examples[ex];
-    const dlm_unit *u = &s->units[s->first_unit[ex]];
-    const int P = e->prompt;
-    dlm_keys_fill(s->keys + base, e->length, DLM_PATTERN_FULL, 1, 0);
-    dlm__clean_rows(s, e, base, e->length);
-    for (int i = 0; i < u->n; i++) {
-        s->tokens[base + P + i] = dlm__cell_token(s, ex, u->cell + i);
-        if (s->masked[u->cell + i] && i >= u->blind)
-            dlm__look_at(s, u, u->cell + i, base + P + i - s->config.shifted);
-    }
-    return e->length;
 }
 
 /* The noisy block of unit u from row `row` on, which is slot row - base: it sees the
@@ -6522,22 +6481,35 @@ static int dlm__layout_noisy(dlm_state *s, const dlm_unit *u, int base, int row)
     return n;
 }
 
-/* The doubled row [prompt | clean | noisy], of the noisy part only the blocks that are
-   wanted.  Shifted, the clean row before a block predicts its first token. */
-static int dlm__layout_block(dlm_state *s, int ex, int base)
+/* The rows of an example from row `base` on: clean, but that FULL has masks among them.
+   AR: row i-1 predicts token i, the last token needs no row, and all count as masked.
+   BLOCK: what is wanted follows, noisy; shifted, the clean row before a block predicts
+   its first token.  Returns the rows. */
+static int dlm__layout_example(dlm_state *s, int ex, int base)
 {
     const dlm_example *e = &s->examples[ex];
-    const int T = e->length, cell0 = s->first_cell[ex];
-    const dlm_unit *u = &s->units[s->first_unit[ex]], *end = s->units
-                                                           + s->first_unit[ex + 1];
+    const int ar = s->objective == DLM_OBJECTIVE_AR, T = e->length - ar;
+    const int full = s->objective == DLM_OBJECTIVE_MDLM, shifted = s->config.shifted;
     int rows = T;
-    dlm_keys_fill(s->keys + base, T, DLM_PATTERN_BLOCK, s->config.block, e->prompt);
-    dlm__clean_rows(s, e, base, T);
-    for (const dlm_unit *x = u; s->config.shifted && x < end; x++)
-        if (x->wanted && s->masked[x->cell] && !x->blind)
-            dlm__look_at(s, x, x->cell, base + e->prompt + x->cell - cell0 - 1);
-    for (; u < end; u++)
-        if (u->wanted) rows += dlm__layout_noisy(s, u, base, base + rows);
+    dlm_keys_fill(s->keys + base, T, (dlm_pattern)((int)s->objective - 1),
+                  s->config.block, e->prompt);
+    for (int i = 0; i < T; i++) {
+        s->tokens[base + i] = e->tokens[i];
+        s->positions[base + i] = i;
+    }
+    for (int k = s->first_unit[ex]; k < s->first_unit[ex + 1]; k++) {
+        const dlm_unit *u = &s->units[k];
+        const int most = ar || full ? u->n : u->wanted && shifted;
+        for (int cell = u->cell; cell < u->cell + most; cell++) {
+            const int row = base + e->prompt + cell - s->first_cell[ex];
+            if (full) s->tokens[row] = dlm__cell_token(s, ex, cell);
+            if ((ar || s->masked[cell]) && cell >= u->cell + u->blind)
+                dlm__look_at(s, u, cell, row - shifted);
+        }
+    }
+    for (int k = s->first_unit[ex]; k < s->first_unit[ex + 1] && !ar && !full; k++)
+        if (s->units[k].wanted)
+            rows += dlm__layout_noisy(s, &s->units[k], base, base + rows);
     return rows;
 }
 
@@ -6554,7 +6526,7 @@ DLM_API dlm_error dlm_state_layout(dlm_state *s, int again)
     b->keys = s->keys; b->out_rows = s->out_rows;
     for (int ex = 0; ex < s->n_examples; ex++) {
         const int base = s->start[b->n_seqs], most = dlm__rows_of(s, &s->examples[ex]);
-        int wanted = 0, rows;
+        int wanted = 0;
         for (int k = s->first_unit[ex]; k < s->first_unit[ex + 1]; k++)
             wanted |= s->units[k].wanted;
         if (!wanted) continue;
@@ -6563,10 +6535,7 @@ DLM_API dlm_error dlm_state_layout(dlm_state *s, int again)
             return dlm__fail(s->ctx, DLM_E_INPUT, "state: no room for rows of example %d "
                              "(two views must be taken as such)", ex);
         }
-        rows = s->objective == DLM_OBJECTIVE_BLOCK ? dlm__layout_block(s, ex, base)
-            : s->objective == DLM_OBJECTIVE_MDLM ? dlm__layout_full(s, ex, base)
-            : dlm__layout_ar(s, ex, base);
-        s->start[++b->n_seqs] = base + rows;
+        s->start[++b->n_seqs] = base + dlm__layout_example(s, ex, base);
     }
     return DLM_OK;
 }
