@@ -8501,8 +8501,7 @@ DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher
 
 struct dlm_distiller {
     dlm_trainer        *t;
-    dlm_session        *teacher;
-    dlm_memory          place;      /* where it lives                              */
+    dlm_session         teacher;
     dlm_distill_options opt;
     int                 V;          /* of the teacher                              */
     float              *targets;    /* (max_targets, V) teacher probabilities      */
@@ -8548,17 +8547,6 @@ static dlm_error dlm__distill_resolve(const dlm_trainer *t, const dlm_model *tea
     return DLM_OK;
 }
 
-static dlm_limits dlm__teacher_limits(const dlm_trainer *t, const dlm_distill_options *o)
-{
-    dlm_limits lim;
-    memset(&lim, 0, sizeof lim);
-    lim.seqs = t->state->seqs;
-    lim.slots = dlm__min(t->model->config.max_seq, t->state->rows);
-    lim.rows = t->state->rows;
-    lim.out = dlm__min(o->max_targets, t->state->rows);
-    return lim;
-}
-
 static void dlm__distiller_carve(dlm__arena *a, void *object)
 {
     dlm_distiller *d = (dlm_distiller *)object;
@@ -8566,10 +8554,9 @@ static void dlm__distiller_carve(dlm__arena *a, void *object)
     d->target_of = dlm__push_ints(a, (size_t)d->t->state->rows);
     d->values = dlm__push_ints(a, (size_t)d->t->state->rows);
     dlm__state_carve(a, &d->said);
-    d->place.base = dlm__push(a, d->place.size, 1);
+    dlm__session_carve(a, &d->teacher);
 }
 
-/* The teacher's session lives in the distiller's own memory, as its last array. */
 DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
                                        const dlm_model *teacher,
                                        const dlm_distill_options *o, dlm_memory *mem)
@@ -8579,23 +8566,27 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
     dlm_limits lim;
     dlm_error e;
     memset(&draft, 0, sizeof draft);
+    memset(&lim, 0, sizeof lim);
     draft.t = t;
     draft.V = teacher->config.vocab;
     dlm__state_prepare(&draft.said, ctx, &teacher->config, DLM_OBJECTIVE_AR,
                        t->state->rows, t->state->seqs);
     e = dlm__distill_resolve(t, teacher, o, &draft.opt);
-    lim = dlm__teacher_limits(t, &draft.opt);
-    if (e == DLM_OK) e = dlm_session_create(NULL, ctx, teacher, &lim, &draft.place);
+    lim.seqs = t->state->seqs;
+    lim.slots = dlm__min(t->model->config.max_seq, t->state->rows);
+    lim.rows = t->state->rows;
+    lim.out = dlm__min(draft.opt.max_targets, lim.rows);
+    if (e == DLM_OK) e = dlm__session_limits(&draft.teacher.w, ctx, teacher, &lim);
+    draft.teacher.m = teacher;
     d = (dlm_distiller *)dlm__make(&e, ctx, "distiller", dlm__distiller_carve, &draft,
                                    sizeof draft, out != NULL, mem);
-    if (d) e = dlm_session_create(&d->teacher, ctx, teacher, &lim, &d->place);
+    if (d) dlm__fill_cos_sin(&d->teacher.w);
     if (out) *out = d;
     return e;
 }
 
 DLM_API void dlm_distiller_free(dlm_distiller *d)
 {
-    if (d) dlm_session_free(d->teacher);
     dlm__unmake(d);
 }
 
@@ -8704,7 +8695,7 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
     if (e != DLM_OK) return e;
     for (int i = 0; i < q->batch.n_out; i++) d->target_of[q->out_cell[i]] = i;
     r->flops += dlm_forward_flops(&q->config, &q->batch);
-    return dlm_forward(d->teacher, &q->batch, dlm__keep_target, d);
+    return dlm_forward(&d->teacher, &q->batch, dlm__keep_target, d);
 }
 
 /* Tokens that the teacher does not know, the mask, get no gradient. */
