@@ -8458,18 +8458,9 @@ static double dlm__divergence_term(const dlm_divergence_options *o, double p, do
     return value;
 }
 
-/* The smallest probability among the teacher's `sparse` best, and how many tokens of
-   exactly that probability belong to them (lower ids first). */
-static float dlm__sparse_limit(const float *p, int V, int sparse, int *ties)
-{
-    const float limit = dlm__bisect(p, V, (double)sparse, 0);
-    int above = 0;
-    for (int v = 0; v < V; v++) above += p[v] > limit;
-    *ties = sparse - above;
-    return limit;
-}
-
-/* Twice over the vocabulary: the softmax's derivative needs the sum of all slopes. */
+/* Twice over the vocabulary: the softmax's derivative needs the sum of all slopes.  With
+   `sparse`, limit is the smallest probability among the teacher's best, and ties so many
+   tokens of exactly that belong to them (lower ids first). */
 DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher, int V,
                               double weight, const dlm_divergence_options *o)
 {
@@ -8478,8 +8469,11 @@ DLM_API double dlm_divergence(dlm_ctx *ctx, float *student, const float *teacher
     double value = 0.0, total = 0.0;
     int ties = V;
     float limit = 0.0f;
-    if (o->sparse > 0 && o->sparse < V)
-        limit = dlm__sparse_limit(teacher, V, o->sparse, &ties);
+    if (o->sparse > 0 && o->sparse < V) {
+        limit = dlm__bisect(teacher, V, (double)o->sparse, 0);
+        ties = o->sparse;
+        for (int v = 0; v < V; v++) ties -= teacher[v] > limit;
+    }
     ctx->k->exp_scaled(student, student, V, max, (float)(1.0 / sum));
     for (int pass = 0; pass < 2; pass++) {      /* sum the slopes, then use them   */
         int left = ties;
