@@ -6880,21 +6880,18 @@ DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy 
 {
     const float easy = (float)t, hard = (float)(1.0 - t);
     const float any = components == 3 ? (float)(H * t * (1.0 - t)) : 0.0f;
-    dlm_select mode = easy >= hard ? DLM_SELECT_EASIEST : DLM_SELECT_HARDEST;
+    const int uniform = policy == DLM_POLICY_RANDOM;
+    const double to_easy = uniform ? 1.0 : (double)easy;
+    const double to_hard = uniform ? 2.0 : (double)easy + (double)hard;
     double u;
-    if (components == 3 && any >= easy && any >= hard) mode = DLM_SELECT_RANDOM;
-    if (policy == DLM_POLICY_REVERSED && mode != DLM_SELECT_RANDOM)
-        mode = mode == DLM_SELECT_EASIEST ? DLM_SELECT_HARDEST : DLM_SELECT_EASIEST;
-    if (policy == DLM_POLICY_TIME || policy == DLM_POLICY_REVERSED) return mode;
-    u = dlm_uniform(at, 1);
-    if (policy == DLM_POLICY_RANDOM) {
-        u *= components;
-        return u < 1.0 ? DLM_SELECT_EASIEST : u < 2.0 ? DLM_SELECT_HARDEST
-            : DLM_SELECT_RANDOM;
+    if (policy == DLM_POLICY_TIME || policy == DLM_POLICY_REVERSED) {
+        if (components == 3 && any >= easy && any >= hard) return DLM_SELECT_RANDOM;
+        return (easy >= hard) == (policy == DLM_POLICY_TIME) ? DLM_SELECT_EASIEST
+                                                             : DLM_SELECT_HARDEST;
     }
-    u *= (double)easy + (double)hard + (double)any;
-    return u < (double)easy ? DLM_SELECT_EASIEST
-        : u < (double)easy + (double)hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
+    u = dlm_uniform(at, 1) * (uniform ? (double)components : to_hard + (double)any);
+    return u < to_easy ? DLM_SELECT_EASIEST
+        : u < to_hard ? DLM_SELECT_HARDEST : DLM_SELECT_RANDOM;
 }
 
 /* What selection goes by, as an integer that is larger for what is kept first: 53 random
@@ -7107,33 +7104,22 @@ static int dlm__gift_cells(dlm_state *s, double mean, int draw)
     return hits;
 }
 
-/* The mean of the square roots of the entropies over the cells that a row predicts. */
-static double dlm__gift_mean(const dlm_state *s, int *cells)
-{
-    double sum = 0.0;
-    *cells = 0;
-    for (int k = 0; k < s->n_units; k++) {
-        const dlm_unit *u = &s->units[k];
-        for (int i = u->cell + u->blind; i < u->cell + u->n; i++)
-            sum += sqrt((double)s->score[i]);
-        *cells += u->n - u->blind;
-    }
-    return sum / dlm__max(*cells, 1);
-}
-
 /* 1: entropies with everything masked.  2: masks at each cell's own level.  3: if that
    left none, plain masks. */
 static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
 {
     dlm_state *s = t->state;
-    double mean;
-    int cells, hits;
+    double mean = 0.0;
+    int cells = 0, hits;
     dlm_error e;
     (void)m; (void)r;
     for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, 1.0);
     e = dlm__score_cells(t, dlm__entropy_score);
     if (e != DLM_OK) return e;
-    mean = dlm__gift_mean(s, &cells);
+    for (int k = 0; k < s->n_examples; k++)
+        cells += dlm__could_carry(s, &s->examples[k]);
+    for (int i = 0; i < s->n_cells; i++) mean += sqrt((double)s->score[i]);
+    mean /= dlm__max(cells, 1);             /* of the cells that a row predicts     */
     hits = dlm__gift_cells(s, mean, 1);
     if (hits == 0) {                            /* nobody is uncertain: plain masks, */
         for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, s->units[k].t);
