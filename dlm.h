@@ -6302,68 +6302,60 @@ static dlm_error dlm__check_text(dlm_ctx *ctx, const dlm_config *c, const char *
 }
 
 /* Everything that could make an example impossible, so that the passes cannot fail. */
-static dlm_error dlm__check_example(const dlm_state *s, const dlm_example *e, int i,
-                                    int views)
+static dlm_error dlm__check_examples(const dlm_state *s, const dlm_example *examples,
+                                     int n, int views)
 {
-    const dlm_config *c = &s->config;
-    if (e->length < 1 || e->length > c->max_seq)
-        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
-                         e->length, c->max_seq);
-    if (e->prompt < 0 || e->prompt > e->length)
-        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
-                         e->prompt, e->length);
-    if (e->canvas != 0 && e->canvas < e->length)
-        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: canvas %d, its length is %d",
-                         i, e->canvas, e->length);
-    if (views * dlm__rows_of(s, e) > s->rows)
-        return dlm__fail(s->ctx, DLM_E_INPUT, "example %d: needs %d rows, max_rows is %d",
-                         i, views * dlm__rows_of(s, e), s->rows);
-    return dlm__check_text(s->ctx, c, "example", i, e->tokens, e->length);
-}
-
-static dlm_error dlm__check_examples(const dlm_state *s, const dlm_example *e, int n,
-                                     int views)
-{
+    dlm_ctx *ctx = s->ctx;
+    const int most = s->config.max_seq;
     dlm_error error = DLM_OK;
     if (n < 1)
-        return dlm__fail(s->ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
-    for (int i = 0; i < n && error == DLM_OK; i++)
-        error = dlm__check_example(s, &e[i], i, views);
+        return dlm__fail(ctx, DLM_E_INPUT, "examples: %d of them, wants 1 or more", n);
+    for (int i = 0; i < n && error == DLM_OK; i++) {
+        const dlm_example *e = &examples[i];
+        if (e->length < 1 || e->length > most)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: length %d is not in 1..%d", i,
+                             e->length, most);
+        if (e->prompt < 0 || e->prompt > e->length)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: prompt %d is not in 0..%d", i,
+                             e->prompt, e->length);
+        if (e->canvas != 0 && e->canvas < e->length)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: canvas %d, its length is %d",
+                             i, e->canvas, e->length);
+        if (views * dlm__rows_of(s, e) > s->rows)
+            return dlm__fail(ctx, DLM_E_INPUT, "example %d: needs %d rows, max_rows is "
+                             "%d", i, views * dlm__rows_of(s, e), s->rows);
+        error = dlm__check_text(ctx, &s->config, "example", i, e->tokens, e->length);
+    }
     return error;
 }
 
-/* One more example: its cells and units. */
-static void dlm__take_example(dlm_state *s, const dlm_example *e)
-{
-    const int R = e->length - e->prompt, first = s->n_cells;
-    const int most = dlm__unit_length(s);
-    for (int r = 0; r < R; r += most) {
-        dlm_unit *u = &s->units[s->n_units++];
-        memset(u, 0, sizeof *u);
-        u->example = s->n_examples;
-        u->cell = first + r;
-        u->n = dlm__min(most, R - r);
-        u->blind = s->config.shifted && e->prompt + r == 0;
-        u->wanted = 1;
-    }
-    s->n_examples++;
-    s->n_cells += R;
-    s->first_cell[s->n_examples] = s->n_cells;
-    s->first_unit[s->n_examples] = s->n_units;
-}
-
-/* Of checked examples, of at most most_cells cells together; the first always fits. */
+/* The cells and units of checked examples, of at most most_cells cells together; the
+   first always fits. */
 static void dlm__state_take(dlm_state *s, const dlm_example *examples, int n, int views,
                             int most_cells)
 {
+    const int most = dlm__unit_length(s);
     int rows = 0;
     s->examples = examples;
     s->n_examples = s->n_units = s->n_cells = s->first_cell[0] = s->first_unit[0] = 0;
     for (int i = 0; i < n && (i + 1) * views <= s->seqs; i++) {
         const dlm_example *e = &examples[i];
+        const int R = e->length - e->prompt;
         rows += views * dlm__rows_of(s, e);
-        if (rows > s->rows || s->n_cells + e->length - e->prompt > most_cells) break;
-        dlm__take_example(s, e);
+        if (rows > s->rows || s->n_cells + R > most_cells) break;
+        for (int r = 0; r < R; r += most) {
+            dlm_unit *u = &s->units[s->n_units++];
+            memset(u, 0, sizeof *u);
+            u->example = i;
+            u->cell = s->n_cells + r;
+            u->n = dlm__min(most, R - r);
+            u->blind = s->config.shifted && e->prompt + r == 0;
+            u->wanted = 1;
+        }
+        s->n_cells += R;
+        s->n_examples = i + 1;
+        s->first_cell[i + 1] = s->n_cells;
+        s->first_unit[i + 1] = s->n_units;
     }
 }
 
