@@ -6584,14 +6584,27 @@ typedef struct dlm__trainer_parts { /* what a trainer points to, in one block   
 
 enum { DLM__GRAD_RUN = 4096 };      /* floats of one job: sums in a fixed order    */
 
-/* What fields ask of each other and of the model. */
-static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
-                                  const dlm_train_options *o)
+/* The table's defaults and ranges, the model's, then what fields ask of each other and of
+   the model.  A row of a pass costs a row of every activation, so max_rows is what memory
+   grows with; block diffusion shows every token twice. */
+static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
+                                    const dlm_train_options *opt, dlm_train_options *o)
 {
-    const int ar = o->objective == DLM_OBJECTIVE_AR;
-    const dlm_error e = dlm__check_objective(ctx, &m->config, o->objective);
+    dlm_error e;
+    memset(o, 0, sizeof *o);
+    if (opt) *o = *opt;
+    if (o->clip > DLM__MOST_NORM) o->clip = DLM__MOST_NORM;
+    e = dlm__resolve(ctx, "", dlm__train_options, o);
+    if (e == DLM_OK) e = dlm__check_type(ctx, "precision", o->precision, 0);
+    if (e == DLM_OK) e = dlm__want_plain(ctx, "trainer", m);
+    if (e == DLM_OK) e = dlm__check_objective(ctx, &m->config, o->objective);
     if (e != DLM_OK) return e;
-    if (ar && (o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary))
+    if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
+    if (o->max_rows == 0)
+        o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
+            * (1 + (o->objective == DLM_OBJECTIVE_BLOCK));
+    if (o->objective == DLM_OBJECTIVE_AR
+        && (o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary))
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "lift.method: ar has no masks to choose from");
     if (o->lift.one_pass && o->lift.complementary)
@@ -6608,26 +6621,6 @@ static dlm_error dlm__train_check(dlm_ctx *ctx, const dlm_model *m,
                          "total: %d steps, a schedule needs more than the"
                          " warmup of %d", o->total, o->warmup);
     return DLM_OK;
-}
-
-/* A row of a pass costs a row of every activation, so max_rows is what memory grows with;
-   block diffusion shows every token twice. */
-static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
-                                    const dlm_train_options *opt, dlm_train_options *o)
-{
-    dlm_error e;
-    memset(o, 0, sizeof *o);
-    if (opt) *o = *opt;
-    if (o->clip > DLM__MOST_NORM) o->clip = DLM__MOST_NORM;
-    e = dlm__resolve(ctx, "", dlm__train_options, o);
-    if (e == DLM_OK) e = dlm__check_type(ctx, "precision", o->precision, 0);
-    if (e == DLM_OK) e = dlm__want_plain(ctx, "trainer", m);
-    if (e != DLM_OK) return e;
-    if (o->objective == DLM_OBJECTIVE_AUTO) o->objective = dlm__objective_of(&m->config);
-    if (o->max_rows == 0)
-        o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
-            * (1 + (o->objective == DLM_OBJECTIVE_BLOCK));
-    return dlm__train_check(ctx, m, o);
 }
 
 static void dlm__trainer_carve(dlm__arena *a, void *object)
