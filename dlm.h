@@ -6567,10 +6567,7 @@ DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx,
     return e;
 }
 
-DLM_API void dlm_state_free(dlm_state *s)
-{
-    dlm__unmake(s);
-}
+DLM_API void dlm_state_free(dlm_state *s) { dlm__unmake(s); }
 
 /* ==[ trainer ]===============================================================
    What learns: work space, gradients, passes that add them up.
@@ -6667,10 +6664,7 @@ DLM_API dlm_error dlm_trainer_create(dlm_trainer **out, dlm_ctx *ctx, dlm_model 
     return e;
 }
 
-DLM_API void dlm_trainer_free(dlm_trainer *t)
-{
-    dlm__unmake(t);
-}
+DLM_API void dlm_trainer_free(dlm_trainer *t) { dlm__unmake(t); }
 
 /* --[ passes ]----------------------------------------------------------------  */
 
@@ -8550,10 +8544,7 @@ DLM_API dlm_error dlm_distiller_create(dlm_distiller **out, dlm_trainer *t,
     return e;
 }
 
-DLM_API void dlm_distiller_free(dlm_distiller *d)
-{
-    dlm__unmake(d);
-}
+DLM_API void dlm_distiller_free(dlm_distiller *d) { dlm__unmake(d); }
 
 /* --[ states of a rollout ]---------------------------------------------------
    A step map says when each token was filled in.  Round r of a block is the r-th of its
