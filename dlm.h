@@ -10101,119 +10101,100 @@ DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size
 #ifndef DLM_NO_STDIO
 
 /* --[ saving ]----------------------------------------------------------------
-   How long the header is, is known and filled in when it has been written. */
+   How long the header is, is known and filled in when it has been written; and what could
+   not be written, the stream remembers. */
 
 typedef struct dlm__text {          /* what is written:                            */
     const dlm_model     *m;
     const dlm_tokenizer *tok;       /* with it, or NULL                            */
     const dlm_trainer   *trainer;   /* not NULL: a training state                  */
-    FILE  *out;
-    size_t n;                       /* bytes of header so far                      */
-    int    bad;                     /* 1: the disk is full, or worse               */
 } dlm__text;
 
-static void dlm__put(dlm__text *t, const char *s)
+static void dlm__put_quoted(FILE *f, const char *s)
 {
-    const size_t n = strlen(s);
-    t->n += n;
-    if (fwrite(s, 1, n, t->out) != n) t->bad = 1;
+    fputc('"', f);
+    for (; *s; s++)
+        if (*s == '"' || *s == '\\') fprintf(f, "\\%c", *s);
+        else if ((unsigned char)*s < 0x20) fprintf(f, "\\u%04x", (unsigned)*s);
+        else fputc(*s, f);
+    fputc('"', f);
 }
 
-static void dlm__put_quoted(dlm__text *t, const char *s)
+/* The key is ours and needs no escapes. */
+static void dlm__put_pair(FILE *f, const char *key, const char *value)
 {
-    dlm__put(t, "\"");
-    for (; *s; s++) {
-        char c[8] = { *s };
-        if (*s == '"' || *s == '\\') snprintf(c, sizeof c, "\\%c", *s);
-        else if ((unsigned char)*s < 0x20) snprintf(c, sizeof c, "\\u%04x", (unsigned)*s);
-        dlm__put(t, c);
-    }
-    dlm__put(t, "\"");
+    fprintf(f, ",\"%s\":", key);
+    dlm__put_quoted(f, value);
 }
 
-static void dlm__put_pair(dlm__text *t, const char *key, const char *value)
+static void dlm__put_array(FILE *f, const dlm__array *a, size_t *offset)
 {
-    dlm__put(t, ",");
-    dlm__put_quoted(t, key);
-    dlm__put(t, ":");
-    dlm__put_quoted(t, value);
-}
-
-static void dlm__put_array(dlm__text *t, const dlm__array *a, size_t *offset)
-{
-    char line[256], shape[64];
     const size_t end = *offset + a->count * sizeof(float);
-    if (a->t.cols > 1) snprintf(shape, sizeof shape, "%d,%d", a->t.rows, a->t.cols);
-    else snprintf(shape, sizeof shape, "%.0f", (double)a->count);
-    snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],"
-             "\"data_offsets\":[%.0f,%.0f]}", a->t.name, shape, (double)*offset,
-             (double)end);
-    dlm__put(t, line);
+    fprintf(f, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", a->t.name);
+    if (a->t.cols > 1) fprintf(f, "%d,%d", a->t.rows, a->t.cols);
+    else fprintf(f, "%.0f", (double)a->count);
+    fprintf(f, "],\"data_offsets\":[%.0f,%.0f]}", (double)*offset, (double)end);
     *offset = end;
 }
 
 /* The vocabulary as text: the characters, or the file in hexadecimal. */
-static void dlm__put_tokenizer(dlm__text *t, const dlm_tokenizer *tok)
+static void dlm__put_tokenizer(FILE *f, const dlm_tokenizer *tok)
 {
-    dlm__put_pair(t, "dlm.tokenizer", dlm__kind_names[tok->kind]);
-    if (tok->kind == DLM_TOKENIZER_CHARS) dlm__put_pair(t, "dlm.chars", tok->text);
+    dlm__put_pair(f, "dlm.tokenizer", dlm__kind_names[tok->kind]);
+    if (tok->kind == DLM_TOKENIZER_CHARS) dlm__put_pair(f, "dlm.chars", tok->text);
     if (tok->kind != DLM_TOKENIZER_PIECES) return;
-    dlm__put(t, ",\"dlm.chars\":\"");
-    for (size_t i = 0; i < tok->size; i++) {
-        char hex[4];
-        snprintf(hex, sizeof hex, "%02x", (unsigned)(unsigned char)tok->text[i]);
-        dlm__put(t, hex);
-    }
-    dlm__put(t, "\"");
+    fprintf(f, ",\"dlm.chars\":\"");
+    for (size_t i = 0; i < tok->size; i++)
+        fprintf(f, "%02x", (unsigned)(unsigned char)tok->text[i]);
+    fputc('"', f);
 }
 
-static void dlm__put_config(dlm__text *t, const dlm_config *c)
+static void dlm__put_config(FILE *f, const dlm_config *c)
 {
     for (int i = 0; dlm__config_options[i].name; i++) {
-        const dlm__option *f = &dlm__config_options[i];
-        const double x = dlm__get_option(f, c);
+        const dlm__option *field = &dlm__config_options[i];
+        const double x = dlm__get_option(field, c);
         char key[32], value[DLM__NUMBER];
         if (x == 0.0 && i >= DLM__OLD_FIELDS) continue;
-        snprintf(key, sizeof key, "dlm.%s", f->name);
-        if (f->real) dlm__float_text(value, (float)x);
+        snprintf(key, sizeof key, "dlm.%s", field->name);
+        if (field->real) dlm__float_text(value, (float)x);
         else snprintf(value, sizeof value, "%.0f", x);
-        dlm__put_pair(t, key, value);
+        dlm__put_pair(f, key, value);
     }
 }
 
-static void dlm__put_header(dlm__text *t)
+static void dlm__put_header(FILE *f, const dlm__text *t)
 {
-    char steps[32];
     size_t offset = 0;
     dlm__array a;
-    dlm__put(t, "{\"__metadata__\":{\"format\":\"pt\"");
-    dlm__put_config(t, &t->m->config);
-    if (t->tok) dlm__put_tokenizer(t, t->tok);
+    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
+    dlm__put_config(f, &t->m->config);
+    if (t->tok) dlm__put_tokenizer(f, t->tok);
     if (t->trainer) {
-        snprintf(steps, sizeof steps, "%.0f", (double)t->trainer->steps);
-        dlm__put_pair(t, "dlm.step", steps);
-        dlm__put_pair(t, "dlm.objective",
+        fprintf(f, ",\"dlm.step\":\"%.0f\"", (double)t->trainer->steps);
+        dlm__put_pair(f, "dlm.objective",
                       dlm__objective_names[t->trainer->options.objective]);
     }
-    dlm__put(t, "}");
+    fputc('}', f);
     for (int i = 0; dlm__array_at(t->m, t->trainer, i, &a); i++)
-        dlm__put_array(t, &a, &offset);
-    dlm__put(t, "}");
-    while (t->n % 8 != 0) dlm__put(t, " ");
+        dlm__put_array(f, &a, &offset);
+    fputc('}', f);
+    for (long n = ftell(f); n % 8 > 0; n++) fputc(' ', f);
 }
 
 static int dlm__write_text(FILE *f, void *text)
 {
-    dlm__text *t = (dlm__text *)text;
+    const dlm__text *t = (const dlm__text *)text;
     uint64_t length = 0;
+    long end;
     dlm__array a;
-    t->out = f;
     if (fwrite(&length, sizeof length, 1, f) != 1) return 0;
-    dlm__put_header(t);
-    length = t->n;
+    dlm__put_header(f, t);
+    end = ftell(f);
+    length = (uint64_t)end - sizeof length;
     for (int i = 0; dlm__array_at(t->m, t->trainer, i, &a); i++)
         if (fwrite(a.t.data, sizeof(float), a.count, f) != a.count) return 0;
-    return !t->bad && fseek(f, 0, SEEK_SET) == 0
+    return end > 0 && !ferror(f) && fseek(f, 0, SEEK_SET) == 0
         && fwrite(&length, sizeof length, 1, f) == 1;
 }
 
@@ -10222,7 +10203,7 @@ static dlm_error dlm__save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok, const dlm_trainer *trainer)
 {
     const char *what = trainer ? "training state" : "checkpoint";
-    dlm__text t = { m, tok, trainer, NULL, 0, 0 };
+    dlm__text t = { m, tok, trainer };
     dlm__array a;
     dlm_error e = DLM_OK;
     for (int i = 0; e == DLM_OK && dlm__array_at(m, trainer, i, &a); i++)
