@@ -8463,8 +8463,7 @@ struct dlm_distiller {
     dlm_session         teacher;
     dlm_distill_options opt;
     int                 V;          /* of the teacher                              */
-    float              *targets;    /* (max_targets, V) teacher probabilities      */
-    int                *target_of;  /* (rows) by cell: which row of targets        */
+    float              *targets;    /* (max_targets, V) teacher probabilities, by cell */
     dlm_state           said;       /* the same examples as the teacher reads them */
     int                *values;     /* (rows) steps of the rounds of a block       */
 };
@@ -8510,7 +8509,6 @@ static void dlm__distiller_carve(dlm__arena *a, void *object)
 {
     dlm_distiller *d = (dlm_distiller *)object;
     d->targets = dlm__push_floats(a, (size_t)d->opt.max_targets, (size_t)d->V);
-    d->target_of = dlm__push_ints(a, (size_t)d->t->state->rows);
     d->values = dlm__push_ints(a, (size_t)d->t->state->rows);
     dlm__state_carve(a, &d->said);
     dlm__session_carve(a, &d->teacher);
@@ -8634,7 +8632,7 @@ static int dlm__distill_weights(dlm_distiller *d, double per_row)
 static void dlm__keep_target(void *user, int i, float *logits)
 {
     const dlm_distiller *d = (const dlm_distiller *)user;
-    float *row = d->targets + (size_t)i * (size_t)d->V;
+    float *row = d->targets + (size_t)d->said.out_cell[i] * (size_t)d->V;
     memcpy(row, logits, (size_t)d->V * sizeof *row);
     dlm_teacher_probs(d->t->ctx, row, d->V, &d->opt.divergence);
 }
@@ -8649,7 +8647,6 @@ static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
     memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
     e = dlm_state_layout(q, 0);
     if (e != DLM_OK) return e;
-    for (int i = 0; i < q->batch.n_out; i++) d->target_of[q->out_cell[i]] = i;
     r->flops += dlm_forward_flops(&q->config, &q->batch);
     return dlm_forward(&d->teacher, &q->batch, dlm__keep_target, d);
 }
@@ -8659,9 +8656,9 @@ static void dlm__distill_score(void *user, int i, float *logits)
 {
     const dlm_distiller *d = (const dlm_distiller *)user;
     const dlm_state *s = d->t->state;
-    const size_t target = (size_t)d->target_of[s->out_cell[i]];
-    s->loss[i] = dlm_divergence(s->ctx, logits, d->targets + target * (size_t)d->V, d->V,
-                                (double)s->out_weight[i], &d->opt.divergence);
+    const float *target = d->targets + (size_t)s->out_cell[i] * (size_t)d->V;
+    s->loss[i] = dlm_divergence(s->ctx, logits, target, d->V, (double)s->out_weight[i],
+                                &d->opt.divergence);
     for (int v = d->V; v < s->config.vocab; v++) logits[v] = 0.0f;   /* unknown to the */
 }                                                                    /* teacher        */
 
