@@ -7174,16 +7174,18 @@ static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
 
 static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.0; }
 
-/* All examples through as many passes as they need.  loss is normalised by r->tokens,
-   those that could carry loss, so that it does not depend on the passes. */
+/* All examples, once checked, through as many passes as they need.  loss is normalised by
+   r->tokens, those that could carry loss, so that it does not depend on the passes. */
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
                                    uint64_t seed, uint32_t step, int learn,
                                    dlm_report *r)
 {
     dlm_state *s = t->state;
     const int views = 1 + t->options.lift.complementary, unit = dlm__unit_length(s);
-    dlm_error error = DLM_OK;
+    dlm_error error = dlm__check_examples(s, e, n, views);
     dlm_noise noise;
+    memset(r, 0, sizeof *r);
+    if (error != DLM_OK) return error;
     memset(&noise, 0, sizeof noise);
     noise.seed = seed;
     noise.step = step;
@@ -7215,11 +7217,8 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
                                    dlm_report *report)
 {
     dlm_report local, *r = report ? report : &local;
-    dlm_error e = dlm__check_examples(t->state, examples, n,
-                                      1 + t->options.lift.complementary);
-    memset(r, 0, sizeof *r);
-    if (e == DLM_OK) e = dlm__run_examples(t, examples, n, t->options.seed,
-                                           (uint32_t)t->steps, 1, r);
+    dlm_error e = dlm__run_examples(t, examples, n, t->options.seed, (uint32_t)t->steps,
+                                    1, r);
     return e == DLM_OK ? dlm_trainer_update(t, r) : e;
 }
 
@@ -7252,12 +7251,8 @@ DLM_API dlm_error dlm_trainer_evaluate(dlm_trainer *t, const dlm_example *exampl
                                        uint32_t draw, dlm_report *report)
 {
     const double flops = t->flops;
-    dlm_error e = dlm__check_examples(t->state, examples, n,
-                                      1 + t->options.lift.complementary);
-    memset(report, 0, sizeof *report);
-    if (e != DLM_OK) return e;
-    e = dlm__run_examples(t, examples, n, ~t->options.seed, draw, 0, report);
-    report->step = t->steps;
+    dlm_error e = dlm__run_examples(t, examples, n, ~t->options.seed, draw, 0, report);
+    if (e == DLM_OK) report->step = t->steps;
     report->flops = t->flops - flops;
     t->flops = flops;
     return e;
