@@ -8632,20 +8632,6 @@ static void dlm__keep_target(void *user, int i, float *logits)
     dlm_teacher_probs(d->t->ctx, row, d->V, &d->opt.divergence);
 }
 
-/* One causal pass over the finished texts, whose cells are the student's. */
-static dlm_error dlm__teacher_pass(dlm_distiller *d, dlm_report *r)
-{
-    const dlm_state *s = d->t->state;
-    dlm_state *q = &d->said;
-    dlm_error e;
-    dlm__state_take(q, s->examples, s->n_examples, 1, q->rows);
-    memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
-    e = dlm_state_layout(q, 0);
-    if (e != DLM_OK) return e;
-    r->flops += dlm_forward_flops(&q->config, &q->batch);
-    return dlm_forward(&d->teacher, &q->batch, dlm__keep_target, d);
-}
-
 /* Tokens that the teacher does not know, the mask, get no gradient. */
 static void dlm__distill_score(void *user, int i, float *logits)
 {
@@ -8657,18 +8643,25 @@ static void dlm__distill_score(void *user, int i, float *logits)
     for (int v = d->V; v < s->config.vocab; v++) logits[v] = 0.0f;   /* unknown to the */
 }                                                                    /* teacher        */
 
-/* The same masks and weights for both: targets first, then the pass that learns. */
+/* The same masks and weights for both: first the targets, in one causal pass over the
+   finished texts, whose cells are the student's; then the pass that learns. */
 static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
 {
-    dlm_state *s = d->t->state;
-    dlm_error e = dlm__teacher_pass(d, r);
+    dlm_state *s = d->t->state, *q = &d->said;
+    dlm_error e;
+    dlm__state_take(q, s->examples, s->n_examples, 1, q->rows);
+    memcpy(q->weight, s->weight, (size_t)s->n_cells * sizeof *s->weight);
+    e = dlm_state_layout(q, 0);
+    if (e == DLM_OK) e = dlm_forward(&d->teacher, &q->batch, dlm__keep_target, d);
     if (e == DLM_OK) e = dlm_state_layout(s, 0);
     if (e == DLM_OK) e = dlm_trainer_pass(d->t, &s->batch, dlm__distill_score, d);
-    for (int i = 0; i < s->batch.n_out && e == DLM_OK; i++) {
+    if (e != DLM_OK) return e;
+    r->flops += dlm_forward_flops(&q->config, &q->batch);
+    for (int i = 0; i < s->batch.n_out; i++) {
         r->loss += s->loss[i] * (double)s->out_weight[i];
         r->scored++;
     }
-    return e;
+    return DLM_OK;
 }
 
 /* Rows that learn from example e: one, or with STATES_ALL the most rounds of a block. */
