@@ -137,9 +137,7 @@
        how it is made deterministic and fast; the rest is files and ground.
 
    WHAT THIS IS NOT                no GPU, no autograd, no strides or views, no mixture
-       of experts, no training of models beyond some hundred million parameters.
-
-   RECENT CHANGES                  0.1.0 first version; all of them at the end */
+       of experts, no training of models beyond some hundred million parameters. */
 
 #ifndef DLM__KERNEL_PASS           /* door 1: a kernel pass skips all of this      */
 
@@ -6187,8 +6185,7 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits)
 }
 
 /* ==[ states ]================================================================
-   Noise levels, masks, and how the three objectives lay a state out as rows.  (AR; MDLM:
-   Sahoo et al. 2024, Nie et al. 2025; BLOCK: Arriola et al. 2025.) */
+   Noise levels, masks, and how the three objectives lay a state out as rows. */
 
 /* t = lo + (hi - lo) u of unit `row` of n; u in [0, 1) is uniform, or stratified (MDLM):
    u = (s + u')/n, the strata s dealt out by a random permutation. */
