@@ -6197,9 +6197,8 @@ static double dlm__noise_level(const dlm_address *at, int row, int n, int strati
     a.row = (uint32_t)row;
     u = dlm_uniform(&a, 0);
     if (stratified && n > 1)
-        u = ((double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n,
-                                  (size_t)row)
-             + u) / n;
+        u = (u + (double)dlm_shuffled(at->seed ^ at->purpose, at->step, (size_t)n,
+                                      (size_t)row)) / n;
     return lo + (hi - lo) * u;
 }
 
@@ -6611,9 +6610,8 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
         return dlm__fail(ctx, DLM_E_CONFIG, "weight_decay: %g times lr is more than 1: "
                          "weights would turn over", (double)o->weight_decay);
     if (o->schedule != DLM_SCHEDULE_CONSTANT && o->total <= o->warmup)
-        return dlm__fail(ctx, DLM_E_CONFIG,
-                         "total: %d steps, a schedule needs more than the"
-                         " warmup of %d", o->total, o->warmup);
+        return dlm__fail(ctx, DLM_E_CONFIG, "total: %d steps, a schedule needs more than "
+                         "the warmup of %d", o->total, o->warmup);
     return DLM_OK;
 }
 
@@ -6810,10 +6808,8 @@ DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
     const double lr = dlm__learning_rate(&t->options, t->steps);
     const double norm = dlm__gradient_norm(t), limit = (double)t->options.clip;
     const double clip = norm > limit ? limit / norm : 1.0;
-    if (norm - norm == 0.0)                                 /* neither NaN nor inf */
-        dlm__adam_run(t, lr, clip);
-    else
-        memset(t->gradients, 0, t->model->n_params * sizeof *t->gradients);
+    if (norm - norm == 0.0) dlm__adam_run(t, lr, clip);     /* neither NaN nor inf */
+    else memset(t->gradients, 0, t->model->n_params * sizeof *t->gradients);
     t->steps++;
     if (report) {
         report->step = t->steps;
@@ -7161,10 +7157,8 @@ static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
         e = dlm_state_layout(s, 1);
     }
     if (e != DLM_OK) return e;
-    if (learn && o->one_pass && m->superset)
-        e = dlm__learn_in_one_pass(t, r);
-    else
-        e = dlm__pass(t, &s->batch, dlm_state_loss, s, learn);
+    if (learn && o->one_pass && m->superset) e = dlm__learn_in_one_pass(t, r);
+    else e = dlm__pass(t, &s->batch, dlm_state_loss, s, learn);
     if (e == DLM_OK) dlm__report_state(r, s);
     return e;
 }
@@ -7174,8 +7168,7 @@ static double dlm__mean(double sum, int64_t n) { return n ? sum / (double)n : 0.
 /* All examples, once checked, through as many passes as they need.  loss is normalised by
    r->tokens, those that could carry loss, so that it does not depend on the passes. */
 static dlm_error dlm__run_examples(dlm_trainer *t, const dlm_example *e, int n,
-                                   uint64_t seed, uint32_t step, int learn,
-                                   dlm_report *r)
+                                   uint64_t seed, uint32_t step, int learn, dlm_report *r)
 {
     dlm_state *s = t->state;
     const int views = 1 + t->options.lift.complementary, unit = dlm__unit_length(s);
@@ -7221,8 +7214,7 @@ DLM_API dlm_error dlm_trainer_step(dlm_trainer *t, const dlm_example *examples, 
 
 /* The first token of a window is uniform over all places where a window fits. */
 DLM_API dlm_error dlm_trainer_step_text(dlm_trainer *t, const int *tokens,
-                                        size_t n_tokens, int T, int B,
-                                        dlm_report *report)
+                                        size_t n_tokens, int T, int B, dlm_report *report)
 {
     const int max_seq = t->model->config.max_seq, rows = t->state->rows;
     if (report) memset(report, 0, sizeof *report);
