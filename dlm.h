@@ -6453,13 +6453,10 @@ static int dlm__layout_noisy(dlm_state *s, const dlm_unit *u, int base, int row)
     const dlm_config *c = &s->config;
     const dlm_example *e = &s->examples[u->example];
     const int r = u->cell - s->first_cell[u->example], first = e->prompt + r;
-    const int n = dlm__min(c->block, dlm__noisy_length(c, e) - r);
+    const int n = dlm__min(c->block, dlm__noisy_length(c, e) - r), slot = row - base;
+    const dlm_keys seen = { 0, first, slot, slot + n };
     for (int i = 0; i < n; i++) {
-        dlm_keys *k = &s->keys[row + i];
-        k->lo0 = 0;
-        k->hi0 = first;
-        k->lo1 = row - base;
-        k->hi1 = row - base + n;
+        s->keys[row + i] = seen;
         s->positions[row + i] = first + i;
         s->tokens[row + i] = i < u->n ? dlm__cell_token(s, u->example, u->cell + i)
                                       : c->mask_id;
@@ -8746,10 +8743,7 @@ static int dlm__json_take(dlm__json *j, char c)
     return 1;
 }
 
-static void dlm__json_want(dlm__json *j, char c)
-{
-    if (!dlm__json_take(j, c)) j->bad = 1;
-}
+static void dlm__json_want(dlm__json *j, char c) { j->bad |= !dlm__json_take(j, c); }
 
 static int dlm__json_word(dlm__json *j, const char *word)
 {
