@@ -8531,21 +8531,17 @@ DLM_API void dlm_distiller_free(dlm_distiller *d) { dlm__unmake(d); }
    masked: a block a b c d filled in at steps 7 5 5 9 has the states
        round 0 (step 5)  _ _ _ _      1 (step 7)  _ b c _      2 (step 9)  a b c _  */
 
-static int dlm__compare_ints(const void *a, const void *b)
-{
-    const int x = *(const int *)a, y = *(const int *)b;
-    return (x > y) - (x < y);
-}
-
 /* The step values of a block's rounds in order, into values (n); returns how many. */
 static int dlm__rounds(int *values, const int *steps, int n)
 {
     int rounds = 0;
-    memcpy(values, steps, (size_t)n * sizeof *values);
-    qsort(values, (size_t)n, sizeof *values, dlm__compare_ints);
-    for (int i = 0; i < n; i++)
-        if (values[i] > 0 && (rounds == 0 || values[i] != values[rounds - 1]))
-            values[rounds++] = values[i];
+    for (int i = 0; i < n; i++) {
+        int at = rounds;
+        while (at > 0 && values[at - 1] > steps[i]) at--;
+        if (steps[i] <= 0 || (at > 0 && values[at - 1] == steps[i])) continue;
+        memmove(values + at + 1, values + at, (size_t)(rounds++ - at) * sizeof *values);
+        values[at] = steps[i];
+    }
     return rounds;
 }
 
