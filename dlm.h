@@ -6869,12 +6869,12 @@ DLM_API dlm_select dlm_lift_mode(double t, int components, double H, dlm_policy 
 static uint64_t dlm__select_key(const float *score, int i, dlm_select mode,
                                 const dlm_address *at)
 {
-    union { float f; uint32_t u; } x;
+    uint32_t bits;
     if (mode == DLM_SELECT_RANDOM)
         return (uint64_t)(dlm_uniform(at, (uint32_t)i) * 9007199254740992.0);   /* 2^53 */
-    x.f = score[i] + 0.0f;
-    x.u = x.u >> 31 ? ~x.u : x.u | 0x80000000U;
-    return mode == DLM_SELECT_HARDEST ? ~x.u : x.u;
+    bits = dlm__bits_scalar(score[i] + 0.0f);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000U;
+    return mode == DLM_SELECT_HARDEST ? ~bits : bits;
 }
 
 /* The k-th largest key is found bit by bit, in as many passes as keys take to tell apart,
@@ -9808,24 +9808,17 @@ DLM_API void dlm_safetensors_close(dlm_safetensors *f)
 
 /* --[ widening ]--------------------------------------------------------------  */
 
-static float dlm__bits_to_float(uint32_t bits)
-{
-    union { uint32_t u; float f; } x;
-    x.u = bits;
-    return x.f;
-}
-
 /* IEEE half: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
 static float dlm__half_to_float(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31;
     const uint32_t fraction = h & 0x3FF;
-    if (exponent == 31) return dlm__bits_to_float(sign | 0x7F800000U | fraction << 13);
+    if (exponent == 31) return dlm__floats_scalar(sign | 0x7F800000U | fraction << 13);
     if (exponent == 0) {            /* subnormal: fraction * 2^-24, exact in float */
         const float magnitude = (float)fraction * (1.0f / 16777216.0f);
         return sign ? -magnitude : magnitude;
     }
-    return dlm__bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
+    return dlm__floats_scalar(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
 DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, float *out)
@@ -9847,7 +9840,7 @@ DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, f
         } else {
             memcpy(&h, p + i * sizeof h, sizeof h);
             out[i] = t->dtype == DLM_F16 ? dlm__half_to_float(h)
-                : dlm__bits_to_float((uint32_t)h << 16);
+                : dlm__floats_scalar((uint32_t)h << 16);
         }
     }
     return DLM_OK;
