@@ -8638,7 +8638,7 @@ static dlm_error dlm__distill_state(dlm_distiller *d, dlm_report *r)
     if (e == DLM_OK) e = dlm_state_layout(s, 0);
     if (e == DLM_OK) e = dlm_trainer_pass(d->t, &s->batch, dlm__distill_score, d);
     if (e != DLM_OK) return e;
-    r->flops += dlm_forward_flops(&q->config, &q->batch);
+    d->t->flops += dlm_forward_flops(&q->config, &q->batch);
     for (int i = 0; i < s->batch.n_out; i++) {
         r->loss += s->loss[i] * (double)s->out_weight[i];
         r->scored++;
@@ -8687,7 +8687,7 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
     dlm_report local, *r = report ? report : &local;
     dlm_state *s = d->t->state;
     const int all = d->opt.states == DLM_STATES_ALL;
-    double rows = 0.0, teacher_flops;
+    double rows = 0.0;
     dlm_error e = dlm__check_examples(s, examples, n, 1);
     memset(r, 0, sizeof *r);
     for (int i = 0; i < n && e == DLM_OK; i++) {
@@ -8706,11 +8706,7 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
             if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
         }
     }
-    if (e != DLM_OK) return e;
-    teacher_flops = r->flops;
-    e = dlm_trainer_update(d->t, r);
-    r->flops += teacher_flops;
-    return e;
+    return e == DLM_OK ? dlm_trainer_update(d->t, r) : e;
 }
 
 /* ==[ json ]==================================================================
