@@ -8555,8 +8555,8 @@ static void dlm__random_round(dlm_state *s, const dlm_unit *u, const dlm_address
     if (hits == 0) s->masked[u->cell + (int)(dlm_uniform(at, 1) * u->n)] = 1;
 }
 
-/* Masks for every unit; first: the number of example 0 in the update; round < 0: a random
-   one per block.  A block with fewer rounds gets no masks, hence no loss. */
+/* Masks for every unit; first: the number of example 0 in the update; round: of ALL, a
+   random one per block else.  A block with fewer rounds gets no masks, hence no loss. */
 static void dlm__distill_masks(dlm_distiller *d, int first, int round)
 {
     dlm_state *s = d->t->state;
@@ -8574,7 +8574,7 @@ static void dlm__distill_masks(dlm_distiller *d, int first, int round)
         }
         map = e->steps + e->prompt + r;
         rounds = dlm__rounds(d->values, map, u->n);
-        if (round < 0) pick = (int)(dlm_uniform(&at, 0) * rounds);
+        if (d->opt.states != DLM_STATES_ALL) pick = (int)(dlm_uniform(&at, 0) * rounds);
         value = pick < rounds ? d->values[pick] : 0;
         for (int i = 0; i < u->n; i++)
             s->masked[u->cell + i] = value > 0 && map[i] >= value;
@@ -8686,7 +8686,6 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
 {
     dlm_report local, *r = report ? report : &local;
     dlm_state *s = d->t->state;
-    const int all = d->opt.states == DLM_STATES_ALL;
     double rows = 0.0;
     dlm_error e = dlm__check_examples(s, examples, n, 1);
     memset(r, 0, sizeof *r);
@@ -8702,7 +8701,7 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
         for (int k = 0; k < s->n_examples; k++)
             most = dlm__max(most, dlm__most_rounds(d, &examples[i + k]));
         for (int round = 0; round < most && e == DLM_OK; round++) {
-            dlm__distill_masks(d, i, all ? round : -1);
+            dlm__distill_masks(d, i, round);
             if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
         }
     }
