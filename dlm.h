@@ -2000,19 +2000,21 @@ DLM__INLINE DLM__TARGET dlm__vf DLM__K(dlm__multiply)(dlm__vf a, dlm__vf b, dlm_
 #define DLM__PARTS(kind) ((kind) == DLM__WORD_BF16 ? dlm__bf16_parts \
                           : (kind) == DLM__WORD_I8 ? dlm__int8_parts : 1)
 
-/* The register tile.  m, nv and kind are constants where this is inlined, so the loops
-   over them unroll and acc lives in registers; columns from n on are left alone. */
+/* The register tile: m rows of a times one panel of b or, with panels = 4, a single row
+   times four, `next` apart, each of which makes a row of c.  m, panels, nv and kind are
+   constants where this is inlined, so the loops over them unroll and acc lives in
+   registers; columns from n on are left alone. */
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
-    float *c, int ldc, dlm__side a, const float *b, int ldb,
-    const int m, const int nv, int n, int k, int add, const dlm__word kind)
+    float *c, int ldc, dlm__side a, const float *b, int ldb, size_t next, const int m,
+    const int panels, const int nv, int n, int k, int add, const dlm__word kind)
 {
-    const int parts = DLM__PARTS(kind), thirds = (m + 2) / 3;
+    const int parts = DLM__PARTS(kind), thirds = (m + 2) / 3, rows = m * panels;
     const float *third[(DLM__MR + 2) / 3];  /* base + 0, 1 or 2 by_i: one address mode */
     dlm__vf acc[DLM__MR][DLM__NV];
     DLM__UNROLL
     for (int j = 0; j < thirds; j++) third[j] = a.at + (size_t)(3 * j) * a.by_i;
     DLM__UNROLL
-    for (int i = 0; i < m; i++) {
+    for (int i = 0; i < rows; i++) {
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
             acc[i][v] = add && n > v * DLM__VW
@@ -2021,27 +2023,30 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_body)(
     }
     for (int kk = 0; kk < k; kk++, b += ldb) {
         DLM__UNROLL
-        for (int part = 0; part < parts; part++) {
+        for (int i = 0; i < parts * panels; i++) {
+            const int part = i / panels, panel = i % panels;
             dlm__vf b_k[DLM__NV];
             DLM__UNROLL
             for (int v = 0; v < nv; v++)
-                b_k[v] = DLM__K(dlm__part)(dlm__vload(b + v * DLM__VW), part, kind);
+                b_k[v] = DLM__K(dlm__part)(
+                    dlm__vload(b + (size_t)panel * next + v * DLM__VW), part, kind);
             DLM__UNROLL
-            for (int i = 0; i < m; i++) {
-                const float *a_i = third[i / 3] + (size_t)(i % 3) * a.by_i;
-                const dlm__vf a_ki = DLM__K(dlm__part)(dlm__vset1(*a_i), part, kind);
+            for (int j = 0; j < m; j++) {
+                const float *a_j = third[j / 3] + (size_t)(j % 3) * a.by_i;
+                const dlm__vf a_kj = DLM__K(dlm__part)(dlm__vset1(*a_j), part, kind);
+                dlm__vf *acc_j = acc[panel + j];
                 DLM__UNROLL
                 for (int v = 0; v < nv; v++)
-                    acc[i][v] = DLM__K(dlm__multiply)(a_ki, b_k[v], acc[i][v], kind);
+                    acc_j[v] = DLM__K(dlm__multiply)(a_kj, b_k[v], acc_j[v], kind);
             }
             /* Load a word again for its other part: few registers, none to keep it in. */
-            if (parts > 1 && DLM__VW < 16) DLM__BARRIER;
+            if (parts > panels && DLM__VW < 16) DLM__BARRIER;
         }
         DLM__UNROLL
         for (int j = 0; j < thirds; j++) third[j] += a.by_k;
     }
     DLM__UNROLL
-    for (int i = 0; i < m; i++) {
+    for (int i = 0; i < rows; i++) {
         DLM__UNROLL
         for (int v = 0; v < nv; v++)
             if (n > v * DLM__VW)
@@ -2057,9 +2062,9 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_rows)(
     const int m, int n, int k, int add, const dlm__word kind)
 {
     if (n <= DLM__VW && kind == DLM__WORD_F32)
-        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, m, 1, n, k, add, kind);
+        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, 0, m, 1, 1, n, k, add, kind);
     else
-        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, m, DLM__NV, n, k, add, kind);
+        DLM__K(dlm__tile_body)(c, ldc, a, b, ldb, 0, m, 1, DLM__NV, n, k, add, kind);
 }
 
 DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
@@ -2084,42 +2089,6 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 #undef DLM__CASE
 }
 
-DLM__INLINE DLM__TARGET void DLM__K(dlm__row_any)(
-    float *c, dlm__side a, const float *b, int ldb, size_t next, int k, int add,
-    const dlm__word kind)
-{
-    const int parts = DLM__PARTS(kind);
-    dlm__vf acc[4][DLM__NV];
-    DLM__UNROLL
-    for (int p = 0; p < 4; p++) {
-        DLM__UNROLL
-        for (int v = 0; v < DLM__NV; v++)
-            acc[p][v] = add ? dlm__vload(c + p * DLM__NR + v * DLM__VW)
-                            : dlm__vset1(0.0f);
-    }
-    for (int kk = 0; kk < k; kk++, a.at += a.by_k, b += ldb) {
-        DLM__UNROLL
-        for (int part = 0; part < parts; part++) {
-            const dlm__vf a_k = DLM__K(dlm__part)(dlm__vset1(*a.at), part, kind);
-            DLM__UNROLL
-            for (int p = 0; p < 4; p++) {
-                DLM__UNROLL
-                for (int v = 0; v < DLM__NV; v++) {
-                    const dlm__vf b_k = dlm__vload(b + (size_t)p * next + v * DLM__VW);
-                    acc[p][v] = DLM__K(dlm__multiply)(
-                        a_k, DLM__K(dlm__part)(b_k, part, kind), acc[p][v], kind);
-                }
-            }
-        }
-    }
-    DLM__UNROLL
-    for (int p = 0; p < 4; p++) {
-        DLM__UNROLL
-        for (int v = 0; v < DLM__NV; v++)
-            dlm__vstore(c + p * DLM__NR + v * DLM__VW, acc[p][v]);
-    }
-}
-
 /* The tile and the row of each kind of words. */
 #define DLM__PRODUCTS(name, kind) \
 static DLM__TARGET void DLM__K(dlm__tile_##name)( \
@@ -2131,7 +2100,8 @@ static DLM__TARGET void DLM__K(dlm__tile_##name)( \
 static DLM__TARGET void DLM__K(dlm__row_##name)( \
     float *c, dlm__side a, const float *b, int ldb, size_t next, int k, int add) \
 { \
-    DLM__K(dlm__row_any)(c, a, b, ldb, next, k, add, kind); \
+    DLM__K(dlm__tile_body)(c, DLM__NR, a, b, ldb, next, 1, 4, DLM__NV, DLM__NR, k, add, \
+                           kind); \
 }
 DLM__PRODUCTS(f32, DLM__WORD_F32)
 DLM__PRODUCTS(bf16, DLM__WORD_BF16)
