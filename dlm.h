@@ -2966,71 +2966,46 @@ DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
 
 /* --[ the table ]-------------------------------------------------------------  */
 
-static int dlm__everywhere(void) { return 1; }      /* part of x86-64, of AArch64   */
+/* NULL: not compiled in, or not on this CPU.  SSE2 is part of x86-64, NEON of AArch64. */
+static const dlm__kernels *dlm__kernels_of(dlm_isa isa)
+{
+    switch ((int)isa) {
+    case DLM_ISA_SCALAR: return &dlm__table_scalar;
 #ifdef DLM__X86
-static int dlm__has_avx2(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static int dlm__has_avx512(void)
-{
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-}
+    case DLM_ISA_SSE2: return &dlm__table_sse2;
+    case DLM_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+            ? &dlm__table_avx2 : NULL;
+    case DLM_ISA_AVX512:
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            ? &dlm__table_avx512 : NULL;
 #endif
 #ifdef DLM__AVX512BF16
-static int dlm__has_avx512bf16(void)
-{
-    return dlm__has_avx512() && __builtin_cpu_supports("avx512bf16")
-        && __builtin_cpu_supports("avx512vnni");
-}
+    case DLM_ISA_AVX512BF16:
+        return dlm__kernels_of(DLM_ISA_AVX512) && __builtin_cpu_supports("avx512bf16")
+            && __builtin_cpu_supports("avx512vnni") ? &dlm__table_avx512bf16 : NULL;
 #endif
 #ifdef DLM__AMX
-static int dlm__has_amx(void) { return dlm__has_avx512bf16() && dlm__ask_for_amx(); }
-#endif
-
-/* In the order of dlm_isa, which is that of AUTO's preference from the end. */
-static const struct dlm__isa {
-    const char         *name;
-    const dlm__kernels *kernels;    /* NULL: not compiled in                       */
-    int               (*supported)(void);           /* by this CPU                 */
-} dlm__isas[DLM_ISA_COUNT] = {
-    { "auto", NULL, NULL },
-    { "scalar", &dlm__table_scalar, dlm__everywhere },
-#ifdef DLM__X86
-    { "sse2", &dlm__table_sse2, dlm__everywhere },
-    { "avx2", &dlm__table_avx2, dlm__has_avx2 },
-    { "avx512", &dlm__table_avx512, dlm__has_avx512 },
-#else
-    { "sse2", NULL, NULL }, { "avx2", NULL, NULL }, { "avx512", NULL, NULL },
-#endif
-#ifdef DLM__AVX512BF16
-    { "avx512bf16", &dlm__table_avx512bf16, dlm__has_avx512bf16 },
-#else
-    { "avx512bf16", NULL, NULL },
-#endif
-#ifdef DLM__AMX
-    { "amx", &dlm__table_amx, dlm__has_amx },
-#else
-    { "amx", NULL, NULL },
+    case DLM_ISA_AMX:
+        return dlm__kernels_of(DLM_ISA_AVX512BF16) && dlm__ask_for_amx()
+            ? &dlm__table_amx : NULL;
 #endif
 #ifdef DLM__ARM
-    { "neon", &dlm__table_neon, dlm__everywhere },
-#else
-    { "neon", NULL, NULL },
+    case DLM_ISA_NEON: return &dlm__table_neon;
 #endif
-};
+    default: return NULL;
+    }
+}
 
 DLM_API const char *dlm_isa_name(dlm_isa isa)
 {
-    return (unsigned)isa < DLM_ISA_COUNT ? dlm__isas[isa].name : "unknown";
+    static const char *const names[] = {    /* in the order of dlm_isa             */
+        "auto", "scalar", "sse2", "avx2", "avx512", "avx512bf16", "amx", "neon"
+    };
+    return (unsigned)isa < DLM_ISA_COUNT ? names[isa] : "unknown";
 }
 
-DLM_API int dlm_isa_supported(dlm_isa isa)
-{
-    return (unsigned)isa < DLM_ISA_COUNT && dlm__isas[isa].kernels
-        && dlm__isas[isa].supported();
-}
+DLM_API int dlm_isa_supported(dlm_isa isa) { return dlm__kernels_of(isa) != NULL; }
 
 /* ==[ threads ]===============================================================
    dlm__parallel(ctx, n, ...) runs job(arg, i) for i in [0, n).  What a job computes
@@ -3443,22 +3418,19 @@ static dlm_error dlm__check_type(dlm_ctx *ctx, const char *name, dlm_dtype type,
     return DLM_OK;
 }
 
-static dlm_isa dlm__isa_from_name(const char *name)
+/* The ISA of that name, DLM_ISA_COUNT: there is none; NULL, "" or "auto": the best here. */
+static dlm_isa dlm__find_isa(const char *name)
 {
-    for (int i = 0; i < DLM_ISA_COUNT; i++)
-        if (strcmp(name, dlm_isa_name((dlm_isa)i)) == 0) return (dlm_isa)i;
-    return DLM_ISA_COUNT;
-}
-
-static dlm_isa dlm__best_isa(void)
-{
-    for (int i = DLM_ISA_COUNT - 1; i > DLM_ISA_SCALAR; i--) {
+    const int best = name == NULL || *name == '\0' || strcmp(name, "auto") == 0;
+    for (int i = DLM_ISA_COUNT - 1; i >= DLM_ISA_SCALAR; i--) {
+        const dlm_isa isa = (dlm_isa)i;
 #ifdef DLM__AVX512BF16              /* others multiply bf16 at half the rate of f32 */
-        if (i == DLM_ISA_AVX512BF16 && !__builtin_cpu_is("amd")) continue;
+        if (best && isa == DLM_ISA_AVX512BF16 && !__builtin_cpu_is("amd")) continue;
 #endif
-        if (dlm_isa_supported((dlm_isa)i)) return (dlm_isa)i;
+        if (best ? dlm_isa_supported(isa) : strcmp(name, dlm_isa_name(isa)) == 0)
+            return isa;
     }
-    return DLM_ISA_SCALAR;
+    return DLM_ISA_COUNT;
 }
 
 /* asked: for what, and where, in words. */
@@ -3477,18 +3449,14 @@ static dlm_error dlm__no_isa(dlm_ctx *ctx, const char *asked)
 static dlm_error dlm__choose_isa(dlm_ctx *ctx)
 {
     const char *name = getenv("DLM_ISA");
-    dlm_isa isa = ctx->opt.isa;
+    const dlm_isa isa = ctx->opt.isa;
     char asked[64];
     snprintf(asked, sizeof asked, "isa %d (%s)", (int)isa, dlm_isa_name(isa));
-    if (isa == DLM_ISA_AUTO && name && *name) {
+    if (isa == DLM_ISA_AUTO && name && *name)
         snprintf(asked, sizeof asked, "DLM_ISA=%.40s", name);
-        isa = dlm__isa_from_name(name);
-    }
-    if (isa == DLM_ISA_AUTO) isa = dlm__best_isa();
-    if (!dlm_isa_supported(isa)) return dlm__no_isa(ctx, asked);
-    ctx->opt.isa = isa;
-    ctx->k = dlm__isas[isa].kernels;
-    return DLM_OK;
+    ctx->opt.isa = isa == DLM_ISA_AUTO ? dlm__find_isa(name) : isa;
+    ctx->k = dlm__kernels_of(ctx->opt.isa);
+    return ctx->k ? DLM_OK : dlm__no_isa(ctx, asked);
 }
 
 static int dlm__workers(const dlm_ctx *c)
