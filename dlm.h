@@ -2547,7 +2547,7 @@ static const dlm__kernels DLM__K(dlm__table) = {
     DLM__KERNEL_LIST(DLM__ENTRY)
 };
 
-#ifdef DLM__AMX_TILES               /* see instances                               */
+#if defined(DLM__AMX) && dlm__int8_offset       /* avx512bf16: see instances       */
 static const dlm__kernels dlm__table_amx = {
     DLM__MR, DLM__NR, DLM__VW, { 32, 16, 1, 0, dlm__amx_enter },
     { DLM__K(dlm__tile_f32), dlm__amx_tile_bf16, dlm__amx_tile_int8 },
@@ -2556,25 +2556,12 @@ static const dlm__kernels dlm__table_amx = {
 };
 #endif
 
-#undef DLM__K
-#undef DLM__NR
-#undef DLM__FEW
-#undef DLM__GELU_1
-#undef DLM__GELU_3
-#undef DLM__PARTS
-#undef DLM__PRODUCTS
-#undef DLM__ENTRY
-#undef DLM__KERNEL_PASS
+#undef DLM__KERNEL_PASS             /* what every pass defines alike may stay      */
 #undef DLM__TARGET
 #undef dlm__bits
 #undef dlm__floats
 #undef dlm__vnan
 #undef dlm__vmul
-#undef dlm__ld
-#undef dlm__st
-#undef dlm__vexp
-#undef dlm__vu
-#undef dlm__vs
 #undef dlm__bf16_parts
 #undef dlm__bf16_fma
 #undef dlm__int8_parts
@@ -2793,9 +2780,7 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
     return sum ? _mm_add_ps(high, low) : _mm_max_ps(high, low);
 }
 
-#ifdef DLM__AVX512BF16
 #define DLM__SAME_WORDS             /* for the instance after this one             */
-#endif
 #define DLM__KERNEL_PASS avx512
 #define DLM__TARGET DLM__AVX512
 #define DLM__VW 16
@@ -2833,7 +2818,6 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
    them, two hold 16 words of each of its rows of a, two as many words of its columns of
    b.  Rows of a beyond m hold whatever is there: a row of c depends on its own alone. */
 #ifdef DLM__AMX
-#define DLM__AMX_TILES
 #define DLM__AMX_TARGET __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 
 static DLM__AMX_TARGET void dlm__amx_enter(int yes)
@@ -2905,12 +2889,7 @@ static DLM__AMX_TARGET void dlm__amx_tile_int8(
     ((__m512)_mm512_dpbusd_epi32((__m512i)(c), (__m512i)(a), (__m512i)(b)))
 #define dlm__int8_offset 128
 #include DLM_SELF
-#undef DLM__AMX_TILES
-#undef DLM__AMX_TARGET
 #endif
-#undef DLM__AVX2
-#undef DLM__AVX512
-#undef DLM__ALL
 #endif /* DLM__X86 */
 
 #ifdef DLM__ARM
