@@ -2072,18 +2072,13 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
     int m, int n, int k, int add, const dlm__word kind)
 {
 #define DLM__CASE(m) \
-    case m: DLM__K(dlm__tile_rows)(c, ldc, a, b, ldb, m, n, k, add, kind); break;
+    case m: \
+        if (m <= DLM__MR) \
+            DLM__K(dlm__tile_rows)(c, ldc, a, b, ldb, m, n, k, add, kind); \
+        break;
     switch (m) {
-    DLM__CASE(1) DLM__CASE(2) DLM__CASE(3) DLM__CASE(4)
-#if DLM__MR > 4
-    DLM__CASE(5) DLM__CASE(6)
-#endif
-#if DLM__MR > 6
-    DLM__CASE(7) DLM__CASE(8)
-#endif
-#if DLM__MR > 8
-    DLM__CASE(9) DLM__CASE(10) DLM__CASE(11) DLM__CASE(12)
-#endif
+    DLM__CASE(1) DLM__CASE(2) DLM__CASE(3) DLM__CASE(4) DLM__CASE(5) DLM__CASE(6)
+    DLM__CASE(7) DLM__CASE(8) DLM__CASE(9) DLM__CASE(10) DLM__CASE(11) DLM__CASE(12)
     default: break;
     }
 #undef DLM__CASE
@@ -2663,16 +2658,12 @@ DLM__INLINE uint32_t dlm__toint_scalar(float x)          /* |x| <= 128; NaN: 0  
 #ifdef DLM__X86
 
 /* --[ sse2 ]------------------------------------------------------------------ */
-DLM__INLINE float dlm__hsum_sse2(__m128 v)
+DLM__INLINE float dlm__across_sse2(__m128 v, int sum)      /* else the largest       */
 {
-    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-    return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
-}
-
-DLM__INLINE float dlm__hmax_sse2(__m128 v)
-{
-    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
-    return _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps(v, v, 1)));
+    const __m128 upper = _mm_movehl_ps(v, v);
+    const __m128 w = sum ? _mm_add_ps(v, upper) : _mm_max_ps(v, upper);
+    const __m128 next = _mm_shuffle_ps(w, w, 1);
+    return _mm_cvtss_f32(sum ? _mm_add_ss(w, next) : _mm_max_ss(w, next));
 }
 
 /* Four numbers in the lower halves of x, as int16 or, in the lowest bytes, as int8. */
@@ -2706,8 +2697,8 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) _mm_max_ps(a, b)
 #define dlm__vsqrt(a) _mm_sqrt_ps(a)
-#define dlm__hsum(v) dlm__hsum_sse2(v)
-#define dlm__hmax(v) dlm__hmax_sse2(v)
+#define dlm__hsum(v) dlm__across_sse2(v, 1)
+#define dlm__hmax(v) dlm__across_sse2(v, 0)
 #include DLM_SELF
 
 /* --[ avx2 ]------------------------------------------------------------------ */
@@ -2761,8 +2752,8 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm256_max_ps(a, b)
 #define dlm__vsqrt(a) _mm256_sqrt_ps(a)
-#define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx2(v, 1))
-#define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx2(v, 0))
+#define dlm__hsum(v) dlm__across_sse2(dlm__lower_avx2(v, 1), 1)
+#define dlm__hmax(v) dlm__across_sse2(dlm__lower_avx2(v, 0), 0)
 #include DLM_SELF
 
 /* --[ avx512 ]----------------------------------------------------------------
@@ -2806,8 +2797,8 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
 #define dlm__vsqrt(a) _mm512_maskz_sqrt_ps(DLM__ALL, a)
 #define dlm__vnotbelow(v, x, low) \
     _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v)
-#define dlm__hsum(v) dlm__hsum_sse2(dlm__lower_avx512(v, 1))
-#define dlm__hmax(v) dlm__hmax_sse2(dlm__lower_avx512(v, 0))
+#define dlm__hsum(v) dlm__across_sse2(dlm__lower_avx512(v, 1), 1)
+#define dlm__hmax(v) dlm__across_sse2(dlm__lower_avx512(v, 0), 0)
 #include DLM_SELF
 #undef DLM__SAME_WORDS
 
@@ -3397,7 +3388,7 @@ static dlm_error dlm__check_type(dlm_ctx *ctx, const char *name, dlm_dtype type,
     return DLM_OK;
 }
 
-/* The ISA of that name, DLM_ISA_COUNT: there is none; NULL, "" or "auto": the best here. */
+/* The ISA of that name, or DLM_ISA_COUNT; NULL, "" and "auto" name the best there is. */
 static dlm_isa dlm__find_isa(const char *name)
 {
     const int best = name == NULL || *name == '\0' || strcmp(name, "auto") == 0;
@@ -3926,8 +3917,8 @@ static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int
     return dlm__floats_scalar(0U - (uint32_t)k->narrow.offset * (uint32_t)sum);
 }
 
-/* Of `out`, packed rows [first, first + n): panels (words, nr), of int8 followed by a scale
-   and a correction per row.  first is a multiple of nr; w has these rows alone. */
+/* Of `out`, packed rows [first, first + n): panels (words, nr), of int8 followed by a
+   scale and a correction per row.  first is a multiple of nr; w has these rows alone. */
 static void dlm__pack_rows(const dlm_ctx *ctx, const dlm_matrix *out, const float *w,
                            int first, int n)
 {
