@@ -1635,25 +1635,19 @@ DLM_API void dlm_random_bits(const dlm_address *at, uint32_t index, uint32_t out
     out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
 }
 
-static double dlm__fraction(uint32_t hi, uint32_t lo)
-{
-    uint64_t bits = (uint64_t)hi << 32 | lo;
-    return (double)(bits >> 11) * (1.0 / 9007199254740992.0);       /* 2^-53 */
-}
-
 DLM_API double dlm_uniform(const dlm_address *at, uint32_t index)
 {
     uint32_t r[4];
+    const uint32_t *half = r + 2 * (index % 2);
     dlm_random_bits(at, index / 2, r);
-    return index % 2 ? dlm__fraction(r[2], r[3]) : dlm__fraction(r[0], r[1]);
+    return (double)(((uint64_t)half[0] << 32 | half[1]) >> 11)
+        * (1.0 / 9007199254740992.0);                               /* 2^-53 */
 }
 
 static dlm_address dlm__address(uint64_t seed, uint32_t purpose, uint32_t step,
                                 uint32_t row, uint32_t position)
 {
-    dlm_address at;
-    at.seed = seed; at.purpose = purpose; at.step = step;
-    at.row = row; at.position = position;
+    const dlm_address at = { seed, purpose, step, row, position };
     return at;
 }
 
