@@ -1434,8 +1434,7 @@ static void dlm__release(dlm_ctx *ctx, void *ptr)
 }
 
 /* Stores the sentence and returns the code, so that failing is one line. */
-static dlm_error dlm__fail(dlm_ctx *ctx, dlm_error code, const char *format, ...)
-    DLM__PRINTF(3, 4);
+DLM__PRINTF(3, 4)
 static dlm_error dlm__fail(dlm_ctx *ctx, dlm_error code, const char *format, ...)
 {
     va_list args;
@@ -1457,14 +1456,10 @@ enum { DLM__PATTERN = 0xA5 };       /* what guards and the ends of slices hold  
    it is part of the next one's guard. */
 static void dlm__put_guard(char *slice, size_t size)
 {
-#if DLM_GUARD
-    memset(slice - DLM_GUARD, DLM__PATTERN, DLM_GUARD);
+    const size_t guard = DLM_GUARD;
+    memset(slice - guard, DLM__PATTERN, guard);
     memcpy(slice - sizeof size, &size, sizeof size);
     memset(slice + size, DLM__PATTERN, (DLM__ALIGN - size % DLM__ALIGN) % DLM__ALIGN);
-#else
-    (void)slice;
-    (void)size;
-#endif
 }
 
 /* count items of size bytes; NULL while counting. */
@@ -1477,7 +1472,7 @@ static void *dlm__push(dlm__arena *a, size_t count, size_t size)
     }
     a->used = (at + count * size + DLM__ALIGN - 1) / DLM__ALIGN * DLM__ALIGN;
     if (a->base == NULL) return NULL;
-    if (at > 0) dlm__put_guard(a->base + at, count * size);
+    if (DLM_GUARD > 0 && at > 0) dlm__put_guard(a->base + at, count * size);
     return a->base + at;
 }
 
@@ -1490,25 +1485,6 @@ static float *dlm__push_floats(dlm__arena *a, size_t rows, size_t cols)
 static int *dlm__push_ints(dlm__arena *a, size_t count)
 {
     return (int *)dlm__push(a, count, sizeof(int));
-}
-
-/* A zeroed block for an object called `what` becomes the arena's base, aligned; *block is
-   what must be released later (NULL if the memory is the caller's). */
-static dlm_error dlm__place(dlm_ctx *ctx, const char *what, size_t bytes,
-                            dlm_memory *mem, dlm__arena *a, void **block)
-{
-    void *raw = mem ? mem->base : dlm__alloc(ctx, bytes);
-    *block = mem ? NULL : raw;
-    if (mem && (raw == NULL || mem->size < bytes))
-        return dlm__fail(ctx, DLM_E_NOMEM, "%s: needs %.0f bytes, was given %.0f", what,
-                         (double)bytes, (double)mem->size);
-    if (raw == NULL)
-        return dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate %.0f bytes", what,
-                         (double)bytes);
-    memset(raw, 0, bytes);
-    a->base = (char *)raw + (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
-    a->used = 0;
-    return DLM_OK;
 }
 
 /* Places all that an object points to; runs twice on the same one. */
@@ -1545,19 +1521,28 @@ static void *dlm__make(dlm_error *e, dlm_ctx *ctx, const char *what, dlm__carve_
     dlm__arena a = { NULL, 0 };
     dlm__origin *origin;
     size_t bytes;
-    void *object, *block = NULL;
+    void *object, *raw = NULL;
     if (*e != DLM_OK) return NULL;
     dlm__carve_whole(&a, carve, draft, size);
     bytes = a.used + DLM__ALIGN;    /* some to align the base                      */
     if (a.used == SIZE_MAX)
         *e = dlm__fail(ctx, DLM_E_NOMEM, "%s: its size overflows", what);
-    else if (wanted) *e = dlm__place(ctx, what, bytes, mem, &a, &block);
-    else if (mem) mem->size = bytes;
-    if (!wanted || *e != DLM_OK) return NULL;
+    else if (!wanted && mem)
+        mem->size = bytes;
+    else if (wanted && mem && (mem->base == NULL || mem->size < bytes))
+        *e = dlm__fail(ctx, DLM_E_NOMEM, "%s: needs %.0f bytes, was given %.0f", what,
+                       (double)bytes, (double)mem->size);
+    else if (wanted && (raw = mem ? mem->base : dlm__alloc(ctx, bytes)) == NULL)
+        *e = dlm__fail(ctx, DLM_E_NOMEM, "%s: cannot allocate %.0f bytes", what,
+                       (double)bytes);
+    if (raw == NULL) return NULL;
+    a.base = (char *)memset(raw, 0, bytes);
+    a.base += (DLM__ALIGN - (uintptr_t)raw % DLM__ALIGN) % DLM__ALIGN;
+    a.used = 0;
     object = dlm__carve_whole(&a, carve, draft, size);
     origin = dlm__origin_of(object);
     origin->ctx = ctx == draft ? (dlm_ctx *)object : ctx;
-    origin->block = block;
+    origin->block = mem ? NULL : raw;
     origin->what = what;
     origin->end = a.base + a.used;
     return memcpy(object, draft, size);
