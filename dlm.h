@@ -1415,7 +1415,6 @@ struct dlm_ctx {
     const struct dlm__kernels *k;   /* the kernels of the chosen ISA               */
     struct dlm__pool *pool;         /* NULL: one thread, or the user's hook        */
     float        *scratch;          /* packed B of the matmul that is running      */
-    size_t        scratch_floats;
     char          error[256];
 };
 
@@ -3086,8 +3085,9 @@ static void *dlm__pool_thread(void *arg)
     }
 }
 
-static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
+static void dlm__pool_parallel(void *pool, int n, void (*job)(void *, int), void *arg)
 {
+    dlm__pool *p = (dlm__pool *)pool;
     const int shares = p->n_threads + 1;
     p->job = job;
     p->arg = arg;
@@ -3116,10 +3116,23 @@ static void dlm__pool_stop(dlm__pool *p)
     pthread_mutex_destroy(&p->lock);
 }
 
-/* A thread that cannot be had is no error: the rest do its work. */
-static void dlm__pool_start(dlm__pool *p, int workers)
+static dlm__pool *dlm__pool_carve(dlm__arena *a, int workers)
 {
+    dlm__pool *p = (dlm__pool *)dlm__push(a, 1, sizeof *p);
+    pthread_t *threads = (pthread_t *)dlm__push(a, (size_t)workers, sizeof *threads);
+    dlm__share *shares = (dlm__share *)dlm__push(a, (size_t)workers + 1, sizeof *shares);
+    if (p) { p->threads = threads; p->shares = shares; }
+    return p;
+}
+
+/* From here on the pool is the context's hook.  A thread that cannot be had is no error:
+   the rest do its work. */
+static void dlm__pool_start(dlm_ctx *ctx)
+{
+    dlm__pool *p = ctx->pool;
+    const int workers = ctx->opt.threads - 1;
     pthread_attr_t attr;
+    if (p == NULL) return;
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->workers.wake, NULL);
     pthread_cond_init(&p->caller.wake, NULL);
@@ -3131,6 +3144,9 @@ static void dlm__pool_start(dlm__pool *p, int workers)
         p->n_threads = i + 1;
     }
     pthread_attr_destroy(&attr);
+    ctx->opt.parallel_for = dlm__pool_parallel;
+    ctx->opt.parallel_user = p;
+    ctx->opt.threads = p->n_threads + 1;
 }
 
 /* More threads than cores only get in each other's way. */
@@ -3145,14 +3161,14 @@ static int dlm__cores(void)
 
 #else /* no threads */
 
-typedef struct dlm__pool { int *threads, n_threads; } dlm__pool;
-static void dlm__pool_parallel(dlm__pool *p, int n, void (*job)(void *, int), void *arg)
+static struct dlm__pool *dlm__pool_carve(dlm__arena *a, int n)
 {
-    (void)p;
-    for (int i = 0; i < n; i++) job(arg, i);
+    (void)a;
+    (void)n;
+    return NULL;
 }
-static void dlm__pool_stop(dlm__pool *p) { (void)p; }
-static void dlm__pool_start(dlm__pool *p, int workers) { (void)p; (void)workers; }
+static void dlm__pool_stop(struct dlm__pool *p) { (void)p; }
+static void dlm__pool_start(dlm_ctx *ctx) { (void)ctx; }
 static int  dlm__cores(void) { return 1; }
 
 #endif /* threads */
@@ -3163,18 +3179,14 @@ enum { DLM__HAND_OVER = 500000 };
 
 static int dlm__alone(const dlm_ctx *ctx, double flops)
 {
-    return flops < (int)DLM__HAND_OVER
-        || (ctx->pool == NULL && ctx->opt.parallel_for == NULL);
+    return flops < (int)DLM__HAND_OVER || ctx->opt.parallel_for == NULL;
 }
 
 static void dlm__parallel(dlm_ctx *ctx, int n, double flops, void (*job)(void *, int),
                           void *arg)
 {
-    const int alone = n <= 1 || dlm__alone(ctx, flops);
-    if (!alone && ctx->opt.parallel_for)
+    if (n > 1 && !dlm__alone(ctx, flops))
         ctx->opt.parallel_for(ctx->opt.parallel_user, n, job, arg);
-    else if (!alone && ctx->pool)
-        dlm__pool_parallel(ctx->pool, n, job, arg);
     else
         for (int i = 0; i < n; i++) job(arg, i);
 }
@@ -3408,27 +3420,12 @@ static dlm_error dlm__choose_isa(dlm_ctx *ctx)
     return ctx->k ? DLM_OK : dlm__no_isa(ctx, asked);
 }
 
-static int dlm__workers(const dlm_ctx *c)
-{
-    return c->opt.parallel_for ? 0 : c->opt.threads - 1;
-}
-
 static void dlm__ctx_carve(dlm__arena *a, void *object)
 {
     dlm_ctx *ctx = (dlm_ctx *)object;
-    const int workers = dlm__workers(ctx);
-    ctx->scratch = dlm__push_floats(a, ctx->scratch_floats, 1);
-    ctx->pool = NULL;
-    if (workers == 0) return;
-    ctx->pool = (dlm__pool *)dlm__push(a, 1, sizeof(dlm__pool));
-#ifdef DLM__POSIX_THREADS
-    {
-        pthread_t *threads = (pthread_t *)dlm__push(a, (size_t)workers, sizeof *threads);
-        dlm__share *shares = (dlm__share *)dlm__push(a, (size_t)workers + 1,
-                                                     sizeof *shares);
-        if (ctx->pool) { ctx->pool->threads = threads; ctx->pool->shares = shares; }
-    }
-#endif
+    const int workers = ctx->opt.parallel_for ? 0 : ctx->opt.threads - 1;
+    ctx->scratch = dlm__push_floats(a, ctx->opt.scratch / sizeof(float), 1);
+    ctx->pool = workers ? dlm__pool_carve(a, workers) : NULL;
 }
 
 /* The matmul cannot do with less than one panel. */
@@ -3440,7 +3437,6 @@ static dlm_error dlm__check_scratch(dlm_ctx *c)
         return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, %s can use %.0f .. %.0f",
                          (double)c->opt.scratch, dlm_isa_name(c->opt.isa), (double)least,
                          (double)(SIZE_MAX / 8));
-    c->scratch_floats = c->opt.scratch / sizeof(float);
     return DLM_OK;
 }
 
@@ -3484,7 +3480,7 @@ DLM_API dlm_error dlm_init(dlm_ctx **out, const dlm_options *opt)
     const dlm_error e = dlm__ctx_make(out, opt, NULL);
     if (e != DLM_OK) return e;
     (*out)->opt.message = NULL;
-    if ((*out)->pool) dlm__pool_start((*out)->pool, dlm__workers(*out));
+    dlm__pool_start(*out);
     return DLM_OK;
 }
 
@@ -3495,10 +3491,7 @@ DLM_API void dlm_shutdown(dlm_ctx *ctx)
 }
 
 DLM_API dlm_isa dlm_active_isa(const dlm_ctx *ctx) { return ctx->opt.isa; }
-DLM_API int dlm_active_threads(const dlm_ctx *ctx)
-{
-    return ctx->pool ? ctx->pool->n_threads + 1 : ctx->opt.threads;
-}
+DLM_API int dlm_active_threads(const dlm_ctx *ctx) { return ctx->opt.threads; }
 
 /* ==[ matmul ]================================================================
    c (M,N) (+)= a (M,K) b (K,N) with any strides, which covers NN, NT and TN.  b is
@@ -3780,7 +3773,7 @@ static void dlm__gemm_run(dlm__gemm *g)
     const dlm__kernels *k = g->ctx->k;
     const int nr = k->nr, words = dlm__words_of(k, g->kind, g->K);
     const int kc = dlm__min(DLM__KC, dlm__max(words, 1));
-    const size_t room = g->ctx->scratch_floats / (size_t)kc / (size_t)nr;
+    const size_t room = g->ctx->opt.scratch / sizeof(float) / (size_t)(kc * nr);
     const int panels = dlm__ceil_div(g->N, nr);
     int nc = (room < (size_t)panels ? (int)room : panels) * nr;
     g->words = words;
