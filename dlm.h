@@ -4328,26 +4328,13 @@ typedef struct dlm__lanes {
     dlm_keys hull;                  /* the union of each range over the lanes      */
 } dlm__lanes;
 
-static void dlm__lanes_hull(dlm_keys *hull, const dlm_keys *k, int first)
-{
-    if (first) {
-        *hull = *k;
-        return;
-    }
-    hull->lo0 = dlm__min(hull->lo0, k->lo0);
-    hull->hi0 = dlm__max(hull->hi0, k->hi0);
-    if (k->lo1 == k->hi1) return;
-    hull->lo1 = hull->lo1 == hull->hi1 ? k->lo1 : dlm__min(hull->lo1, k->lo1);
-    hull->hi1 = dlm__max(hull->hi1, k->hi1);
-}
-
-/* Lanes first .. of sequence seq and key/value head kv. */
-static void dlm__lanes_take(dlm__lanes *l, const dlm__attention *a, int seq, int kv,
-                            int first)
+/* Lanes first .. of sequence seq and key/value head kv; 0 if there are none. */
+static int dlm__lanes_take(dlm__lanes *l, const dlm__attention *a, int seq, int kv,
+                           int first)
 {
     const int G = a->H / a->KV, nr = a->ctx->k->nr;
-    const int all = (a->start[seq + 1] - a->start[seq]) * G;
-    l->n = dlm__min(nr, all - first);
+    dlm_keys *hull = &l->hull;
+    l->n = dlm__min(nr, (a->start[seq + 1] - a->start[seq]) * G - first);
     l->width = l->n <= a->ctx->k->vw ? a->ctx->k->vw : nr;
     for (int i = 0; i < l->n; i++) {
         dlm_keys *k = &l->keys[i];
@@ -4355,25 +4342,29 @@ static void dlm__lanes_take(dlm__lanes *l, const dlm__attention *a, int seq, int
         l->head[i] = kv * G + (first + i) % G;
         *k = a->keys[l->row[i]];
         if (k->lo1 >= k->hi1) k->lo1 = k->hi1 = k->hi0;
-        dlm__lanes_hull(&l->hull, k, i == 0);
+        if (i == 0) *hull = *k;
+        hull->lo0 = dlm__min(hull->lo0, k->lo0);
+        hull->hi0 = dlm__max(hull->hi0, k->hi0);
+        if (k->lo1 == k->hi1) continue;
+        hull->lo1 = hull->lo1 == hull->hi1 ? k->lo1 : dlm__min(hull->lo1, k->lo1);
+        hull->hi1 = dlm__max(hull->hi1, k->hi1);
     }
+    return l->n > 0;
 }
 
-/* The slots [*from, *to) of the chunk at `chunk` that some lane may see. */
-static int dlm__lanes_span(const dlm__lanes *l, int chunk, int *from, int *to)
+/* The slots [*from, *to) that some lane may see, of the first chunk from *chunk on that
+   has any; 0 if there is none. */
+static int dlm__lanes_span(const dlm__lanes *l, int *chunk, int *from, int *to)
 {
-    const int end = chunk + DLM__CHUNK;
-    const int a0 = dlm__max(l->hull.lo0, chunk), b0 = dlm__min(l->hull.hi0, end);
-    const int a1 = dlm__max(l->hull.lo1, chunk), b1 = dlm__min(l->hull.hi1, end);
-    if (a0 >= b0 && a1 >= b1) return 0;
-    *from = a0 >= b0 ? a1 : a1 >= b1 ? a0 : dlm__min(a0, a1);
-    *to = a0 >= b0 ? b1 : a1 >= b1 ? b0 : dlm__max(b0, b1);
-    return 1;
-}
-
-static int dlm__lanes_end(const dlm__lanes *l)
-{
-    return dlm__max(l->hull.hi0, l->hull.hi1);
+    for (; *chunk < dlm__max(l->hull.hi0, l->hull.hi1); *chunk += DLM__CHUNK) {
+        const int end = *chunk + DLM__CHUNK;
+        const int a0 = dlm__max(l->hull.lo0, *chunk), b0 = dlm__min(l->hull.hi0, end);
+        const int a1 = dlm__max(l->hull.lo1, *chunk), b1 = dlm__min(l->hull.hi1, end);
+        *from = a0 >= b0 ? a1 : a1 >= b1 ? a0 : dlm__min(a0, a1);
+        *to = a0 >= b0 ? b1 : a1 >= b1 ? b0 : dlm__max(b0, b1);
+        if (a0 < b0 || a1 < b1) return 1;
+    }
+    return 0;
 }
 
 static void dlm__hide(float *s, int by, int chunk, int from, int to)
@@ -4480,8 +4471,7 @@ static void dlm__attention_lanes(const dlm__attention *a, const dlm__lanes *l,
     }
     for (int i = 0; i < lanes; i++) max[i] = -FLT_MAX, sum[i] = 0.0f, rescale[i] = 0.0f;
     dlm__lanes_gather(l, q, by_lane, by_d, a->q, a->H, D, 1.0f / sqrtf((float)D));
-    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
-        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
+    for (int chunk = 0; dlm__lanes_span(l, &chunk, &from, &to); chunk += DLM__CHUNK) {
         const int n = to - from, first = (from - chunk) / k->mr * k->mr;
         float *s_from = s + (from - chunk) * by_d;
         if (few)
@@ -4507,13 +4497,10 @@ static void dlm__attention_job(void *arg, int job)
 {
     const dlm__attention *a = (const dlm__attention *)arg;
     const int seq = job / a->KV, kv = job % a->KV;
-    const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
     const float *v = a->v + (size_t)a->v_base[seq] * a->ldv + (size_t)(kv * a->D);
     dlm__lanes l;
-    for (int first = 0; first < all; first += a->ctx->k->nr) {
-        dlm__lanes_take(&l, a, seq, kv, first);
+    for (int first = 0; dlm__lanes_take(&l, a, seq, kv, first); first += a->ctx->k->nr)
         dlm__attention_lanes(a, &l, a->k_panels + dlm__head_at(a, seq, kv), v);
-    }
 }
 
 /* Keys seen by all queries, for the cost estimate. */
@@ -4598,8 +4585,7 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
     float *dk = a->dkv_columns + 2 * head, *dv = dk + (size_t)D * (size_t)ld;
     int from = 0, to = 0;
     dlm__lanes_back_begin(a, l, w);
-    for (int chunk = 0; chunk < dlm__lanes_end(l); chunk += DLM__CHUNK) {
-        if (!dlm__lanes_span(l, chunk, &from, &to)) continue;
+    for (int chunk = 0; dlm__lanes_span(l, &chunk, &from, &to); chunk += DLM__CHUNK) {
         const int at = (from - chunk) * nr, n = to - from;
         dlm__lanes_scores(a, l, w->s, a->k_panels + head, w->q, chunk, from, to);
         dlm__lanes_mask(l, w->s, 1, nr, chunk, from, to);
@@ -4622,7 +4608,6 @@ static void dlm__attention_backward_job(void *arg, int job)
 {
     const dlm__attention *a = (const dlm__attention *)arg;
     const int seq = job / a->KV, kv = job % a->KV, D = a->D;
-    const int all = (a->start[seq + 1] - a->start[seq]) * (a->H / a->KV);
     const int ld = dlm__round_up(a->n_slots[seq], DLM__CHUNK);
     const size_t at = (size_t)a->v_base[seq] * a->lddk + (size_t)(kv * D);
     float *dk = a->dkv_columns + 2 * dlm__head_at(a, seq, kv);
@@ -4631,10 +4616,8 @@ static void dlm__attention_backward_job(void *arg, int job)
     dlm__lanes_back w;
     memset(dk, 0, 2 * (size_t)D * (size_t)ld * sizeof *dk);
     memset(w.turned, 0, sizeof w.turned);   /* tiles read past the slots they write */
-    for (int first = 0; first < all; first += a->ctx->k->nr) {
-        dlm__lanes_take(&l, a, seq, kv, first);
+    for (int first = 0; dlm__lanes_take(&l, a, seq, kv, first); first += a->ctx->k->nr)
         dlm__attention_tile_backward(a, &l, seq, kv, &w);
-    }
     dlm__transpose(a->dk + at, a->lddk, dk, (size_t)ld, D, a->n_slots[seq]);
     dlm__transpose(a->dv + at, a->lddk, dv, (size_t)ld, D, a->n_slots[seq]);
 }
