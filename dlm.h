@@ -4090,7 +4090,7 @@ typedef struct dlm__norm {
     float *y, *x, *r;               /* (rows, n), (rows, n), (rows)                */
     const float *g;                 /* (n)                                         */
     const float *dy;                /* (rows, n)                                   */
-    float *dx;                      /* (rows, n)                                   */
+    float *dx;                      /* (rows, n); NULL: forward                    */
     int n;
     float eps;
 } dlm__norm;
@@ -4098,10 +4098,14 @@ typedef struct dlm__norm {
 static void dlm__norm_rows(void *arg, int first, int end)
 {
     const dlm__norm *m = (const dlm__norm *)arg;
-    const size_t n = (size_t)m->n;
-    for (int i = first; i < end; i++)
-        m->r[i] = m->ctx->k->rmsnorm(m->y + (size_t)i * n, m->x + (size_t)i * n, m->g,
-                                     m->n, m->eps);
+    const dlm__kernels *k = m->ctx->k;
+    for (int i = first; i < end; i++) {
+        const size_t at = (size_t)i * (size_t)m->n;
+        if (m->dx)
+            k->rmsnorm_backward(m->dx + at, m->dy + at, m->x + at, m->g, m->r[i], m->n);
+        else
+            m->r[i] = k->rmsnorm(m->y + at, m->x + at, m->g, m->n, m->eps);
+    }
 }
 
 static void dlm__norm_forward(dlm__norm *m, int rows)
@@ -4109,21 +4113,12 @@ static void dlm__norm_forward(dlm__norm *m, int rows)
     dlm__for_rows(m->ctx, rows, 6.0 * m->n, dlm__norm_rows, m);
 }
 
-static void dlm__norm_backward_rows(void *arg, int first, int end)
-{
-    const dlm__norm *m = (const dlm__norm *)arg;
-    const size_t n = (size_t)m->n;
-    for (int i = first; i < end; i++)
-        m->ctx->k->rmsnorm_backward(m->dx + (size_t)i * n, m->dy + (size_t)i * n,
-                                    m->x + (size_t)i * n, m->g, m->r[i], m->n);
-}
-
 static void dlm__norm_backward(dlm__norm *m, float *dg, int rows)
 {
     const size_t ld = (size_t)m->n;
     dlm__column_sum c = { m->ctx, dg, m->dy, ld, m->x, ld, m->r, NULL, rows, 1, m->n };
     dlm__column_sum_run(&c);
-    dlm__for_rows(m->ctx, rows, 8.0 * m->n, dlm__norm_backward_rows, m);
+    dlm__for_rows(m->ctx, rows, 8.0 * m->n, dlm__norm_rows, m);
 }
 
 /* --[ heads ]-----------------------------------------------------------------
