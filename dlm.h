@@ -1797,6 +1797,14 @@ typedef struct dlm__kernels {
 } dlm__kernels;
 #undef DLM__FIELD
 
+/* The tile of one kind of words, from the body for all of them. */
+#define DLM__TILE_OF(target, name, body, kind) \
+static target void name(float *c, int ldc, dlm__side a, const float *b, int ldb, \
+                        int m, int n, int k, int add) \
+{ \
+    body(c, ldc, a, b, ldb, m, n, k, add, kind); \
+}
+
 #ifdef DLM__AMX
 /* Tiles have 8 KiB of state, which Linux keeps for a process only if it has asked:
    arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), called without a libc that may
@@ -1806,8 +1814,7 @@ static int dlm__ask_for_amx(void)
     const unsigned wanted = 1U << 24 | 1U << 22 | 1U << 25;     /* tile, bf16, int8 */
     unsigned a, b, c, d;
     long result;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if ((d & wanted) != wanted) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L)
                      : "rcx", "r11", "memory");
     return result == 0;
@@ -2064,12 +2071,7 @@ DLM__INLINE DLM__TARGET void DLM__K(dlm__tile_any)(
 
 /* The tile and the row of each kind of words. */
 #define DLM__PRODUCTS(name, kind) \
-static DLM__TARGET void DLM__K(dlm__tile_##name)( \
-    float *c, int ldc, dlm__side a, const float *b, int ldb, \
-    int m, int n, int k, int add) \
-{ \
-    DLM__K(dlm__tile_any)(c, ldc, a, b, ldb, m, n, k, add, kind); \
-} \
+DLM__TILE_OF(DLM__TARGET, DLM__K(dlm__tile_##name), DLM__K(dlm__tile_any), kind) \
 static DLM__TARGET void DLM__K(dlm__row_##name)( \
     float *c, dlm__side a, const float *b, int ldb, size_t next, int k, int add) \
 { \
@@ -2836,17 +2838,8 @@ DLM__INLINE DLM__AMX_TARGET void dlm__amx_tile(
         memcpy(c + (size_t)i * (size_t)ldc, edge + 32 * i, (size_t)n * sizeof *c);
 }
 
-static DLM__AMX_TARGET void dlm__amx_tile_bf16(
-    float *c, int ldc, dlm__side a, const float *b, int ldb, int m, int n, int k, int add)
-{
-    dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_BF16);
-}
-
-static DLM__AMX_TARGET void dlm__amx_tile_int8(
-    float *c, int ldc, dlm__side a, const float *b, int ldb, int m, int n, int k, int add)
-{
-    dlm__amx_tile(c, ldc, a, b, ldb, m, n, k, add, DLM__WORD_I8);
-}
+DLM__TILE_OF(DLM__AMX_TARGET, dlm__amx_tile_bf16, dlm__amx_tile, DLM__WORD_BF16)
+DLM__TILE_OF(DLM__AMX_TARGET, dlm__amx_tile_int8, dlm__amx_tile, DLM__WORD_I8)
 #endif
 
 /* --[ avx512bf16 ]------------------------------------------------------------
@@ -3209,8 +3202,7 @@ static void dlm__row_job(void *arg, int i)
 static void dlm__for_rows(dlm_ctx *ctx, int n, double flops_per_row,
                           void (*body)(void *arg, int first, int end), void *arg)
 {
-    dlm__row_loop loop;
-    loop.body = body; loop.arg = arg; loop.n = n;
+    dlm__row_loop loop = { body, arg, n };
     dlm__parallel(ctx, dlm__ceil_div(n, DLM__ROWS), flops_per_row * n, dlm__row_job,
                   &loop);
 }
@@ -7306,10 +7298,7 @@ DLM_API dlm_error dlm_sampler_create(dlm_sampler **out, dlm_session *s,
     return e;
 }
 
-DLM_API void dlm_sampler_free(dlm_sampler *sm)
-{
-    dlm__unmake(sm);
-}
+DLM_API void dlm_sampler_free(dlm_sampler *sm) { dlm__unmake(sm); }
 
 /* --[ blocks ]----------------------------------------------------------------  */
 
