@@ -1831,7 +1831,7 @@ static int dlm__ask_for_amx(void)
        DLM__TARGET        function attribute, __attribute__((target("avx2,fma")))
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
        dlm__vf            a vector of floats, which has the operators + - / of C, and
-                          words on it: dlm__vload vstore vset1 vfma vmax (b unless a > b)
+                          words on it: dlm__vset1 vfma vmax (b unless a > b)
                           vsqrt hsum hmax; fma1: vfma of single floats
        dlm__vtoint        to the nearest int32, as the vector dlm__vu, which has all
                           operators; vfromint; vstore16: stores the upper halves of the
@@ -1852,9 +1852,14 @@ static int dlm__ask_for_amx(void)
 #define dlm__vexp DLM__K(dlm__vexp)
 #define dlm__vu DLM__K(dlm__vu)
 #define dlm__vs DLM__K(dlm__vs)
+#define dlm__vat DLM__K(dlm__vat)   /* a vector where it lies, at any float        */
+#define dlm__vload(p) (*(const dlm__vat *)(p))
+#define dlm__vstore(p, v) (*(dlm__vat *)(p) = (v))
 #if DLM__VW == 1                    /* it has bits, floats, vnan and vmul itself   */
 typedef uint32_t dlm__vu;
+typedef float dlm__vat;
 #else                               /* casts of vectors keep their bits            */
+typedef float dlm__vat __attribute__((vector_size(4 * DLM__VW), aligned(4), may_alias));
 typedef uint32_t dlm__vu __attribute__((vector_size(4 * DLM__VW)));
 typedef int16_t  dlm__vs __attribute__((vector_size(4 * DLM__VW)));
 #define dlm__bits(v) ((dlm__vu)(v))
@@ -2547,8 +2552,6 @@ static const dlm__kernels dlm__table_amx = {
 #undef DLM__MR
 #undef DLM__NV
 #undef dlm__vf
-#undef dlm__vload
-#undef dlm__vstore
 #undef dlm__vloadn
 #undef dlm__vstoren
 #undef dlm__vstore16
@@ -2622,8 +2625,6 @@ DLM__INLINE uint32_t dlm__toint_scalar(float x)          /* |x| <= 128; NaN: 0  
 #define dlm__vfromint(u) ((float)(int32_t)(u))
 #define dlm__vstore16(p, u) dlm__store16_scalar(p, u)
 #define dlm__vstore8(p, u) (*(p) = (char)(u))
-#define dlm__vload(p) (*(p))
-#define dlm__vstore(p, v) (*(p) = (v))
 #define dlm__vset1(x) (x)
 #define dlm__vmul(a, b) ((a) * (b))
 #define dlm__vfma(a, b, c) ((a) * (b) + (c))
@@ -2670,8 +2671,6 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define dlm__vfromint(u) _mm_cvtepi32_ps((__m128i)(u))
 #define dlm__vstore16(p, u) dlm__store16_sse2(p, _mm_srai_epi32((__m128i)(u), 16))
 #define dlm__vstore8(p, u) dlm__store8_sse2(p, (__m128i)(u))
-#define dlm__vload(p) _mm_loadu_ps(p)
-#define dlm__vstore(p, v) _mm_storeu_ps(p, v)
 #define dlm__vset1(x) _mm_set1_ps(x)
 #define dlm__vfma(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
 #define dlm__fma1(a, b, c) ((a) * (b) + (c))
@@ -2723,8 +2722,6 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__vfromint(u) _mm256_cvtepi32_ps((__m256i)(u))
 #define dlm__vstore16(p, u) dlm__store16_avx2(p, _mm256_srai_epi32((__m256i)(u), 16))
 #define dlm__vstore8(p, u) dlm__store8_avx2(p, (__m256i)(u))
-#define dlm__vload(p) _mm256_loadu_ps(p)
-#define dlm__vstore(p, v) _mm256_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm256_maskload_ps(p, dlm__first_avx2(n))
 #define dlm__vstoren(p, v, n) _mm256_maskstore_ps(p, dlm__first_avx2(n), v)
 #define dlm__vset1(x) _mm256_set1_ps(x)
@@ -2766,8 +2763,6 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
     _mm512_maskz_cvtepi32_epi16(DLM__ALL, (__m512i)((u) >> 16)))
 #define dlm__vstore8(p, u) _mm_storeu_si128( \
     (__m128i *)(void *)(p), _mm512_maskz_cvtepi32_epi8(DLM__ALL, (__m512i)(u)))
-#define dlm__vload(p) _mm512_loadu_ps(p)
-#define dlm__vstore(p, v) _mm512_storeu_ps(p, v)
 #define dlm__vloadn(p, n) _mm512_maskz_loadu_ps((__mmask16)((1U << (n)) - 1U), p)
 #define dlm__vstoren(p, v, n) _mm512_mask_storeu_ps(p, (__mmask16)((1U << (n)) - 1U), v)
 #define dlm__vset1(x) _mm512_set1_ps(x)
@@ -2893,8 +2888,6 @@ DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
 #define dlm__vfromint(u) vcvtq_f32_s32((int32x4_t)(u))
 #define dlm__vstore16(p, u) dlm__store16_neon(p, (uint32x4_t)(u))
 #define dlm__vstore8(p, u) dlm__store8_neon(p, (uint32x4_t)(u))
-#define dlm__vload(p) vld1q_f32(p)
-#define dlm__vstore(p, v) vst1q_f32(p, v)
 #define dlm__vset1(x) vdupq_n_f32(x)
 #define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
