@@ -4303,7 +4303,7 @@ typedef struct dlm__attention {
 /* The queries of one tile. */
 typedef struct dlm__lanes {
     int n, width;                   /* lanes in use; computed: one vector or nr    */
-    int row[DLM__MAX_NR], head[DLM__MAX_NR];
+    size_t at[DLM__MAX_NR];         /* which of all (rows, H) each is              */
     dlm_keys keys[DLM__MAX_NR];
     dlm_keys hull;                  /* the union of each range over the lanes      */
 } dlm__lanes;
@@ -4318,9 +4318,9 @@ static int dlm__lanes_take(dlm__lanes *l, const dlm__attention *a, int seq, int 
     l->width = l->n <= a->ctx->k->vw ? a->ctx->k->vw : nr;
     for (int i = 0; i < l->n; i++) {
         dlm_keys *k = &l->keys[i];
-        l->row[i] = a->start[seq] + (first + i) / G;
-        l->head[i] = kv * G + (first + i) % G;
-        *k = a->keys[l->row[i]];
+        const int row = a->start[seq] + (first + i) / G;
+        l->at[i] = (size_t)row * (size_t)a->H + (size_t)(kv * G + (first + i) % G);
+        *k = a->keys[row];
         if (k->lo1 >= k->hi1) k->lo1 = k->hi1 = k->hi0;
         if (i == 0) *hull = *k;
         hull->lo0 = dlm__min(hull->lo0, k->lo0);
@@ -4368,12 +4368,6 @@ static void dlm__lanes_mask(const dlm__lanes *l, float *s, int by_lane, int by_s
     }
 }
 
-/* Which of all (rows, H) is lane i. */
-static size_t dlm__lane_at(const dlm__lanes *l, int i, int H)
-{
-    return (size_t)l->row[i] * (size_t)H + (size_t)l->head[i];
-}
-
 /* Where slot 0 of a sequence and key/value head is in (KV, pad_total, D). */
 static size_t dlm__head_at(const dlm__attention *a, int seq, int kv)
 {
@@ -4382,10 +4376,10 @@ static size_t dlm__head_at(const dlm__attention *a, int seq, int kv)
 
 /* out[i * by_lane + d * by_d] = scale * x[row of lane i][head of lane i][d]. */
 static void dlm__lanes_gather(const dlm__lanes *l, float *out, int by_lane, int by_d,
-                              const float *x, int H, int D, float scale)
+                              const float *x, int D, float scale)
 {
     for (int i = 0; i < l->n; i++) {
-        const float *x_i = x + dlm__lane_at(l, i, H) * (size_t)D;
+        const float *x_i = x + l->at[i] * (size_t)D;
         for (int d = 0; d < D; d++) out[i * by_lane + d * by_d] = scale * x_i[d];
     }
 }
@@ -4423,7 +4417,7 @@ static void dlm__lanes_finish(const dlm__attention *a, const dlm__lanes *l,
                               const float *sum)
 {
     for (int i = 0; i < l->n; i++) {
-        const size_t at = dlm__lane_at(l, i, a->H);
+        const size_t at = l->at[i];
         float *o_i = a->o + at * (size_t)a->D;
         const float scale = 1.0f / sum[i];
         for (int d = 0; d < a->D; d++) o_i[d] = o[i * by_lane + d * by_d] * scale;
@@ -4450,7 +4444,7 @@ static void dlm__attention_lanes(const dlm__attention *a, const dlm__lanes *l,
         memset(o + i * by_lane, 0, (size_t)(D * by_d) * sizeof *o);
     }
     for (int i = 0; i < lanes; i++) max[i] = -FLT_MAX, sum[i] = 0.0f, rescale[i] = 0.0f;
-    dlm__lanes_gather(l, q, by_lane, by_d, a->q, a->H, D, 1.0f / sqrtf((float)D));
+    dlm__lanes_gather(l, q, by_lane, by_d, a->q, D, 1.0f / sqrtf((float)D));
     for (int chunk = 0; dlm__lanes_span(l, &chunk, &from, &to); chunk += DLM__CHUNK) {
         const int n = to - from, first = (from - chunk) / k->mr * k->mr;
         float *s_from = s + (from - chunk) * by_d;
@@ -4539,13 +4533,13 @@ static void dlm__lanes_back_begin(const dlm__attention *a, const dlm__lanes *l,
     const float scale = 1.0f / sqrtf((float)D);
     memset(w->q, 0, (size_t)(D * nr) * sizeof *w->q);
     memset(w->d_o, 0, (size_t)(D * nr) * sizeof *w->d_o);
-    dlm__lanes_gather(l, w->q, 1, nr, a->q, a->H, D, scale);
-    dlm__lanes_gather(l, w->d_o, 1, nr, a->d_o, a->H, D, 1.0f);
+    dlm__lanes_gather(l, w->q, 1, nr, a->q, D, scale);
+    dlm__lanes_gather(l, w->d_o, 1, nr, a->d_o, D, 1.0f);
     memset(w->dq, 0, (size_t)(D * nr) * sizeof *w->dq);
     memset(w->lse, 0, sizeof w->lse);
     memset(w->delta, 0, sizeof w->delta);
     for (int i = 0; i < l->n; i++) {
-        const size_t at = dlm__lane_at(l, i, a->H);
+        const size_t at = l->at[i];
         const float *d_o = a->d_o + at * (size_t)D;
         for (int d = 0; d < D; d++) w->q_rows[i * D + d] = w->q[d * nr + i];
         memcpy(w->do_rows + i * D, d_o, (size_t)D * sizeof *d_o);
@@ -4578,7 +4572,7 @@ static void dlm__attention_tile_backward(const dlm__attention *a, const dlm__lan
         dlm__lanes_spread(a, l, dv + from, ld, w->do_rows, w->turned, n);
     }
     for (int i = 0; i < l->n; i++) {
-        const size_t at = dlm__lane_at(l, i, a->H);
+        const size_t at = l->at[i];
         float *dq_i = a->dq + at * (size_t)D;
         for (int d = 0; d < D; d++) dq_i[d] = w->dq[d * nr + i] / sqrtf((float)D);
     }
