@@ -3379,30 +3379,24 @@ static dlm_isa dlm__find_isa(const char *name)
     return DLM_ISA_COUNT;
 }
 
-/* asked: for what, and where, in words. */
-static dlm_error dlm__no_isa(dlm_ctx *ctx, const char *asked)
+static dlm_error dlm__choose_isa(dlm_ctx *ctx)
 {
-    char list[96] = "";
+    const char *name = getenv("DLM_ISA");
+    const dlm_isa isa = ctx->opt.isa;
+    char asked[64], list[96] = "";          /* for what, and where; what there is    */
     size_t n = 0;
+    snprintf(asked, sizeof asked, "isa %d (%s)", (int)isa, dlm_isa_name(isa));
+    if (isa == DLM_ISA_AUTO && name && *name)
+        snprintf(asked, sizeof asked, "DLM_ISA=%.40s", name);
+    ctx->opt.isa = isa == DLM_ISA_AUTO ? dlm__find_isa(name) : isa;
+    ctx->k = dlm__kernels_of(ctx->opt.isa);
+    if (ctx->k) return DLM_OK;
     for (int i = DLM_ISA_SCALAR; i < DLM_ISA_COUNT && n < sizeof list; i++)
         if (dlm_isa_supported((dlm_isa)i))
             n += (size_t)snprintf(list + n, sizeof list - n, "%s%s", n ? ", " : "",
                                   dlm_isa_name((dlm_isa)i));
     return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%s: this CPU and build have %s", asked,
                      list);
-}
-
-static dlm_error dlm__choose_isa(dlm_ctx *ctx)
-{
-    const char *name = getenv("DLM_ISA");
-    const dlm_isa isa = ctx->opt.isa;
-    char asked[64];
-    snprintf(asked, sizeof asked, "isa %d (%s)", (int)isa, dlm_isa_name(isa));
-    if (isa == DLM_ISA_AUTO && name && *name)
-        snprintf(asked, sizeof asked, "DLM_ISA=%.40s", name);
-    ctx->opt.isa = isa == DLM_ISA_AUTO ? dlm__find_isa(name) : isa;
-    ctx->k = dlm__kernels_of(ctx->opt.isa);
-    return ctx->k ? DLM_OK : dlm__no_isa(ctx, asked);
 }
 
 static void dlm__ctx_carve(dlm__arena *a, void *object)
@@ -7454,14 +7448,11 @@ static void dlm__sort(dlm__candidate *c, int n)
 static float dlm__blind_rank(const dlm_sampler *sm, const dlm__sequence *q, int position,
                              int steps)
 {
-    switch (sm->opt.order) {
-    case DLM_ORDER_SEQUENTIAL: return (float)-position;
-    case DLM_ORDER_ANCESTRAL:
-        return (float)-(int)(steps * dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, 0,
-                                                          position));
-    default:
-        return (float)-dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, q->step, position);
-    }
+    const int once = sm->opt.order == DLM_ORDER_ANCESTRAL;
+    double u;
+    if (sm->opt.order == DLM_ORDER_SEQUENTIAL) return (float)-position;
+    u = dlm__sampler_uniform(sm, q, DLM_RANDOM_ORDER, once ? 0 : q->step, position);
+    return once ? (float)-(int)(steps * u) : (float)-u;
 }
 
 /* Keeps the `keep` candidates, or all whose turn is next, that a blind order looks at,
