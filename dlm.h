@@ -1832,7 +1832,8 @@ static int dlm__ask_for_amx(void)
        DLM__VW _MR _NV    lanes of a vector, rows of a tile, vectors of a tile row
        dlm__vf            a vector of floats, which has the operators + - / of C, and
                           words on it: dlm__vset1 vfma vmax (b unless a > b)
-                          vsqrt hsum hmax; fma1: vfma of single floats
+                          vsqrt; across: the sum of its lanes, or the largest of them;
+                          fma1: vfma of single floats
        dlm__vtoint        to the nearest int32, as the vector dlm__vu, which has all
                           operators; vfromint; vstore16: stores the upper halves of the
                           lanes, vstore8: their lowest bytes
@@ -1853,6 +1854,8 @@ static int dlm__ask_for_amx(void)
 #define dlm__vu DLM__K(dlm__vu)
 #define dlm__vs DLM__K(dlm__vs)
 #define dlm__vat DLM__K(dlm__vat)   /* a vector where it lies, at any float        */
+#define dlm__hsum(v) dlm__across(v, 1)
+#define dlm__hmax(v) dlm__across(v, 0)
 #define dlm__vload(p) (*(const dlm__vat *)(p))
 #define dlm__vstore(p, v) (*(dlm__vat *)(p) = (v))
 #if DLM__VW == 1                    /* it has bits, floats, vnan and vmul itself   */
@@ -2565,8 +2568,7 @@ static const dlm__kernels dlm__table_amx = {
 #undef dlm__vmax
 #undef dlm__vsqrt
 #undef dlm__vnotbelow
-#undef dlm__hsum
-#undef dlm__hmax
+#undef dlm__across
 #endif
 #else /* door 2: back to the ordinary reading of the file */
 
@@ -2632,8 +2634,7 @@ DLM__INLINE uint32_t dlm__toint_scalar(float x)          /* |x| <= 128; NaN: 0  
 #define dlm__vmax(a, b) ((a) > (b) ? (a) : (b))
 #define dlm__vsqrt(a) sqrtf(a)
 #define dlm__vnotbelow(v, x, low) ((x) < (low) ? 0.0f : (v))
-#define dlm__hsum(v) (v)
-#define dlm__hmax(v) (v)
+#define dlm__across(v, sum) (v)
 #include DLM_SELF                   /* not found?  see DLM_SELF in the top comment */
 
 #ifdef DLM__X86
@@ -2676,8 +2677,7 @@ DLM__INLINE void dlm__store8_sse2(char *p, __m128i x)
 #define dlm__fma1(a, b, c) ((a) * (b) + (c))
 #define dlm__vmax(a, b) _mm_max_ps(a, b)
 #define dlm__vsqrt(a) _mm_sqrt_ps(a)
-#define dlm__hsum(v) dlm__across_sse2(v, 1)
-#define dlm__hmax(v) dlm__across_sse2(v, 0)
+#define dlm__across(v, sum) dlm__across_sse2(v, sum)
 #include DLM_SELF
 
 /* --[ avx2 ]------------------------------------------------------------------ */
@@ -2729,8 +2729,7 @@ DLM__INLINE DLM__AVX2 void dlm__store8_avx2(char *p, __m256i x)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) _mm256_max_ps(a, b)
 #define dlm__vsqrt(a) _mm256_sqrt_ps(a)
-#define dlm__hsum(v) dlm__across_sse2(dlm__lower_avx2(v, 1), 1)
-#define dlm__hmax(v) dlm__across_sse2(dlm__lower_avx2(v, 0), 0)
+#define dlm__across(v, sum) dlm__across_sse2(dlm__lower_avx2(v, sum), sum)
 #include DLM_SELF
 
 /* --[ avx512 ]----------------------------------------------------------------
@@ -2772,8 +2771,7 @@ DLM__INLINE DLM__AVX512 __m128 dlm__lower_avx512(__m512 v, int sum)
 #define dlm__vsqrt(a) _mm512_maskz_sqrt_ps(DLM__ALL, a)
 #define dlm__vnotbelow(v, x, low) \
     _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v)
-#define dlm__hsum(v) dlm__across_sse2(dlm__lower_avx512(v, 1), 1)
-#define dlm__hmax(v) dlm__across_sse2(dlm__lower_avx512(v, 0), 0)
+#define dlm__across(v, sum) dlm__across_sse2(dlm__lower_avx512(v, sum), sum)
 #include DLM_SELF
 #undef DLM__SAME_WORDS
 
@@ -2893,8 +2891,7 @@ DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
 #define dlm__vmax(a, b) dlm__larger_neon(a, b)
 #define dlm__vsqrt(a) vsqrtq_f32(a)
-#define dlm__hsum(v) vaddvq_f32(v)
-#define dlm__hmax(v) vmaxvq_f32(v)
+#define dlm__across(v, sum) ((sum) ? vaddvq_f32(v) : vmaxvq_f32(v))
 #include DLM_SELF
 #endif /* DLM__ARM */
 
