@@ -2394,7 +2394,6 @@ static DLM__TARGET void DLM__K(dlm__add)(float *y, const float *x, int n)
         dlm__st(y + i, dlm__ld(y + i, n - i) + dlm__ld(x + i, n - i), n - i);
 }
 
-/* y += r x z */
 static DLM__TARGET void DLM__K(dlm__add_product)(float *y, const float *x, const float *z,
                                                  float r, int n)
 {
@@ -3404,21 +3403,10 @@ static void dlm__ctx_carve(dlm__arena *a, void *object)
     ctx->pool = workers ? dlm__pool_carve(a, workers) : NULL;
 }
 
-/* The matmul cannot do with less than one panel. */
-static dlm_error dlm__check_scratch(dlm_ctx *c)
-{
-    const size_t least = (size_t)(DLM__KC * c->k->nr) * sizeof(float);
-    if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
-    if (c->opt.scratch < least || c->opt.scratch > SIZE_MAX / 8)
-        return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, %s can use %.0f .. %.0f",
-                         (double)c->opt.scratch, dlm_isa_name(c->opt.isa), (double)least,
-                         (double)(SIZE_MAX / 8));
-    return DLM_OK;
-}
-
 static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
 {
     dlm_error e;
+    size_t least;
     memset(c, 0, sizeof *c);
     if (opt) c->opt = *opt;
     e = dlm__in_range(c, "threads", c->opt.threads, 0, 1024);
@@ -3427,7 +3415,14 @@ static dlm_error dlm__ctx_resolve(dlm_ctx *c, const dlm_options *opt)
         return dlm__fail(c, DLM_E_CONFIG, "allocator: alloc and release go together");
     c->opt.threads = dlm__min(dlm__max(c->opt.threads, 1), dlm__cores());
     e = dlm__choose_isa(c);
-    return e == DLM_OK ? dlm__check_scratch(c) : e;
+    if (e != DLM_OK) return e;
+    least = (size_t)(DLM__KC * c->k->nr) * sizeof(float);   /* one panel of a matmul */
+    if (c->opt.scratch == 0) c->opt.scratch = (size_t)1 << 20;
+    if (c->opt.scratch < least || c->opt.scratch > SIZE_MAX / 8)
+        return dlm__fail(c, DLM_E_CONFIG, "scratch: %.0f bytes, %s can use %.0f .. %.0f",
+                         (double)c->opt.scratch, dlm_isa_name(c->opt.isa), (double)least,
+                         (double)(SIZE_MAX / 8));
+    return DLM_OK;
 }
 
 /* Of a context that cannot be, or shall not, the sentence goes to the caller. */
@@ -7322,9 +7317,10 @@ static dlm_error dlm__check_canvas(const dlm_sampler *sm, int seq, const int *ca
 }
 
 /* What is visible now stays; the prompt is what of it has no mask before. */
-static void dlm__begin_sequence(const dlm_sampler *sm, dlm__sequence *q, int *canvas,
-                                unsigned char *marks, int length)
+static void dlm__begin_sequence(const dlm_sampler *sm, int seq, int *canvas, int length)
 {
+    dlm__sequence *q = &sm->seqs[seq];
+    unsigned char *marks = sm->marks + (size_t)seq * (size_t)sm->lim.slots;
     int prompt = 0;
     memset(q, 0, sizeof *q);
     q->canvas = canvas;
@@ -7352,11 +7348,8 @@ DLM_API dlm_error dlm_sampler_begin(dlm_sampler *sm, int *canvas, const int *len
     sm->n_seqs = n_seqs;
     sm->batch.n_seqs = sm->n_events = sm->forwards = 0;
     sm->flops = 0.0;
-    for (int s = 0; s < n_seqs; s++) {
-        const size_t first = (size_t)s * (size_t)slots;
-        dlm__begin_sequence(sm, &sm->seqs[s], canvas + first, sm->marks + first,
-                            lengths[s]);
-    }
+    for (int s = 0; s < n_seqs; s++)
+        dlm__begin_sequence(sm, s, canvas + (size_t)s * (size_t)slots, lengths[s]);
     return DLM_OK;
 }
 
