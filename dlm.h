@@ -54,7 +54,7 @@
        states                      what a pass learns from: cells, units, rows
        trainer optimizer           passes that learn; clipping, AdamW, averaging
        lift steps                  choosing masks: LIFT, CART, GIFT; one update
-       sampler likelihood          filling in a canvas; scoring a text
+       sampler likelihood          filling in a canvas; scoring texts and choices
        distill                     OPDLM: teacher, divergences, step maps
        json files                  a reader; whole files, written or left alone
        tokenizers                  bytes, characters, scored pieces
@@ -7939,10 +7939,11 @@ static dlm_error dlm__scorer_of(dlm__scorer *sc, dlm_session *s, dlm_state *x,
     sc->x = x;
     if (opt) *o = *opt;
     e = dlm__resolve(x->ctx, "", dlm__score_options, o);
+    if (e != DLM_OK) return e;
     if (o->window == 0) o->window = x->config.max_seq;
     if (o->stride == 0) o->stride = o->window / 2;
     o->stride = dlm__max(1, dlm__min(o->stride, o->window - x->config.shifted));
-    return e;
+    return DLM_OK;
 }
 
 /* log sum exp of the logits, or of all but the mask's. */
@@ -8023,7 +8024,8 @@ static dlm_error dlm__score_window(dlm__scorer *sc, const dlm_example *window, i
     for (int i = 0; i < n && e == DLM_OK; i++) {
         e = dlm__score_pass(sc, place, i, n, &nats);
         if (i > 0) squares += (nats - before) * (nats - before);
-        sum += before = nats;
+        sum += nats;
+        before = nats;
     }
     score->nats += exact ? sum : sum / n;
     if (!exact) score->error += n > 1 ? squares / (2.0 * (n - 1) * n) : INFINITY;
@@ -8097,13 +8099,14 @@ DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_optio
 {
     const dlm_config *c = &x->config;
     const int causal = c->pattern == DLM_PATTERN_CAUSAL;
+    const int most = dlm__min(x->rows, c->max_seq);
     dlm__scorer sc;
     dlm_batch b;
     int prompt = 0;
     dlm_error e = dlm__scorer_of(&sc, s, x, opt);
-    if (T < 1 || T > x->rows || n < 1 || n > T)
+    if (T < 1 || T > most || n < 1 || n > T)
         return dlm__fail(x->ctx, DLM_E_INPUT, "choices: %d on a canvas of %d, there is "
-                         "room for %d", n, T, x->rows);
+                         "room for %d", n, T, most);
     for (int i = 0; i < n && e == DLM_OK; i++) {
         const dlm_choice *q = &choices[i];
         if (q->n < 1 || q->position < causal || q->position >= T

@@ -5783,12 +5783,14 @@ static double score_windows(const reference *r, const int *tokens, int T, int P,
 {
     const dlm_config *c = &r->c;
     const int block = c->pattern == DLM_PATTERN_BLOCK ? c->block : 1;
+    const int most = o->window - c->shifted;         /* some token must be seen    */
+    const int stride = o->stride < most ? o->stride : most;
     double nats = 0;
     *count = 0;
     for (int at = P, end, first; at < T; at = end) {
         end = T;
         if (T > o->window) {
-            int n = at == P && P + o->stride < o->window ? o->window - P : o->stride;
+            int n = at == P && P + stride < o->window ? o->window - P : stride;
             if (at + n / block * block < T) end = at + n / block * block;
         }
         first = end > o->window ? end - o->window : 0;
@@ -5809,7 +5811,7 @@ static double score_windows(const reference *r, const int *tokens, int T, int P,
 /* Every pattern, shifted or not; texts that fit and texts of several windows. */
 TEST(score_left_to_right_is_the_sum_over_windows)
 {
-    static const int windows[4][2] = { { 16, 8 }, { 12, 6 }, { 9, 3 }, { 7, 6 } };
+    static const int windows[4][2] = { { 16, 8 }, { 12, 6 }, { 9, 3 }, { 7, 9 } };
     enum { T = 31 };
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     for (int k = 0; k < 5 * 4 * 2; k++) {
@@ -5948,6 +5950,36 @@ TEST(score_error_is_the_spread_of_repetitions)
     test_close(ctx);
 }
 
+/* Two equal windows that see nothing of each other: with the same masks their estimates
+   would be equal, too. */
+TEST(score_windows_draw_masks_of_their_own)
+{
+    enum { T = 16 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int pattern = 0; pattern < 2; pattern++) {
+        int tokens[T], equal = 0;
+        dlm_score_options o = {0};
+        dlm_score one = {0}, both = {0};
+        dlm_model *m = bound_model(ctx, pattern, 8, 0);
+        dlm_session *s = test_session(ctx, m, 1, T, 0, 0);
+        dlm_state *x = score_state(ctx, m, T);
+        o.samples = 1;
+        o.window = o.stride = 8;
+        bound_tokens(tokens, 8);
+        memcpy(tokens + 8, tokens, 8 * sizeof *tokens);
+        for (o.seed = 0; o.seed < 9; o.seed++) {
+            CHECK_OK(dlm_score_text(s, x, &o, tokens, 8, 0, 0, &one));
+            CHECK_OK(dlm_score_text(s, x, &o, tokens, T, 0, 0, &both));
+            CHECK(both.tokens == 2 * one.tokens);
+            equal += both.nats == 2 * one.nats;
+        }
+        LABEL("pattern %d", pattern);
+        CHECK(equal < 5);
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
 enum { CHOICES = 5 };
 
 /* Some masked places of a canvas of T tokens, at random but rising, with candidates. */
@@ -5956,8 +5988,8 @@ static int choose_places(dlm_choice *choices, int *canvas, int T, const dlm_conf
 {
     int n = 0, at = 0;
     for (int i = 0; i < T; i++) canvas[i] = test_below(c->vocab - 1);
-    at = test_below(3) + c->shifted;
-    for (; at < T && n < CHOICES; at += 1 + test_below(6)) {
+    at = test_below(3) + (c->pattern == DLM_PATTERN_CAUSAL);
+    for (; at < T && n < CHOICES; at += 1 + (at == 0) + test_below(6)) {
         dlm_choice *q = &choices[n];
         memset(q, 0, sizeof *q);
         q->position = at;
@@ -5988,7 +6020,8 @@ static void choose_compare(const dlm_choice *q, double *logits, int V, int exclu
     CHECK_CLOSE(q->p[q->best], most, 1e-4 * most);
 }
 
-/* The whole canvas in double; blocks begin where the prompt ends, or at 0. */
+/* The whole canvas in double; blocks begin where the prompt ends, or at 0.  Token 0 of a
+   shifted model comes from row 0. */
 TEST(choose_gives_the_probabilities_of_one_forward)
 {
     enum { T = 21 };
@@ -6019,8 +6052,9 @@ TEST(choose_gives_the_probabilities_of_one_forward)
         LABEL("pattern %d, shifted %d", (int)c.pattern, c.shifted);
         CHECK_OK(dlm_choose(s, x, &o, canvas, T, choices, n));
         for (int i = 0; i < n; i++)
-            choose_compare(&choices[i], logits + (choices[i].position - r.c.shifted) * 11,
-                           11, o.exclude_mask ? r.c.mask_id : -1);
+            choose_compare(&choices[i], logits + 11 * (choices[i].position > 0
+                           ? choices[i].position - r.c.shifted : 0), 11,
+                           o.exclude_mask ? r.c.mask_id : -1);
         free(logits);
         ref_close(&r);
         dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
@@ -13533,6 +13567,7 @@ static const test_case test_cases[] = {
     RUN(score_left_to_right_sums_to_one_over_all_texts),
     RUN(score_left_to_right_is_what_the_sampler_drew_with),
     RUN(score_error_is_the_spread_of_repetitions),
+    RUN(score_windows_draw_masks_of_their_own),
     RUN(choose_gives_the_probabilities_of_one_forward),
     RUN(choose_takes_the_rows_that_the_sampler_takes),
     RUN(scoring_names_what_it_cannot_take),
