@@ -141,6 +141,7 @@ for source in $halves; do
     case $name in
     12_convert) arguments='llama.bin pieces.bin out.st' ;;
     13_continue) arguments=block.st ;;
+    16_choose) arguments='block.st - {a|b}' ;;
     sudoku | countdown) arguments='gen out.txt' ;;
     *) arguments= ;;
     esac
@@ -188,6 +189,17 @@ says 1 'cannot be written' 12_convert ar.st - no/such/out.st
 says 1 'cannot be written' 12_convert ar.st - folder
 says 2 'usage: ' 12_convert ar.st - out.st never
 says 0 'kept: the same' 14_own_network
+says 0 '11 tokens, forwards 1: ' 16_choose block.st - 'the {c|m}at s{a|i}t'
+says 0 '11 tokens, forwards 2: ' 16_choose ar.st - 'the {c|m}at s{a|i}t'
+says 0 'bits/byte' 16_choose -l block.st - 'the cat ' 'sat on the mat.' 'ate.'
+says 1 'bare.st' 16_choose bare.st - 'the {c|m}at'
+says 1 'no {place} in the form' 16_choose block.st - 'the cat'
+says 1 'not one token (-l takes longer ones): "mat"' 16_choose block.st - '{c|mat}'
+says 1 'no }, or too many {: "c|mat' 16_choose block.st - '{c|mat'
+says 1 'choice 0: 2 candidates at 0, wants' 16_choose ar.st - '{c|m}at'
+says 1 'too long' 16_choose block.st - "$(head -c 5000 "$dir/text"){a|b}"
+says 1 'there is room for 128' 16_choose block.st - "$long{a|b}"
+says 1 'missing' 16_choose llama.bin missing '{a|b}'
 absent out.st 12_convert
 
 keep block.st; keep run.st.train; keep run_capitals.st
