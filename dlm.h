@@ -2868,12 +2868,6 @@ DLM__INLINE void dlm__store8_neon(char *p, uint32x4_t x)
     memcpy(p, &four, 4);
 }
 
-/* vmaxq would return NaN where the x86 words return the second operand. */
-DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
-{
-    return vbslq_f32(vcgtq_f32(a, b), a, b);
-}
-
 #define DLM__KERNEL_PASS neon
 #define DLM__TARGET
 #define DLM__VW 4
@@ -2888,7 +2882,8 @@ DLM__INLINE float32x4_t dlm__larger_neon(float32x4_t a, float32x4_t b)
 #define dlm__vset1(x) vdupq_n_f32(x)
 #define dlm__vfma(a, b, c) vfmaq_f32(c, a, b)
 #define dlm__fma1(a, b, c) __builtin_fmaf(a, b, c)
-#define dlm__vmax(a, b) dlm__larger_neon(a, b)
+/* vmaxq would return NaN where the x86 words return the second operand. */
+#define dlm__vmax(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
 #define dlm__vsqrt(a) vsqrtq_f32(a)
 #define dlm__across(v, sum) ((sum) ? vaddvq_f32(v) : vmaxvq_f32(v))
 #include DLM_SELF
