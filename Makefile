@@ -21,7 +21,8 @@ all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
 benches: $(BENCHES:bench/%.c=build/%)
 
-build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c examples/07_check_gradient.c
+build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c examples/07_check_gradient.c \
+                bench/rivals.h
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
 build/%: examples/%.c dlm.h

@@ -53,7 +53,7 @@
        sessions                    inference
        states                      what a pass learns from: cells, units, rows
        trainer optimizer           passes that learn; clipping, AdamW, averaging
-       lift steps                  choosing masks: LIFT, CART, GIFT; one update
+       lift steps                  choosing masks: LIFT, or a rule of yours; one update
        sampler likelihood          filling in a canvas; scoring texts and choices
        distill                     OPDLM: teacher, divergences, step maps
        json files                  a reader; whole files, written or left alone
@@ -834,7 +834,7 @@ typedef struct dlm_state {                 /* open for reading; what is in units
     dlm_noise  noise;                      /* what it was noised with              */
     unsigned char *masked;                 /* (n_cells)                            */
     float     *weight;                     /* (n_cells) of its loss when masked    */
-    float     *score;                      /* (n_cells) log p(gold), or CART's, GIFT's */
+    float     *score;                      /* (n_cells) log p(gold), or entropy    */
     double     scale;                      /* of all weights: 1 over the response tokens
                                               that could carry loss                */
     dlm_batch  batch;                      /* what is laid out; by row looked at,  */
@@ -860,16 +860,18 @@ DLM_API dlm_error dlm_state_take(dlm_state *s, const dlm_example *examples, int 
    AR: all count as masked and weigh 1.  noise may be NULL. */
 DLM_API void      dlm_state_noise(dlm_state *s, const dlm_noise *noise);
 /* Masks each cell of unit k with probability p instead, by the same random numbers: what
-   was masked at a lower p still is. */
+   was masked at a lower p still is.  A cell's is dlm_uniform(at, 0) at noise.seed and
+   step, DLM_RANDOM_MASK, row noise.row + example, position cell - first_cell[example]. */
 DLM_API void      dlm_state_mask(dlm_state *s, int k, double p);
 /* Fills in batch from what is wanted, an example without such a unit not at all; cells of
    weight 0 are not looked at.  again 1: adds a second view to what is there.
    DLM_E_INPUT, and an empty batch, where the room is not enough for that. */
 DLM_API dlm_error dlm_state_layout(dlm_state *s, int again);
 /* For a pass over batch, user is the state: loss and gradient of the weighted
-   cross-entropy; or log p(gold) of every cell looked at into score. */
+   cross-entropy; or the score of every cell looked at, log p(gold) or entropy in nats. */
 DLM_API void      dlm_state_loss(void *state, int i, float *logits);
 DLM_API void      dlm_state_gold(void *state, int i, float *logits);
+DLM_API void      dlm_state_entropy(void *state, int i, float *logits);
 
 /* --[ scoring ]---------------------------------------------------------------
    Judging instead of writing: how likely tokens are in the places of a canvas, and texts.
@@ -942,12 +944,10 @@ typedef enum dlm_method {    /* what a masked objective does beyond its masks   
     DLM_METHOD_VANILLA = 0,
     DLM_METHOD_LIFT3, DLM_METHOD_LIFT2,        /* easiest, hardest; 3: and random  */
     DLM_METHOD_TOP_K, DLM_METHOD_BOTTOM_K, DLM_METHOD_RANDOM_K,    /* at every t   */
-    DLM_METHOD_CART,         /* vanilla masks, weights from the visible context    */
-    DLM_METHOD_GIFT,         /* masks where a fully masked forward is uncertain; its
-                                mean is over the examples of one pass: give max_rows
-                                room for all of them                               */
     DLM_METHOD_COUNT
 } dlm_method;
+
+struct dlm_trainer;
 
 typedef struct dlm_lift_options {          /* 0 in a field marked * = the default  */
     float      H;                          /* * = 3: how often LIFT3 is random     */
@@ -958,11 +958,14 @@ typedef struct dlm_lift_options {          /* 0 in a field marked * = the defaul
                                               no second forward                    */
     int        complementary;              /* 1: a second view masks what the first does
                                               not; both count half                 */
-    int        no_time_scaling;            /* 1: weight 1 instead of 1/t (not GIFT) */
-    float      cart_p;                     /* * = 0.1                              */
-    int        cart_time_scaling;          /* 1: divide by t, too (the LIFT code)  */
-    int        gift_masked_mean;           /* 1: mean over the masked tokens instead of
-                                              all response tokens (the GIFT code)  */
+    int        no_time_scaling;            /* 1: weight 1 instead of 1/t           */
+    /* A rule of yours, in the method's place where not NULL (bench/rivals.h has two).
+       Called for each state that is learned from, t->state: plain masks, weights 1/t or
+       1, every unit wanted.  It may write what is open for writing, and lay out and look
+       with dlm_state_layout and dlm_trainer_forward; what it leaves wanted is learned
+       from.  An error ends the step; gradients of states before this one stay.    */
+    dlm_error (*choose)(void *choose_user, struct dlm_trainer *t);
+    void      *choose_user;
 } dlm_lift_options;
 
 /* The extra masked fraction: uniform in [0, 1 - t_raw], t = 0.999 t_raw + 0.001. */
@@ -3272,11 +3275,9 @@ static const dlm__option dlm__train_options[] = {
     DLM__REAL(level_max, 1, 1e-4, 1),       DLM__FLAG(independent_levels),
     DLM__INT(lift.method, 0, 0, DLM_METHOD_COUNT - 1),
     DLM__INT(lift.policy, 0, 0, DLM_POLICY_REVERSED),
-    DLM__REAL(lift.H, 3, 0, 1e6),
-    DLM__FLAG(lift.rho_code_form),          DLM__FLAG(lift.one_pass),
-    DLM__FLAG(lift.complementary),          DLM__FLAG(lift.no_time_scaling),
-    DLM__REAL(lift.cart_p, 0.1, 0, 1),      DLM__FLAG(lift.cart_time_scaling),
-    DLM__FLAG(lift.gift_masked_mean),       DLM__END
+    DLM__REAL(lift.H, 3, 0, 1e6),           DLM__FLAG(lift.rho_code_form),
+    DLM__FLAG(lift.one_pass),               DLM__FLAG(lift.complementary),
+    DLM__FLAG(lift.no_time_scaling),        DLM__END
 };
 #undef DLM__OF
 
@@ -6188,8 +6189,7 @@ static int dlm__could_carry(const dlm_state *s, const dlm_example *e)
     return e->length - dlm__max(e->prompt, s->config.shifted);
 }
 
-/* --[ noise ]-----------------------------------------------------------------
-   at.row is the number of the example in the step, at.position that of the cell in it. */
+/* --[ noise ]-----------------------------------------------------------------  */
 
 static dlm_address dlm__cell_address(const dlm_state *s, const dlm_unit *u, int cell,
                                      dlm_purpose purpose)
@@ -6359,6 +6359,17 @@ DLM_API void dlm_state_gold(void *state, int i, float *logits)
         - dlm_log_sum_exp(s->ctx, logits, s->config.vocab, NULL));
 }
 
+/* -sum p log p = log sum e^x - sum x e^x / sum e^x; NaN stays NaN. */
+DLM_API void dlm_state_entropy(void *state, int i, float *logits)
+{
+    const dlm_state *s = (const dlm_state *)state;
+    const dlm__kernels *k = s->ctx->k;
+    const int V = s->config.vocab;
+    double sum_x, sum = k->sum_exp(logits, V, k->max(logits, V), &sum_x);
+    const double h = log(sum) - sum_x / sum;
+    s->score[s->out_cell[i]] = (float)(h < 0.0 ? 0.0 : h);
+}
+
 DLM_API dlm_error dlm_state_create(dlm_state **out, dlm_ctx *ctx,
                                    const dlm_config *config, dlm_objective objective,
                                    int rows, int seqs, dlm_memory *mem)
@@ -6412,9 +6423,9 @@ static dlm_error dlm__train_resolve(dlm_ctx *ctx, const dlm_model *m,
         o->max_rows = 16 * dlm__min(m->config.max_seq, 2048)
             * (1 + (o->objective == DLM_OBJECTIVE_BLOCK));
     if (o->objective == DLM_OBJECTIVE_AR
-        && (o->lift.method != DLM_METHOD_VANILLA || o->lift.complementary))
-        return dlm__fail(ctx, DLM_E_CONFIG,
-                         "lift.method: ar has no masks to choose from");
+        && (o->lift.method || o->lift.choose || o->lift.complementary))
+        return dlm__fail(ctx, DLM_E_CONFIG, "lift.method, choose, complementary: ar has "
+                         "no masks to choose from");
     if (o->lift.one_pass && o->lift.complementary)
         return dlm__fail(ctx, DLM_E_CONFIG,
                          "lift.one_pass and lift.complementary exclude each other");
@@ -6637,8 +6648,8 @@ DLM_API dlm_error dlm_trainer_update(dlm_trainer *t, dlm_report *report)
 }
 
 /* ==[ lift ]==================================================================
-   LIFT, learnability-informed fine-tuning (arXiv 2605.22939), and what it is compared
-   with: functions that change the masks of a noised state before it is learned from.
+   LIFT, learnability-informed fine-tuning (arXiv 2605.22939), changes the masks of a
+   noised state before it is learned from.
      1  mask at rate t + rho, more than the noise level t asks for; n tokens
      2  score them by log p of their true, "gold" tokens, unless 3 is random: a forward
         without gradient, the method's cost
@@ -6722,28 +6733,7 @@ DLM_API int dlm_lift_select(unsigned char *masked, const float *score, int n, in
 }
 
 /* --[ choosing ]--------------------------------------------------------------
-   The table of methods.  Each is given a state with plain masks at t, weights 1/t or
-   1. */
-
-typedef struct dlm__method {
-    int        superset;            /* masks more than t and selects: LIFT's steps */
-    int        components;          /* that dlm_lift_mode chooses from; 0: always keep */
-    dlm_select keep;
-    dlm_error (*choose)(dlm_trainer *t, const struct dlm__method *m, dlm_report *r);
-} dlm__method;
-
-/* A forward without gradient over what is wanted; fills their scores, all others are 0:
-   also of a token that no row predicts.  Then everything is wanted again. */
-static dlm_error dlm__score_cells(dlm_trainer *t, dlm_score_fn score)
-{
-    dlm_state *s = t->state;
-    dlm_error e;
-    memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
-    e = dlm_state_layout(s, 0);
-    if (e == DLM_OK) e = dlm_trainer_forward(t, &s->batch, score, s);
-    for (int k = 0; k < s->n_units; k++) s->units[k].wanted = 1;
-    return e;
-}
+   A state comes with plain masks at t, weights 1/t or 1. */
 
 static int dlm__bin(double t) { return dlm__min(DLM_BINS - 1, (int)(t * DLM_BINS)); }
 
@@ -6778,8 +6768,9 @@ static void dlm__lift_refill(dlm_state *s, const dlm_unit *u, dlm_report *r)
     dlm__count_gold(s, u, r, 1);
 }
 
-/* With one_pass, units that need scores wait for dlm__learn_in_one_pass. */
-static dlm_error dlm__choose_lift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
+/* Scores are 0 where no row predicts.  With one_pass, units that need them wait for
+   dlm__learn_in_one_pass. */
+static dlm_error dlm__choose_lift(dlm_trainer *t, dlm_report *r)
 {
     const dlm_lift_options *o = &t->options.lift;
     dlm_state *s = t->state;
@@ -6788,12 +6779,18 @@ static dlm_error dlm__choose_lift(dlm_trainer *t, const dlm__method *m, dlm_repo
         dlm_unit *u = &s->units[k];
         const dlm_address at = dlm__cell_address(s, u, u->cell, DLM_RANDOM_LIFT);
         u->rho = dlm_lift_rho(&at, u->t, o->rho_code_form);
-        u->keep = m->components ? dlm_lift_mode(u->t, m->components, (double)o->H,
-                                                o->policy, &at) : m->keep;
+        u->keep = o->method == DLM_METHOD_TOP_K ? DLM_SELECT_EASIEST
+            : o->method == DLM_METHOD_BOTTOM_K ? DLM_SELECT_HARDEST
+            : o->method == DLM_METHOD_RANDOM_K ? DLM_SELECT_RANDOM
+            : dlm_lift_mode(u->t, o->method == DLM_METHOD_LIFT3 ? 3 : 2, (double)o->H,
+                            o->policy, &at);
         u->wanted = u->keep != DLM_SELECT_RANDOM;
         dlm_state_mask(s, k, u->t + u->rho);
     }
-    if (!o->one_pass) e = dlm__score_cells(t, dlm_state_gold);
+    memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
+    if (!o->one_pass) e = dlm_state_layout(s, 0);
+    if (!o->one_pass && e == DLM_OK)
+        e = dlm_trainer_forward(t, &s->batch, dlm_state_gold, s);
     for (int k = 0; k < s->n_units && e == DLM_OK; k++) {
         if (!o->one_pass || s->units[k].keep == DLM_SELECT_RANDOM)
             dlm__lift_refill(s, &s->units[k], r);
@@ -6810,7 +6807,6 @@ static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, dlm_report *r)
     const dlm_batch *b = &s->batch;
     dlm_error e = dlm__take_batch(t->work, b);
     if (e != DLM_OK || b->n_out == 0) return e;
-    memset(s->score, 0, (size_t)s->n_cells * sizeof *s->score);
     dlm__layers_forward(t->work, t->model, 1);
     dlm__head(t->work, t->model, NULL, dlm_state_gold, s);
     for (int k = 0; k < s->n_units; k++)
@@ -6822,111 +6818,6 @@ static dlm_error dlm__learn_in_one_pass(dlm_trainer *t, dlm_report *r)
     t->flops += 3.0 * dlm_forward_flops(&t->model->config, b);
     return DLM_OK;
 }
-
-/* CART: weight_i = sum over visible j of p/2 (1-p)^(|i-j|-1), as two running sums over P
-   visible tokens and R cells; from the left first, then what comes from the right. */
-static void dlm__cart_weights(float *weight, const unsigned char *masked, int P, int R,
-                              double p)
-{
-    double left = 0.0, right = 0.0;
-    for (int i = -P; i < R; i++) {
-        if (i >= 0) weight[i] = (float)left;
-        left = (1.0 - p) * left + (i >= 0 && masked[i] ? 0.0 : 0.5 * p);
-    }
-    for (int i = R - 1; i >= 0; i--) {
-        weight[i] = (float)((double)weight[i] + right);
-        right = (1.0 - p) * right + (masked[i] ? 0.0 : 0.5 * p);
-    }
-}
-
-/* CART's weights pass through score. */
-static dlm_error dlm__choose_cart(dlm_trainer *t, const dlm__method *m, dlm_report *r)
-{
-    dlm_state *s = t->state;
-    (void)m; (void)r;
-    for (int k = 0; k < s->n_examples; k++) {
-        const int first = s->first_cell[k];
-        dlm__cart_weights(s->score + first, s->masked + first, s->examples[k].prompt,
-                          s->first_cell[k + 1] - first, (double)t->options.lift.cart_p);
-    }
-    for (int i = 0; i < s->n_cells; i++)
-        s->weight[i] = s->score[i] * (t->options.lift.cart_time_scaling ? s->weight[i]
-                                                                    : 1.0f);
-    return DLM_OK;
-}
-
-/* GIFT: the probability of masking a token of this entropy (nats), of mean root m. */
-static double dlm__gift_level(double t, double entropy, double m)
-{
-    return 1.0 - pow(1.0 - t, sqrt(entropy > 0.0 ? entropy : 0.0) / fmax(m, 1e-12));
-}
-
-/* Entropy in nats to the cell; NaN stays NaN. */
-static void dlm__entropy_score(void *state, int i, float *logits)
-{
-    const dlm_state *s = (const dlm_state *)state;
-    const dlm__kernels *k = s->ctx->k;
-    double sum_x, h;
-    const int V = s->config.vocab;
-    const double sum = k->sum_exp(logits, V, k->max(logits, V), &sum_x);
-    h = log(sum) - sum_x / sum;
-    s->score[s->out_cell[i]] = (float)(h < 0.0 ? 0.0 : h);
-}
-
-/* Weighs every cell by 1 over its own level and, with `draw`, masks it at that level;
-   returns how many of those that can carry loss are masked. */
-static int dlm__gift_cells(dlm_state *s, double mean, int draw)
-{
-    int hits = 0;
-    for (int k = 0; k < s->n_units; k++) {
-        const dlm_unit *u = &s->units[k];
-        for (int i = u->cell; i < u->cell + u->n; i++) {
-            const double level = dlm__gift_level(u->t, (double)s->score[i], mean);
-            const dlm_address at = dlm__cell_address(s, u, i, DLM_RANDOM_MASK);
-            if (draw) s->masked[i] = dlm_uniform(&at, 0) < level;
-            s->weight[i] = level > 0.0 ? (float)(1.0 / level) : 0.0f;
-            hits += s->masked[i] && i >= u->cell + u->blind;
-        }
-    }
-    return hits;
-}
-
-/* 1: entropies with everything masked.  2: masks at each cell's own level.  3: if that
-   left none, plain masks. */
-static dlm_error dlm__choose_gift(dlm_trainer *t, const dlm__method *m, dlm_report *r)
-{
-    dlm_state *s = t->state;
-    double mean = 0.0;
-    int cells = 0, hits;
-    dlm_error e;
-    (void)m; (void)r;
-    for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, 1.0);
-    e = dlm__score_cells(t, dlm__entropy_score);
-    if (e != DLM_OK) return e;
-    for (int k = 0; k < s->n_examples; k++)
-        cells += dlm__could_carry(s, &s->examples[k]);
-    for (int i = 0; i < s->n_cells; i++) mean += sqrt((double)s->score[i]);
-    mean /= dlm__max(cells, 1);             /* of the cells that a row predicts     */
-    hits = dlm__gift_cells(s, mean, 1);
-    if (hits == 0) {                            /* nobody is uncertain: plain masks, */
-        for (int k = 0; k < s->n_units; k++) dlm_state_mask(s, k, s->units[k].t);
-        hits = dlm__gift_cells(s, mean, 0);     /* weighed by their own levels       */
-    }
-    if (t->options.lift.gift_masked_mean && hits > 0)
-        for (int i = 0; i < s->n_cells; i++) s->weight[i] *= (float)cells / (float)hits;
-    return DLM_OK;
-}
-
-static const dlm__method dlm__methods[DLM_METHOD_COUNT] = {
-    { 0, 0, DLM_SELECT_RANDOM,  NULL },                 /* vanilla                 */
-    { 1, 3, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* LIFT-3                  */
-    { 1, 2, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* LIFT-2                  */
-    { 1, 0, DLM_SELECT_EASIEST, dlm__choose_lift },     /* top-k                   */
-    { 1, 0, DLM_SELECT_HARDEST, dlm__choose_lift },     /* bottom-k                */
-    { 1, 0, DLM_SELECT_RANDOM,  dlm__choose_lift },     /* random-k                */
-    { 0, 0, DLM_SELECT_RANDOM,  dlm__choose_cart },
-    { 0, 0, DLM_SELECT_RANDOM,  dlm__choose_gift },
-};
 
 /* The second view: what was masked is seen and what was seen is masked, 1/(1-t). */
 static void dlm__complement(dlm_state *s, int time_scaling)
@@ -6960,19 +6851,20 @@ static void dlm__report_state(dlm_report *r, const dlm_state *s)
 static dlm_error dlm__run_state(dlm_trainer *t, int learn, dlm_report *r)
 {
     const dlm_lift_options *o = &t->options.lift;
-    const dlm__method *m = &dlm__methods[learn ? o->method : DLM_METHOD_VANILLA];
+    const int lift = learn && !o->choose && o->method != DLM_METHOD_VANILLA;
     dlm_state *s = t->state;
     dlm_error e = DLM_OK;
     for (int k = 0; k < s->n_units && learn && o->no_time_scaling; k++)
         dlm__weigh(s, k, 1.0);
-    if (m->choose) e = m->choose(t, m, r);
+    if (lift) e = dlm__choose_lift(t, r);
+    else if (learn && o->choose) e = o->choose(o->choose_user, t);
     if (e == DLM_OK) e = dlm_state_layout(s, 0);
     if (e == DLM_OK && learn && o->complementary) {
         dlm__complement(s, !o->no_time_scaling);
         e = dlm_state_layout(s, 1);
     }
     if (e != DLM_OK) return e;
-    if (learn && o->one_pass && m->superset) e = dlm__learn_in_one_pass(t, r);
+    if (lift && o->one_pass) e = dlm__learn_in_one_pass(t, r);
     else e = dlm__pass(t, &s->batch, dlm_state_loss, s, learn);
     if (e == DLM_OK) dlm__report_state(r, s);
     return e;

@@ -9992,6 +9992,8 @@ TEST(calls_that_allocate_survive_every_failing_allocation)
    noise, scores, how many are kept, weights, the rows of both views.  Random choices and
    near ties are read off the trainer, after a check that it was free to make them. */
 
+#include "bench/rivals.h"
+
 enum { LIFT_SEQS = 3, LIFT_STEPS = 3 };
 
 typedef struct lift_case {
@@ -9999,31 +10001,35 @@ typedef struct lift_case {
     dlm_lift_options o;
 } lift_case;
 
+static rival_options lift_over_t = { 0.3f, 1, 0 }, lift_masked_mean = { 0, 0, 1 };
+
 #define M(method) DLM_METHOD_##method
 #define P(policy) DLM_POLICY_##policy
 static const lift_case lift_cases[] = {    /* .. code rho, one pass, two views, unscaled,
-                                              cart p, cart over t, gift masked mean */
-    { "vanilla",                { 0, M(VANILLA),  P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "vanilla unscaled",       { 0, M(VANILLA),  P(TIME),     0, 0, 0, 1, 0, 0, 0 } },
-    { "vanilla, two views",     { 0, M(VANILLA),  P(TIME),     0, 0, 1, 0, 0, 0, 0 } },
-    { "lift3",                  { 0, M(LIFT3),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "lift3, H 4, rho coded",  { 4, M(LIFT3),    P(TIME),     1, 0, 0, 0, 0, 0, 0 } },
-    { "lift3 sampled",          { 0, M(LIFT3),    P(SAMPLED),  0, 0, 0, 0, 0, 0, 0 } },
-    { "lift3 random",           { 0, M(LIFT3),    P(RANDOM),   0, 0, 0, 0, 0, 0, 0 } },
-    { "lift3 reversed, H 2.5",  { 2.5f, M(LIFT3), P(REVERSED), 0, 0, 0, 0, 0, 0, 0 } },
-    { "lift3, two views",       { 0, M(LIFT3),    P(TIME),     0, 0, 1, 0, 0, 0, 0 } },
-    { "the same, unscaled",     { 0, M(LIFT3),    P(TIME),     0, 0, 1, 1, 0, 0, 0 } },
-    { "lift3, one pass",        { 0, M(LIFT3),    P(TIME),     0, 1, 0, 0, 0, 0, 0 } },
-    { "lift2",                  { 0, M(LIFT2),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "lift2 reversed",         { 0, M(LIFT2),    P(REVERSED), 0, 0, 0, 0, 0, 0, 0 } },
-    { "lift2 random, one pass", { 0, M(LIFT2),    P(RANDOM),   0, 1, 0, 1, 0, 0, 0 } },
-    { "top k",                  { 0, M(TOP_K),    P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "bottom k",               { 0, M(BOTTOM_K), P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "random k",               { 0, M(RANDOM_K), P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "cart",                   { 0, M(CART),     P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "cart over t, p 0.3",     { 0, M(CART),     P(TIME),     0, 0, 0, 0, 0.3f, 1, 0 } },
-    { "gift",                   { 0, M(GIFT),     P(TIME),     0, 0, 0, 0, 0, 0, 0 } },
-    { "gift, masked mean",      { 0, M(GIFT),     P(TIME),     0, 0, 0, 0, 0, 0, 1 } },
+                                              a rule in the method's place         */
+    { "vanilla",                { 0, M(VANILLA),  P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "vanilla unscaled",       { 0, M(VANILLA),  P(TIME),     0, 0, 0, 1, NULL, NULL } },
+    { "vanilla, two views",     { 0, M(VANILLA),  P(TIME),     0, 0, 1, 0, NULL, NULL } },
+    { "lift3",                  { 0, M(LIFT3),    P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "lift3, H 4, rho coded",  { 4, M(LIFT3),    P(TIME),     1, 0, 0, 0, NULL, NULL } },
+    { "lift3 sampled",          { 0, M(LIFT3),    P(SAMPLED),  0, 0, 0, 0, NULL, NULL } },
+    { "lift3 random",           { 0, M(LIFT3),    P(RANDOM),   0, 0, 0, 0, NULL, NULL } },
+    { "lift3 reversed, H 2.5",  { 2.5f, M(LIFT3), P(REVERSED), 0, 0, 0, 0, NULL, NULL } },
+    { "lift3, two views",       { 0, M(LIFT3),    P(TIME),     0, 0, 1, 0, NULL, NULL } },
+    { "the same, unscaled",     { 0, M(LIFT3),    P(TIME),     0, 0, 1, 1, NULL, NULL } },
+    { "lift3, one pass",        { 0, M(LIFT3),    P(TIME),     0, 1, 0, 0, NULL, NULL } },
+    { "lift2",                  { 0, M(LIFT2),    P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "lift2 reversed",         { 0, M(LIFT2),    P(REVERSED), 0, 0, 0, 0, NULL, NULL } },
+    { "lift2 random, one pass", { 0, M(LIFT2),    P(RANDOM),   0, 1, 0, 1, NULL, NULL } },
+    { "top k",                  { 0, M(TOP_K),    P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "bottom k",               { 0, M(BOTTOM_K), P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "random k",               { 0, M(RANDOM_K), P(TIME),     0, 0, 0, 0, NULL, NULL } },
+    { "cart", { 0, M(VANILLA), P(TIME), 0, 0, 0, 0, rival_cart, NULL } },
+    { "cart over t, p 0.3",
+      { 0, M(VANILLA), P(TIME), 0, 0, 0, 0, rival_cart, &lift_over_t } },
+    { "gift", { 0, M(VANILLA), P(TIME), 0, 0, 0, 0, rival_gift, NULL } },
+    { "gift, masked mean",
+      { 0, M(VANILLA), P(TIME), 0, 0, 0, 0, rival_gift, &lift_masked_mean } },
 };
 #undef M
 #undef P
@@ -10229,6 +10235,39 @@ TEST(lift_mode_is_drawn_from_its_weights)
     }
 }
 
+/* A state of one cell, 3, is shown logits of which some are -INFINITY. */
+TEST(state_entropy_is_its_formula_on_every_isa)
+{
+    static const int sizes[] = { 1, 2, 7, 16, 33, 513, 1200 };
+    enum { MAX = 1200, SIZES = sizeof sizes / sizeof *sizes };
+    static float logits[MAX];
+    FOR_EACH_ISA(isa) {
+        dlm_ctx *ctx = test_open(isa, 1);
+        for (int i = 0; i < SIZES * 6; i++) {
+            int V = sizes[i % SIZES], cell = 3;
+            float score[5] = { 9, 9, 9, 9, 9 };
+            double x[MAX], h = 0;
+            dlm_state s;
+            memset(&s, 0, sizeof s);
+            s.ctx = ctx; s.config.vocab = V; s.out_cell = &cell; s.score = score;
+            test_fill(logits, (size_t)V, i / SIZES == 5 ? 1e4f : (float)(i / SIZES));
+            for (int j = 1; j < V && i % 2; j += 3) logits[j] = -INFINITY;
+            for (int j = 0; j < V; j++) x[j] = logits[j];
+            double lse = ref_log_sum_exp(x, V);
+            for (int j = 0; j < V; j++)
+                if (x[j] > -INFINITY) h += exp(x[j] - lse) * (lse - x[j]);
+            dlm_state_entropy(&s, 0, logits);
+            LABEL("V %d, number %d, %s", V, i / SIZES, dlm_isa_name((dlm_isa)isa));
+            CHECK_CLOSE(score[3], h, 2e-6 * (1 + h));
+            CHECK(score[3] >= 0 && score[2] == 9 && score[4] == 9);
+            logits[V - 1] = (float)NAN;
+            dlm_state_entropy(&s, 0, logits);
+            CHECK(score[3] != score[3]);
+        }
+        test_close(ctx);
+    }
+}
+
 /* The CART weight of token i of T. */
 static double lift_cart(const unsigned char *masked, int T, int i, double p)
 {
@@ -10248,7 +10287,7 @@ TEST(cart_weights_and_gift_levels_are_their_formulas)
             double p = probabilities[k % 3];
             int P = k < 3 ? 0 : 7;
             for (int i = 0; i < n; i++) masked[P + i] = (unsigned char)test_below(2);
-            dlm__cart_weights(weight, masked + P, P, n, p);
+            rival_cart_weights(weight, masked + P, P, n, p);
             LABEL("P %d, R %d, p %g", P, n, p);
             for (int i = 0; i < n; i++)
                 if (masked[P + i])
@@ -10258,10 +10297,11 @@ TEST(cart_weights_and_gift_levels_are_their_formulas)
     for (double t = 0.001; t <= 1; t += 0.111)
         for (double h = 0; h < 3; h += 0.3) {
             LABEL("t %g, entropy %g", t, h);
-            CHECK_CLOSE(dlm__gift_level(t, h, 0.8), 1 - pow(1 - t, sqrt(h) / 0.8), 1e-12);
+            CHECK_CLOSE(rival_gift_level(t, h, 0.8), 1 - pow(1 - t, sqrt(h) / 0.8),
+                        1e-12);
         }
-    CHECK(dlm__gift_level(1, 0.1, 0.8) == 1 && dlm__gift_level(1, 0, 0.8) == 0);
-    CHECK(dlm__gift_level(0.5, 0, 0) == 0 && dlm__gift_level(0.5, -1e-9, 0.8) == 0);
+    CHECK(rival_gift_level(1, 0.1, 0.8) == 1 && rival_gift_level(1, 0, 0.8) == 0);
+    CHECK(rival_gift_level(0.5, 0, 0) == 0 && rival_gift_level(0.5, -1e-9, 0.8) == 0);
 }
 
 /* --[ plan ]------------------------------------------------------------------
@@ -10315,7 +10355,7 @@ static void lift_draw(lift_plan *p)
     double hi = p->o.level_max > 0 ? p->o.level_max : 1;
     dlm_address at_level = { p->o.seed, DLM_RANDOM_LEVEL, p->step, 0, 0 };
     int all = 0, unit = -1;
-    p->lift = p->o.lift.method > DLM_METHOD_VANILLA && p->o.lift.method < DLM_METHOD_CART;
+    p->lift = p->o.lift.method != DLM_METHOD_VANILLA;
     for (int k = 0; k < LIFT_SEQS; k++) {
         p->R[k] = p->e[k].length - p->e[k].prompt;
         p->unit[k] = p->c.pattern == DLM_PATTERN_BLOCK ? p->c.block : p->R[k];
@@ -10397,7 +10437,7 @@ static void lift_score(lift_plan *p, const reference *ref)
     static lift_rows rows;
     ce_score c;
     lift_masks all;
-    int gift = p->o.lift.method == DLM_METHOD_GIFT, hits = 0;
+    int gift = p->o.lift.choose == rival_gift, hits = 0;
     memset(all, 1, sizeof all);
     lift_view(&rows, p, 0, gift ? all : p->wide, p->t);
     const dlm_batch *b = lift_rows_end(&rows, p, &c);
@@ -10471,18 +10511,20 @@ static void lift_check_kept(lift_plan *p, const dlm_state *s)
 static void lift_weigh(lift_plan *p)
 {
     const dlm_lift_options *o = &p->o.lift;
-    double half = o->complementary ? 0.5 : 1, p_cart = o->cart_p > 0 ? o->cart_p : 0.1f;
+    rival_options none = { 0, 0, 0 }, *rival = &none;
+    if (o->choose_user) rival = (rival_options *)o->choose_user;
+    double half = o->complementary ? 0.5 : 1, p_cart = rival->p > 0 ? rival->p : 0.1f;
     for (int k = 0; k < LIFT_SEQS; k++) {
         unsigned char masked[TOY_SLOTS] = {0};
         memcpy(masked + p->e[k].prompt, p->kept[k], (size_t)p->R[k]);
         for (int i = 0; i < p->R[k]; i++) {
             double t = p->t[k][i], w = o->no_time_scaling ? 1 : 1 / t;
-            if (o->method == DLM_METHOD_CART)
+            if (o->choose == rival_cart)
                 w = lift_cart(masked, p->e[k].length, p->e[k].prompt + i, p_cart)
-                    / (o->cart_time_scaling ? t : 1);
-            if (o->method == DLM_METHOD_GIFT)
+                    / (rival->time_scaling ? t : 1);
+            if (o->choose == rival_gift)
                 w = p->own[k][i] == 0 ? 0
-                    : (o->gift_masked_mean ? p->D / p->n_kept : 1) / p->own[k][i];
+                    : (rival->masked_mean ? p->D / p->n_kept : 1) / p->own[k][i];
             int wide = o->one_pass && p->mode[k][i] != DLM_SELECT_RANDOM;
             p->seen[k][i] = wide ? p->wide[k][i] : p->kept[k][i];
             p->rest[k][i] = !p->seen[k][i];
@@ -10566,7 +10608,7 @@ static void lift_check_step(dlm_ctx *ctx, dlm_model *m, reference *ref, dlm_trai
     memset(t->adam_m, 0, m->n_params * sizeof(float));
     CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r));
     lift_draw(&p);
-    if (p.lift || o->lift.method == DLM_METHOD_GIFT) lift_score(&p, ref);
+    if (p.lift || o->lift.choose == rival_gift) lift_score(&p, ref);
     lift_check_kept(&p, t->state);
     lift_weigh(&p);
     lift_view(&rows, &p, 0, p.seen, p.weight);
@@ -10632,7 +10674,7 @@ TEST(lift_steps_of_every_method_follow_their_formulas)
         for (int i = 0; i < LIFT_CASES; i++)
             for (int k = 0; k < LIFT_SETTINGS; k++)
                 if (lift_settings[k].sharpness < 2 ||
-                    lift_cases[i].o.method == DLM_METHOD_GIFT)
+                    lift_cases[i].o.choose == rival_gift)
                     lift_check_case(ctx, kind, &lift_cases[i], k);
     test_close(ctx);
 }
@@ -10932,7 +10974,7 @@ TEST(lift_steps_do_not_depend_on_threads_or_passes)
         CHECK(memcmp(r[0], r[1], sizeof r[0]) == 0);
         for (int step = 0; step < LIFT_STEPS; step++) {
             const dlm_report *a = &r[2][step], *b = &r[3][step];
-            if (c->o.method == DLM_METHOD_GIFT) continue;       /* means of a pass */
+            if (c->o.choose == rival_gift) continue;            /* means of a pass */
             CHECK_CLOSE(b->loss, a->loss, 1e-6 * a->loss);
             CHECK_CLOSE(b->grad_norm, a->grad_norm, 1e-4 * a->grad_norm);
             CHECK(a->tokens == b->tokens && a->scored == b->scored);
@@ -10972,6 +11014,64 @@ TEST(lift_steps_depend_on_nothing_that_was_before)
     test_close(ctx);
 }
 
+/* Learns from the first unit alone; says DLM_E_NOMEM in call number `bad`. */
+typedef struct lift_rule {
+    int calls, bad, masked;
+} lift_rule;
+
+static dlm_error lift_first_unit(void *user, dlm_trainer *t)
+{
+    lift_rule *rule = (lift_rule *)user;
+    dlm_state *s = t->state;
+    for (int k = 0; k < s->n_units; k++) {
+        dlm_unit *u = &s->units[k];
+        CHECK(u->wanted == 1 && u->rho == 0);
+        for (int i = u->cell; i < u->cell + u->n; i++) {
+            dlm_address at = { s->noise.seed, DLM_RANDOM_MASK, s->noise.step,
+                               (uint32_t)(s->noise.row + u->example),
+                               (uint32_t)(i - s->first_cell[u->example]) };
+            CHECK(s->masked[i] == (dlm_uniform(&at, 0) < u->t));
+            CHECK(s->weight[i] == (float)(1 / u->t));
+            if (k == 0 && i >= u->cell + u->blind) rule->masked += s->masked[i];
+        }
+        u->wanted = k == 0;
+        for (int i = 0; k > 0 && i < u->n; i++) s->weight[u->cell + i] = 0;
+    }
+    return ++rule->calls == rule->bad ? DLM_E_NOMEM : DLM_OK;
+}
+
+TEST(lift_rules_of_ones_own_take_the_place_of_the_method)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int k = 0; k < 8; k++) {
+        dlm_model *m = toy_model(ctx, k / 2, 8);
+        dlm_train_options o = lift_options(lift_cases[0].o, 0.5f, 0.9f);
+        lift_rule rule = { 0, 0, 0 };
+        dlm_example e[LIFT_SEQS];
+        dlm_report r;
+        lift_examples(e, 12, 3);
+        o.lift.method = DLM_METHOD_LIFT3;
+        o.lift.one_pass = k % 2;
+        o.lift.choose = lift_first_unit;
+        o.lift.choose_user = &rule;
+        o.max_rows = k < 4 ? TOY_SLOTS : 2 * TOY_SLOTS;     /* not for all of them */
+        dlm_trainer *t = test_trainer(ctx, m, &o);
+        LABEL("%s, one pass %d", toy_kind_names[k / 2], k % 2);
+        CHECK_OK(dlm_trainer_step(t, e, LIFT_SEQS, &r));
+        CHECK(rule.calls > 1 && r.scored == rule.masked && r.scored > 0);
+        for (int i = 0; i < DLM_BINS; i++) CHECK(r.bin_superset[i] == 0);
+        rule.bad = 2 * rule.calls;
+        CHECK_OK(dlm_trainer_evaluate(t, e, LIFT_SEQS, 0, &r));
+        CHECK(rule.calls == rule.bad / 2);
+        CHECK(dlm_trainer_step(t, e, LIFT_SEQS, &r) == DLM_E_NOMEM);
+        CHECK(rule.calls == rule.bad && t->steps == 1);
+        CHECK(t->gradients[grad_largest(t->gradients, m->n_params)] != 0);
+        dlm_trainer_free(t);
+        dlm_model_free(m);
+    }
+    test_close(ctx);
+}
+
 TEST(lift_options_are_checked_by_name)
 {
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
@@ -10983,14 +11083,11 @@ TEST(lift_options_are_checked_by_name)
         TRY(m, memset(&o.lift.method, byte, sizeof o.lift.method), "lift.method");
         TRY(m, memset(&o.lift.policy, byte, sizeof o.lift.policy), "lift.policy");
     }
-    for (int i = 0; i < 3; i++) {
-        TRY(m, o.lift.H = bad[i], "lift.H");
-        TRY(m, o.lift.cart_p = bad[i], "lift.cart_p");
-    }
-    TRY(m, o.lift.cart_p = 1.01f, "lift.cart_p");
+    for (int i = 0; i < 3; i++) TRY(m, o.lift.H = bad[i], "lift.H");
     for (int i = 1; i < DLM_METHOD_COUNT; i++)
         TRY(causal, o.lift.method = (dlm_method)i, "lift.method");
     TRY(causal, o.lift.complementary = 1, "lift");      /* there are no masks      */
+    TRY(causal, o.lift.choose = rival_cart, "choose");
     TRY(m, o.lift.one_pass = o.lift.complementary = 1, "lift.one_pass");
 #undef TRY
     dlm_model_free(m);
@@ -12662,7 +12759,7 @@ TEST(forbidden_token_stays_so_in_training)
             dlm_report report;
             o.max_rows = 400; o.weight_decay = 0.1f; o.ema = 0.9f; o.lr = 1e-2f;
             o.lift.method = (dlm_method)(i / 4);
-            o.lift.one_pass = i & 1 && i / 4 > 0 && i / 4 < (int)DLM_METHOD_CART;
+            o.lift.one_pass = i & 1 && i / 4 > 0;
             dlm_trainer *t = test_trainer(ctx, m, &o);
             run_examples(e, 6, TOY_VOCAB);
             for (int j = 0; j < 6; j++) {
@@ -13662,6 +13759,7 @@ static const test_case test_cases[] = {
     RUN(lift_rho_and_kept_fractions_have_the_documented_means),
     RUN(lift_mode_changes_at_its_thresholds),
     RUN(lift_mode_is_drawn_from_its_weights),
+    RUN(state_entropy_is_its_formula_on_every_isa),
     RUN(cart_weights_and_gift_levels_are_their_formulas),
     RUN(lift_steps_of_every_method_follow_their_formulas),
     RUN(steps_are_the_public_pieces_bit_for_bit),
@@ -13672,6 +13770,7 @@ static const test_case test_cases[] = {
     RUN(lift_evaluate_is_the_plain_bound_for_every_method),
     RUN(lift_steps_do_not_depend_on_threads_or_passes),
     RUN(lift_steps_depend_on_nothing_that_was_before),
+    RUN(lift_rules_of_ones_own_take_the_place_of_the_method),
     RUN(lift_options_are_checked_by_name),
     RUN(divergences_and_gradients_follow_their_formulas_on_every_isa),
     RUN(divergences_vanish_for_equals_and_stay_finite_far_apart),

@@ -29,6 +29,7 @@
 #include "dlm.h"
 #include "bench.h"
 #include "tasks.h"
+#include "rivals.h"
 #include <ctype.h>
 #include <math.h>
 #include <stdarg.h>
@@ -69,6 +70,7 @@ typedef struct arm {
     float       H;
     int         rho_code_form, one_pass;
     int         always;                    /* in every tier                        */
+    dlm_error (*choose)(void *options, dlm_trainer *t);     /* in the method's place */
 } arm;
 
 /* Short names for the table. */
@@ -76,23 +78,23 @@ enum { TIME = DLM_POLICY_TIME, RANDOM = DLM_POLICY_RANDOM,
        REVERSE = DLM_POLICY_REVERSED };
 enum { BASE, PLAIN, PLAIN_LIFT3, PLAIN_LIFT2, LIFT3 = 8, REVERSED = 11, RANDOM_K = 12 };
 static const arm arms[] = {
-    { "base",           0.0,        DLM_METHOD_VANILLA,   TIME,     0, 0, 0, 1 },
-    { "vanilla",        1.0,        DLM_METHOD_VANILLA,   TIME,     0, 0, 0, 1 },
-    { "vanilla_x1.22",  11.0 / 9.0, DLM_METHOD_VANILLA,   TIME,     0, 0, 0, 1 },
-    { "vanilla_x1.33",  4.0 / 3.0,  DLM_METHOD_VANILLA,   TIME,     0, 0, 0, 0 },
-    { "cart",           1.0,        DLM_METHOD_CART,      TIME,     0, 0, 0, 0 },
-    { "gift",           1.0,        DLM_METHOD_GIFT,      TIME,     0, 0, 0, 0 },
-    { "top_k",          1.0,        DLM_METHOD_TOP_K,     TIME,     0, 0, 0, 0 },
-    { "bottom_k",       1.0,        DLM_METHOD_BOTTOM_K,  TIME,     0, 0, 0, 0 },
-    { "lift3",          1.0,        DLM_METHOD_LIFT3,     TIME,     3, 0, 0, 1 },
-    { "lift2",          1.0,        DLM_METHOD_LIFT2,     TIME,     0, 0, 0, 0 },
-    { "lift3_random",   1.0,        DLM_METHOD_LIFT3,     RANDOM,   3, 0, 0, 0 },
-    { "lift3_reversed", 1.0,        DLM_METHOD_LIFT3,     REVERSE,  3, 0, 0, 1 },
-    { "random_k",       1.0,        DLM_METHOD_RANDOM_K,  TIME,     0, 0, 0, 1 },
-    { "lift3_one_pass", 1.0,        DLM_METHOD_LIFT3,     TIME,     3, 0, 1, 0 },
-    { "lift3_rho_code", 1.0,        DLM_METHOD_LIFT3,     TIME,     3, 1, 0, 0 },
-    { "lift3_h4",       1.0,        DLM_METHOD_LIFT3,     TIME,     4, 0, 0, 0 },
-    { "lift3_h8",       1.0,        DLM_METHOD_LIFT3,     TIME,     8, 0, 0, 0 }
+    { "base",           0.0,      DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 1, NULL },
+    { "vanilla",        1.0,      DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 1, NULL },
+    { "vanilla_x1.22",  11 / 9.0, DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 1, NULL },
+    { "vanilla_x1.33",  4 / 3.0,  DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 0, NULL },
+    { "cart",           1.0,      DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 0, rival_cart },
+    { "gift",           1.0,      DLM_METHOD_VANILLA,  TIME,    0, 0, 0, 0, rival_gift },
+    { "top_k",          1.0,      DLM_METHOD_TOP_K,    TIME,    0, 0, 0, 0, NULL },
+    { "bottom_k",       1.0,      DLM_METHOD_BOTTOM_K, TIME,    0, 0, 0, 0, NULL },
+    { "lift3",          1.0,      DLM_METHOD_LIFT3,    TIME,    3, 0, 0, 1, NULL },
+    { "lift2",          1.0,      DLM_METHOD_LIFT2,    TIME,    0, 0, 0, 0, NULL },
+    { "lift3_random",   1.0,      DLM_METHOD_LIFT3,    RANDOM,  3, 0, 0, 0, NULL },
+    { "lift3_reversed", 1.0,      DLM_METHOD_LIFT3,    REVERSE, 3, 0, 0, 1, NULL },
+    { "random_k",       1.0,      DLM_METHOD_RANDOM_K, TIME,    0, 0, 0, 1, NULL },
+    { "lift3_one_pass", 1.0,      DLM_METHOD_LIFT3,    TIME,    3, 0, 1, 0, NULL },
+    { "lift3_rho_code", 1.0,      DLM_METHOD_LIFT3,    TIME,    3, 1, 0, 0, NULL },
+    { "lift3_h4",       1.0,      DLM_METHOD_LIFT3,    TIME,    4, 0, 0, 0, NULL },
+    { "lift3_h8",       1.0,      DLM_METHOD_LIFT3,    TIME,    8, 0, 0, 0, NULL }
 };
 enum { ARMS = sizeof arms / sizeof *arms };
 
@@ -361,6 +363,7 @@ static dlm_trainer *lab_trainer(lab *l, const arm *a, double lr, int steps)
     o.schedule = steps > 0 ? DLM_SCHEDULE_COSINE : DLM_SCHEDULE_CONSTANT;
     o.lift.method = a->method, o.lift.policy = (dlm_policy)a->policy, o.lift.H = a->H;
     o.lift.rho_code_form = a->rho_code_form, o.lift.one_pass = a->one_pass;
+    o.lift.choose = a->choose;
     o.seed = l->seed;
     bench_require(l->ctx, dlm_trainer_create(&t, l->ctx, l->model, &o, NULL));
     return t;
