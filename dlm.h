@@ -57,7 +57,7 @@
        sampler likelihood          filling in a canvas; scoring texts and choices
        distill                     OPDLM: teacher, divergences, step maps
        json files                  a reader; whole files, written or left alone
-       tokenizers                  bytes, characters, scored pieces
+       unicode tokenizers          bytes, characters, pieces, byte-level BPE
        safetensors checkpoints     models and training states on disk
        llama2c loading             models of another program; any model, from files, too
        history license
@@ -1164,49 +1164,65 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
 
 /* --[ tokenizers ]------------------------------------------------------------
    Text to ids and back.  After the ordinary tokens come a stop token and, last, the
-   mask token. */
+   mask token; JSON has them where its file has them. */
 
 typedef enum dlm_tokenizer_kind {
     DLM_TOKENIZER_BYTES = 0,               /* 256 bytes + stop + mask              */
     DLM_TOKENIZER_CHARS,                   /* the UTF-8 characters of a corpus, by
                                               code point, + stop + mask            */
-    DLM_TOKENIZER_PIECES                   /* a llama2.c tokenizer file: scored pieces;
+    DLM_TOKENIZER_PIECES,                  /* a llama2.c tokenizer file: scored pieces;
                                               stop is its BOS (1), which separates
                                               texts, mask is vocab, outside        */
+    DLM_TOKENIZER_JSON                     /* a tokenizer.json of Hugging Face: byte-
+                                              level BPE (GPT-2, Qwen, Llama 3, SmolLM)
+                                              or that of SentencePiece (Llama 2)   */
 } dlm_tokenizer_kind;
 
 typedef struct dlm_tokenizer {             /* open for reading                     */
-    int       vocab, stop, mask;           /* ids in all; the two special ones     */
+    int       vocab, stop, mask;           /* ids in all (the largest of JSON, + 1);
+                                              the two special ones, JSON: or -1    */
     dlm_tokenizer_kind kind;
     dlm_ctx  *ctx;                         /* where it was allocated               */
-    struct dlm__piece *pieces;             /* private: (n_pieces) by id; BYTES: none */
-    struct dlm__piece **sorted;            /* private: by their bytes              */
-    char     *text;                        /* private: (size) of CHARS the characters, */
-    size_t    size;                        /* of PIECES the file                   */
-    int       n_pieces, spaces;            /* private; spaces 1: a piece has a space
-                                              behind a letter                      */
+    const char *mask_from;                 /* JSON: what says which the mask is: "added
+                                              token <|mask|>"; a constant, or NULL */
+    char     *text;                        /* (size) CHARS: the characters, PIECES and */
+    size_t    size;                        /* JSON: the file; a zero follows       */
+    struct dlm__lexicon *lexicon;          /* private: the pieces, and how they merge */
 } dlm_tokenizer;
 
-/* text (size) is the corpus for CHARS, the bytes of the file for PIECES, ignored for
-   BYTES.  What is needed of it is copied.  A corpus is UTF-8 without zeros; a file that
-   is none, and the JSON vocabulary of another program (tokenizer.json, vocab.json), are
-   DLM_E_INPUT.  Any other JSON is a text like others. */
+/* text (size) is the corpus for CHARS, the bytes of the file for PIECES and JSON, ignored
+   for BYTES.  What is needed of it is copied.  A corpus is UTF-8 without zeros; a file
+   that is none, and the JSON vocabulary of another program (tokenizer.json, vocab.json),
+   are DLM_E_INPUT.  Any other JSON is a text like others.
+   JSON has the BPE of the families above and of LLaDA; what else would change a result
+   is DLM_E_UNSUPPORTED and named.  Texts are expected in NFC, as all but all are: that a
+   file asks for it is ignored, as are `normalized` of its added tokens, post-processor,
+   truncation and padding.  stop is <|endoftext|>, </s> or <|end_of_text|>, mask an added
+   token of one of the usual names; dlm_tokenizer_open knows better. */
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        dlm_tokenizer_kind kind, const char *text,
                                        size_t size);
 DLM_API void      dlm_tokenizer_free(dlm_tokenizer *t);                /* NULL is ok */
+/* The id of a token by its text, "<|im_end|>" or " the" (spaces as spaces), added tokens
+   before others; -1 when there is none.  Bytes that are tokens have no text. */
+DLM_API int       dlm_tokenizer_id(const dlm_tokenizer *t, const char *text);
 /* ids (max) gets the tokens of text (size); *n the number there are, even when that
    exceeds max: then ids has the first max and the rest is dropped, with DLM_OK (ids may
    be NULL to ask).  A character outside the vocabulary is DLM_E_INPUT and is named; *n
-   are then the tokens before it.  PIECES begins with a space, as llama2.c does, and
-   merges the neighbours of best score until none are left (within 256 bytes at a time,
-   and between spaces where no piece crosses one); it adds no BOS. */
+   are then the tokens before it.  No BOS is added.
+   PIECES begins with a space, as llama2.c does, and merges the neighbours of best score,
+   of equals the leftmost, until none are left.  JSON finds added tokens first, at a place
+   the longest (<s> in a text is that token, as Hugging Face has it), and goes on between
+   them as its file says; bytes that are no UTF-8 are characters alone, of no class.
+   Time is n log n for any text; 28 bytes per byte of the longest word are allocated and
+   freed again, when that fails: DLM_E_NOMEM. */
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n);
 /* Writes at most size - 1 bytes and a zero; returns the bytes there are without the
    zero (out may be NULL to ask).  Stop tokens vanish, masks and ids outside the
    vocabulary become '_'.  PIECES drops the space with which encoding began a text: that
-   of the first piece and, as llama2.c does, of every piece behind a stop. */
+   of the first piece and, as llama2.c does, of every piece behind a stop.  JSON drops all
+   special tokens and, of Llama 2, the first space; bytes come out as they are. */
 DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                              size_t size);
 
@@ -8916,110 +8932,220 @@ static dlm_error dlm__write_file(dlm_ctx *ctx, const char *path, dlm__write_fn w
 
 #endif /* !DLM_NO_STDIO */
 
+/* ==[ unicode ]===============================================================
+   What tokenizers ask of Unicode: which characters are letters, numbers and white space
+   (16.0; what is not assigned counts as its neighbours if these are of one class). */
+
+enum { DLM__OTHER, DLM__LETTER, DLM__NUMERAL, DLM__SPACE, DLM__NO_CLASS };
+enum { DLM__CLASSES = 0x33480 };    /* from here on everything is OTHER            */
+
+/* \p{L}, \p{N} and White_Space as the distances from each edge to the next: where the
+   first range begins, behind it, where the second begins, ...  Numbers have digits of
+   base 90; those below 60 end a number, the others, base 30, go before. */
+static const char *const dlm__class_text[3] = {
+    "b(=)=S$-$'$(:$C$hJ'/1(*$$$c,($+$$)$$bV$c6+d@)Mb.GQOG%$bK$$2%*%-&%$3$$BAbA.$;E,%'$(9'"
+    "$,$&$:<*L$)4N_Z&$5$*-23'Y&$3$0)1%-$+YC)6&3Y&$55:$.Y&$B)2$4[9$XY&$=-B$'Y&$C(2%4[%$3$("
+    "&+&;)(b)_T$%/*_T$%,-8Ib&Q>(b[O7$3)''&$&%*&'0/$4bC$k*I33bF&k7%4$=(b2)E0615142XG$'$b*b"
+    "M%F$b^Uc%Z:,Yb9$bES4+ZB0%-P=HM&-H%b'M'$)$%&d5b'h<$$&.&/'0(.b]$0$30bM$'$%-$$&()$$$$$$"
+    "'$.%'(('$X%boOdU)'&%/bX3bGb7$hU%N((%'b=)&$bB$c>4DT3iDdtXb'mj4b*R%eA&3-b,3C%b-U,%bO%b"
+    "`$&$'$:AX1Vb%)&$$%.@-:<A*S@$3($--S:&$+7:&$&V$$&%%(%$$@%.*&/bB$1)b[AghLeuXj%$-$c3Eg&5"
+    "b'%ZL/b]c8H=)=.b`Ge.gAb8SD07$+)J-B%TTcJ5d#/m9-:,Cb(9-9-=b-])%b'$2JNA&AG+$@>Z-9-605bV"
+    "e&0HJ@,:e-N)8`A-CN5R8>:/Y^%%$0QD<=HA$%P&$/T1'8$$$GP6%b&M*SJY&$5$/(B]<$$$PY5'7b87%$$d"
+    "'SM'HT7$`O0$b.>Id]b]b'CU2$$$bFU3$$$@$-L*$8$.R6$5b0d6ECS4$UBbXU8$<N1$f>62$$Tc'$b6p9dV"
+    "bsU2rX4)<gkZ~9k*4b64B5T3'CiNdCb'c+b2($b)b6$$@k{VdjVlQ$<$C$<$C$<$C$<$C$<$+baPOe8b%c=Q"
+    "-*3$f8B5Pi'@dTB%$i2dU`b+*$u'd+cnLbloD",
+    "T-c#%($%&y$-c1-d5-gX-b_-')bT-b_-b_-%)bV0b[-+*bO-bP**6bU-bH-b_-b-7e@-b--l`7oM&d`=9-f#"
+    "-c+.cQ=d%-b=-c1-)-r=$&))-d5W%(m)b#b59kBBx($m^$<,1&fO'c5-B+$2D-K2qm3-d+-f7)cF-J-d5-9-"
+    "b=-gR-lyB-i0Q/^4%fM>H'A$+$c1(d9-pN+<*K,b2(9)cL%%b'b',X%B&b2(bP+;+M*fB)T=eJCcJ-N'bX*c"
+    "1Bc+-b#-c;-*7e.-fN-b_-g1-bNHb3/h#6bE-l%-b=AdS-b--h%-bN8rSbWit0-bj%-b=-c15iR-e9:nmE-y"
+    "JXbT<sAVbj@-h%-i9-e*-l],c+-n.`$&$c($2q%0bq>-",
+    ",(5$bL$=$dd6$bkC.A%($S$cgL$"
+};
+
+/* The classes (DLM__CLASSES, zero before) of all characters. */
+static void dlm__classes_fill(unsigned char *classes)
+{
+    for (int k = 0; k < 3; k++) {
+        size_t at = 0, n = 0;
+        int inside = 0;
+        for (const char *p = dlm__class_text[k]; *p; p++) {
+            const size_t digit = (size_t)(*p - '#' - (*p > '?') - (*p > '\\'));
+            n = digit < 60 ? 60 * n + digit : 30 * n + digit - 60;
+            if (digit >= 60) continue;
+            if (inside) memset(classes + at, DLM__LETTER + k, n);
+            inside = !inside;
+            at += n;
+            n = 0;
+        }
+    }
+}
+
 /* ==[ tokenizers ]============================================================
    Text to ids and back.  An id stands for a piece of text, some bytes: any one byte, a
-   character of a corpus, or a scored piece of another program.  ids of characters: by
-   code point, stop, mask. */
+   character of a corpus, or a piece of another program, which come with scores, or with
+   the pairs they are merged from.  ids of characters: by code point, stop, mask. */
 
 typedef struct dlm__piece { const char *text; int size; float score; } dlm__piece;
 
-/* One id more, for `size` bytes of t->text from `at` on.  While t has no memory, here and
-   below, everything is only counted; then the same calls are made again. */
-static void dlm__add_piece(dlm_tokenizer *t, size_t at, size_t size, float score)
+typedef struct dlm__table {         /* pieces by number, and numbers by bytes      */
+    dlm__piece *items;              /* (most)                                      */
+    int        *slots, mask;        /* (mask + 1) hashed: numbers + 1, 0 is none   */
+    int         n, most, spaces;    /* spaces 1: one has a space behind a letter   */
+} dlm__table;
+
+enum {                              /* of form: what is done with a text           */
+    DLM__BYTE_LEVEL = 1,            /* words by an expression, begin as bytes; else */
+    DLM__MARKED = 2,                /* they begin as characters; U+2581 is a space */
+    DLM__MODERN = 4,                /* Qwen's expression, or Llama 3's; else GPT-2's */
+    DLM__WHOLE = 8,                 /* a word that is a piece is not looked into   */
+    DLM__FALLBACK = 16,             /* "<0x0A>" stands for a byte                  */
+    DLM__SCORED = 32                /* pieces have scores; else merges have ranks  */
+};
+
+typedef struct dlm__lexicon {
+    dlm_ctx    *ctx;
+    int         form, digits;       /* numerals in a word of digits; 0: any number */
+    int         unk;                /* what has no piece and no bytes; or -1       */
+    dlm__table  pieces, merges;     /* merges: by rank, the bytes of two ids       */
+    int        *pairs;              /* (2 merges.most) these ids                   */
+    int        *added, n_added;     /* tokens that are found in the text as it is; */
+    unsigned char *classes;         /* their pieces' score is 1, of special ones 2 */
+    char       *bytes;              /* (n_bytes) of the pieces of JSON, used so far */
+    size_t      n_bytes, used;
+} dlm__lexicon;
+
+/* --[ pieces ]---------------------------------------------------------------- */
+
+static void dlm__table_carve(dlm__arena *a, dlm__table *h)
 {
-    if (t->pieces) {
-        dlm__piece *p = &t->pieces[t->n_pieces];
-        p->text = t->text + at;
-        p->size = (int)size;
-        p->score = score;
-        t->sorted[t->n_pieces] = p;
+    h->mask = 3;
+    while (h->mask / 4 * 3 <= h->most) h->mask = 2 * h->mask + 1;
+    h->items = (dlm__piece *)dlm__push(a, (size_t)h->most, sizeof *h->items);
+    h->slots = dlm__push_ints(a, (size_t)h->mask + 1);
+}
+
+/* Where the bytes a (na) b (nb) are in the table, or would be: *slot is then 0. */
+static int *dlm__slot(const dlm__table *h, const void *a, size_t na, const void *b,
+                      size_t nb)
+{
+    const unsigned char *x = (const unsigned char *)a, *y = (const unsigned char *)b;
+    uint32_t hash = 2166136261u;                /* FNV-1a                          */
+    for (size_t i = 0; i < na; i++) hash = (hash ^ x[i]) * 16777619u;
+    for (size_t i = 0; i < nb; i++) hash = (hash ^ y[i]) * 16777619u;
+    for (hash ^= hash >> 15;; hash++) {
+        int *slot = &h->slots[hash & (uint32_t)h->mask];
+        const dlm__piece *p = &h->items[*slot - (*slot > 0)];
+        if (*slot == 0 || ((size_t)p->size == na + nb && memcmp(p->text, a, na) == 0
+                           && memcmp(p->text + na, b, nb) == 0)) return slot;
     }
-    t->n_pieces++;
 }
 
-static int dlm__compare_piece(const dlm__piece *a, const char *text, int size)
+/* The number of some bytes, -1 when nothing has them. */
+static int dlm__find(const dlm__table *h, const char *text, size_t size)
 {
-    const int c = memcmp(a->text, text, (size_t)dlm__min(a->size, size));
-    return c ? c : (a->size > size) - (a->size < size);
+    return *dlm__slot(h, text, size, "", 0) - 1;
 }
 
-/* For qsort: by bytes, then by id. */
-static int dlm__by_bytes(const void *a, const void *b)
+/* Item k (< most) is these bytes, which stay where they are, to be found if `known`; 0:
+   another one was before it. */
+static int dlm__enter(dlm__table *h, int k, const char *text, size_t size, int known)
 {
-    const dlm__piece *x = *(dlm__piece *const *)a, *y = *(dlm__piece *const *)b;
-    const int c = dlm__compare_piece(x, y->text, y->size);
-    return c ? c : (x > y) - (x < y);
+    int *slot = dlm__slot(h, text, size, "", 0);
+    h->items[k].text = text;
+    h->items[k].size = (int)size;
+    h->n = dlm__max(h->n, k + 1);
+    for (size_t i = 1; i < size; i++) h->spaces |= text[i] == ' ' && text[i - 1] != ' ';
+    if (!known || *slot) return !known;
+    *slot = k + 1;
+    return 1;
 }
 
-/* The first id of some bytes, -1 when no piece has them. */
-static int dlm__find_piece(const dlm_tokenizer *t, const char *text, int size)
+/* What two neighbours become and how good that is; -1: they stay. */
+static int dlm__merged(const dlm__lexicon *v, int a, int b, float *score)
 {
-    int lo = 0, hi = t->n_pieces;
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (dlm__compare_piece(t->sorted[mid], text, size) < 0) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo < t->n_pieces && dlm__compare_piece(t->sorted[lo], text, size) == 0
-        ? (int)(t->sorted[lo] - t->pieces) : -1;
+    const dlm__piece *p = &v->pieces.items[a], *q = &v->pieces.items[b];
+    int rank = 0, id;
+    if (!(v->form & DLM__SCORED))
+        rank = *dlm__slot(&v->merges, &a, sizeof a, &b, sizeof b) - 1;
+    if (rank < 0) return -1;
+    id = *dlm__slot(&v->pieces, p->text, (size_t)p->size, q->text, (size_t)q->size) - 1;
+    *score = v->form & DLM__SCORED && id >= 0 ? v->pieces.items[id].score : (float)-rank;
+    return *score > -INFINITY ? id : -1;
+}
+
+/* The piece of a byte, or -1. */
+static int dlm__byte_id(const dlm__lexicon *v, char byte)
+{
+    char name[8];
+    if (v->form & DLM__SCORED) return 3 + (unsigned char)byte;
+    if (v->form & DLM__BYTE_LEVEL) return dlm__find(&v->pieces, &byte, 1);
+    snprintf(name, sizeof name, "<0x%02X>", (unsigned)(unsigned char)byte);
+    return v->form & DLM__FALLBACK ? dlm__find(&v->pieces, name, 6) : -1;
 }
 
 /* --[ characters ]------------------------------------------------------------
-   Code points by windows of 2^15, of which most texts have one or two; which they are is
-   known from a first look. */
+   A set of code points, one bit each. */
 
-enum { DLM__WINDOW = 1 << 15 };
+enum { DLM__CODES = 0x110000 };
 
-static void dlm__add_window(dlm_tokenizer *t, const char *text, size_t size,
-                            uint32_t first)
+/* Puts the characters of a text into the set, and counts them and their bytes. */
+static dlm_error dlm__see_chars(dlm_tokenizer *t, const char *text, size_t size,
+                                unsigned char *seen)
 {
-    unsigned char there[DLM__WINDOW / 8] = { 0 };
-    for (size_t i = 0; i < size;) {
+    for (size_t i = 0, next = 0; i < size; i = next) {
         uint32_t c;
-        dlm__utf8_get(text, size, &i, &c);
-        c -= first;                             /* wraps below the window          */
-        if (c < DLM__WINDOW) there[c / 8] |= (unsigned char)(1 << c % 8);
-    }
-    for (uint32_t c = 0; c < DLM__WINDOW; c++) {
-        char bytes[4];
-        size_t n;
-        if (!(there[c / 8] >> c % 8 & 1)) continue;
-        n = dlm__utf8_put(bytes, first + c);
-        if (t->text) memcpy(t->text + t->size, bytes, n);
-        dlm__add_piece(t, t->size, n, 0.0f);
-        t->size += n;
-    }
-}
-
-/* The characters of a text, ascending. */
-static dlm_error dlm__add_chars(dlm_tokenizer *t, const char *text, size_t size)
-{
-    uint64_t windows = 0;
-    for (size_t i = 0; i < size;) {
-        uint32_t c;
-        if (!dlm__utf8_get(text, size, &i, &c) || c == 0)
+        if (!dlm__utf8_get(text, size, &next, &c) || c == 0)
             return dlm__fail(t->ctx, DLM_E_INPUT,
                              "text: malformed UTF-8, or a zero, at byte %.0f: not a text",
                              (double)i);
-        windows |= (uint64_t)1 << c / DLM__WINDOW;
+        if (seen[c / 8] >> c % 8 & 1) continue;
+        seen[c / 8] |= (unsigned char)(1 << c % 8);
+        t->lexicon->pieces.most++;
+        t->size += next - i;
     }
-    for (uint32_t k = 0; windows >> k; k++)
-        if (windows >> k & 1) dlm__add_window(t, text, size, k * DLM__WINDOW);
     if (size > 0) return DLM_OK;
     return dlm__fail(t->ctx, DLM_E_INPUT, "text: no characters to make a vocabulary of");
+}
+
+static void dlm__add_chars(dlm_tokenizer *t, const unsigned char *seen)
+{
+    dlm__table *h = &t->lexicon->pieces;
+    char *at = t->text;
+    for (uint32_t c = 0; c < DLM__CODES; c++) {
+        size_t n;
+        if (!(seen[c / 8] >> c % 8 & 1)) continue;
+        n = dlm__utf8_put(at, c);
+        dlm__enter(h, h->n, at, n, 1);
+        at += n;
+    }
+}
+
+/* The values of n keys of an object, at[k].p NULL when absent or null; a key twice is a
+   mistake. */
+static void dlm__json_fields(dlm__json *j, const char *const *keys, int n, dlm__json *at)
+{
+    char name[64];
+    int count = 0;
+    memset(at, 0, (size_t)n * sizeof *at);
+    dlm__json_want(j, '{');
+    while (dlm__json_key(j, name, sizeof name, &count)) {
+        int k = 0;
+        while (k < n && strcmp(keys[k], name) != 0) k++;
+        dlm__json_space(j);
+        if (k < n && at[k].end) j->bad = 1;
+        if (k < n) at[k] = *j;
+        if (k < n && dlm__json_word(j, "null")) at[k].p = NULL;
+        else dlm__json_skip(j, 0);
+    }
 }
 
 /* Enters an object and goes to the value of `key`; 0: it is not there. */
 static int dlm__json_find(dlm__json *j, const char *key)
 {
-    char name[64];
-    int count = 0;
-    dlm__json_want(j, '{');
-    while (dlm__json_key(j, name, sizeof name, &count)) {
-        if (strcmp(name, key) == 0) return 1;
-        dlm__json_skip(j, 0);
-    }
-    return 0;
+    dlm__json at;
+    dlm__json_fields(j, &key, 1, &at);
+    if (at.p) *j = at;
+    return at.p != NULL;
 }
 
 /* 1 for the files in which others keep a vocabulary: an object whose "model" has a
@@ -9036,134 +9162,662 @@ static int dlm__is_vocabulary(const char *text, size_t size)
     return !again.bad && ids >= 256;            /* fewer may be a text             */
 }
 
-/* --[ pieces ]----------------------------------------------------------------
+/* --[ scored pieces ]---------------------------------------------------------
    i32 longest, then for every id f32 score, i32 length, bytes. */
 
-static dlm_error dlm__add_pieces(dlm_tokenizer *t, const char *file, size_t size)
+static dlm_error dlm__add_scored(dlm__lexicon *v, const char *file, size_t size)
 {
+    dlm__table *h = &v->pieces;
     size_t at = 4;
-    if (t->text) memcpy(t->text, file, size);
-    t->size = size;
-    while (at < size && size - at >= 8) {
+    v->form = DLM__SCORED | DLM__FALLBACK;
+    while (at < size && size - at >= 8 && h->n < h->most) {
         float score;
         int32_t length;
         memcpy(&score, file + at, 4);
         memcpy(&length, file + at + 4, 4);
-        if (length < 0 || (size_t)length > size - at - 8 || score != score
-            || t->n_pieces >= 1 << 22) break;
-        at += 8;
-        dlm__add_piece(t, at, (size_t)length, score);
-        for (size_t i = at + 1; i < at + (size_t)length; i++)
-            t->spaces |= file[i] == ' ' && file[i - 1] != ' ';
-        at += (size_t)length;
+        if (length < 0 || (size_t)length > size - at - 8 || score != score) break;
+        h->items[h->n].score = score;
+        dlm__enter(h, h->n, file + at + 8, (size_t)length, 1);
+        at += 8 + (size_t)length;
     }
-    if (at == size && t->n_pieces >= 3) return DLM_OK;
-    return dlm__fail(t->ctx, DLM_E_FORMAT, "tokenizer: not a file of scored pieces");
+    if (at == size && h->n >= 3) return DLM_OK;
+    return dlm__fail(v->ctx, DLM_E_FORMAT, "tokenizer: not a file of scored pieces");
 }
 
-/* One id per character, or, for characters without a piece, per byte (ids 3..258). */
-static int dlm__split_pieces(const dlm_tokenizer *t, const char *text, size_t size,
-                             int *ids)
+/* --[ tokenizer.json ]--------------------------------------------------------
+   A file has no more ids and merges than strings, and these no more bytes than it: that
+   is the room there is.  What reads a part says what is wrong with it, NULL: nothing. */
+
+enum { DLM__IDS = 1 << 22 };        /* ranks are exact floats                      */
+
+/* true; what is absent is not. */
+static int dlm__json_true(dlm__json j) { return j.p && dlm__json_word(&j, "true"); }
+
+/* GPT-2 writes bytes as printable characters: those that print as they are, the others
+   as U+0100 and on.  The byte of such a character, -1 when it is none. */
+static int dlm__char_byte(uint32_t c)
 {
-    int n = 0;
-    for (size_t i = 0, next = 0; i < size; i = next) {
-        uint32_t c;
-        const int sound = dlm__utf8_get(text, size, &next, &c);
-        const int id = sound ? dlm__find_piece(t, text + i, (int)(next - i)) : -1;
-        if (!sound) next++;
-        if (id >= 0) ids[n++] = id;
-        for (; id < 0 && i < next; i++) ids[n++] = 3 + (unsigned char)text[i];
-    }
-    return n;
+    const int k = (int)c - 256;
+    if ((c > 32 && c < 127) || (c > 160 && c < 256 && c != 173)) return (int)c;
+    return k < 0 ? -1 : k < 33 ? k : k < 67 ? k + 94 : k == 67 ? 173 : -1;
 }
 
-enum { DLM__RUN = 256 };            /* bytes merged at a time                      */
-
-/* Merges neighbours, best score first, leftmost of equals; returns how many are left. */
-static int dlm__merge_pieces(const dlm_tokenizer *t, int *ids, int n)
+/* The bytes that a piece of the file (*n) stands for, in its place; 0 when no text comes
+   to it: it is no writing of bytes, or has a space where that is U+2581. */
+static int dlm__spelled(const dlm__lexicon *v, char *text, size_t *n)
 {
-    for (;;) {
-        float best = -INFINITY;
-        int at = -1, merged = -1;
-        for (int i = 0; i + 1 < n; i++) {
-            const dlm__piece *a = &t->pieces[ids[i]], *b = &t->pieces[ids[i + 1]];
-            char both[2 * DLM__RUN];
-            int id;
-            if (a->size + b->size > (int)sizeof both) continue;
-            memcpy(both, a->text, (size_t)a->size);
-            memcpy(both + a->size, b->text, (size_t)b->size);
-            id = dlm__find_piece(t, both, a->size + b->size);
-            if (id < 0 || !(t->pieces[id].score > best)) continue;
-            best = t->pieces[id].score;
-            at = i;
-            merged = id;
+    const int marked = v->form & DLM__MARKED;
+    size_t size = 0;
+    int known = 1;
+    for (size_t i = 0; i < *n;) {
+        uint32_t c = 0;
+        int byte;
+        dlm__utf8_get(text, *n, &i, &c);
+        byte = !marked ? dlm__char_byte(c) : c == 0x2581 ? ' ' : -1;
+        known &= marked ? c != ' ' : byte >= 0;
+        if (byte >= 0) text[size++] = (char)byte;
+        else size += dlm__utf8_put(text + size, c);
+    }
+    *n = size;
+    return known;
+}
+
+/* The next string, where the next bytes go. */
+static size_t dlm__next_bytes(const dlm__lexicon *v, dlm__json *j)
+{
+    return dlm__json_string(j, v->bytes + v->used, v->n_bytes - v->used);
+}
+
+/* "vocab": pieces and their ids. */
+static const char *dlm__add_vocab(dlm__lexicon *v, dlm__json *j)
+{
+    int count = 0;
+    dlm__json_want(j, '{');
+    while (dlm__json_next(j, '}', &count)) {
+        char *at = v->bytes + v->used;
+        size_t n = dlm__next_bytes(v, j);
+        uint64_t id;
+        int known;
+        dlm__json_want(j, ':');
+        id = dlm__json_count(j);
+        if (j->bad) break;
+        if (id >= (uint64_t)v->pieces.most) return "an id beyond all others";
+        known = dlm__spelled(v, at, &n);
+        if (v->pieces.items[id].text) return "an id given twice";
+        if (!dlm__enter(&v->pieces, (int)id, at, n, known)) return "a piece given twice";
+        v->used += n + 1;
+    }
+    return NULL;
+}
+
+static const char dlm__not_alone[] = "lstrip, rstrip or single_word, not supported,";
+
+static const char *dlm__add_added(dlm__lexicon *v, dlm__json *j)
+{
+    static const char *const keys[] = {
+        "id", "content", "special", "lstrip", "rstrip", "single_word"
+    };
+    int count = 0;
+    dlm__json_want(j, '[');
+    while (dlm__json_next(j, ']', &count)) {
+        char *at = v->bytes + v->used;
+        dlm__json f[6];
+        dlm__piece *p;
+        uint64_t id = 0;
+        size_t n = 0;
+        dlm__json_fields(j, keys, 6, f);
+        if (!j->bad && f[0].p && f[1].p) {
+            id = dlm__json_count(&f[0]);
+            n = dlm__next_bytes(v, &f[1]);
         }
-        if (at < 0) return n;
-        ids[at] = merged;
-        memmove(ids + at + 1, ids + at + 2, (size_t)(n - at - 2) * sizeof *ids);
-        n--;
+        if (n == 0 || f[0].bad) j->bad = 1;
+        if (j->bad) break;
+        if (id >= (uint64_t)v->pieces.most) return "an id beyond all others";
+        for (int k = 3; k < 6; k++) if (dlm__json_true(f[k])) return dlm__not_alone;
+        p = &v->pieces.items[id];
+        if (p->text && (p->score > 0.0f || (size_t)p->size != n
+                        || memcmp(p->text, at, n) != 0)) return "an id given twice";
+        if (p->text == NULL) dlm__enter(&v->pieces, (int)id, at, n, 1);
+        p->score = dlm__json_true(f[2]) ? 2.0f : 1.0f;
+        v->used += n + 1;
+        v->added[v->n_added++] = (int)id;
+    }
+    return NULL;
+}
+
+/* "merges", the best first: "a b" or ["a", "b"]. */
+static const char *dlm__add_merges(dlm__lexicon *v, dlm__json *j)
+{
+    dlm__table *h = &v->merges;
+    int count = 0;
+    dlm__json_want(j, '[');
+    while (dlm__json_next(j, ']', &count)) {
+        char *a = v->bytes + v->used, *b;
+        int *pair = v->pairs + 2 * h->n;
+        const int apart = dlm__json_take(j, '[');
+        size_t na = dlm__next_bytes(v, j), nb;
+        float score;
+        if (apart) {                            /* are put together                */
+            dlm__json_want(j, ',');
+            v->used += na + 1;
+            dlm__next_bytes(v, j);
+            v->used -= na + 1;
+            dlm__json_want(j, ']');
+            a[na] = ' ';
+        }
+        b = j->bad ? NULL : strchr(a, ' ');
+        if (b == NULL) j->bad = 1;
+        if (j->bad) break;
+        na = (size_t)(b++ - a);
+        nb = strlen(b);
+        pair[0] = dlm__spelled(v, a, &na) ? dlm__find(&v->pieces, a, na) : -1;
+        pair[1] = dlm__spelled(v, b, &nb) ? dlm__find(&v->pieces, b, nb) : -1;
+        if (pair[0] < 0 || pair[1] < 0) return "a merge of what is no piece";
+        if (!dlm__enter(h, h->n, (const char *)pair, 2 * sizeof *pair, 1))
+            return "a merge given twice";
+        if (dlm__merged(v, pair[0], pair[1], &score) < 0) return "a merge to no piece";
+    }
+    return NULL;
+}
+
+/* --[ components ]------------------------------------------------------------
+   The decoder, normalizer and pre-tokenizer of a file are written in one line, as the
+   values of their settings; what the line means is in a table, or it is refused. */
+
+#define DLM__GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+" \
+    "|\\s+(?!\\S)|\\s+"
+#define DLM__QWEN(numerals) \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" numerals \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+
+static const struct { const char *line; int form, digits; } dlm__pipelines[] = {
+#define DLM__BYTES(words) "decoder ByteLevel normalizer pre_tokenizer " words "ByteLevel"
+#define DLM__SPLIT(regex) DLM__BYTES("Split " regex " Isolated ") " !use_regex"
+    { DLM__BYTES(""), DLM__BYTE_LEVEL, 0 },
+    { DLM__SPLIT(DLM__GPT2), DLM__BYTE_LEVEL, 0 },
+    { DLM__BYTES("Digits individual_digits "), DLM__BYTE_LEVEL, 1 },        /* SmolLM */
+    { DLM__SPLIT(DLM__QWEN("\\p{N}")), DLM__BYTE_LEVEL | DLM__MODERN, 1 },
+    { DLM__SPLIT(DLM__QWEN("\\p{N}{1,3}")), DLM__BYTE_LEVEL | DLM__MODERN, 3 },
+    { "decoder Replace \xE2\x96\x81   ByteFallback Fuse Strip   1 0 normalizer "
+      "Prepend \xE2\x96\x81 Replace   \xE2\x96\x81 pre_tokenizer", DLM__MARKED, 0 }
+#undef DLM__SPLIT
+#undef DLM__BYTES
+};
+
+/* Writes a value behind the line: its strings and numbers, and what is true (use_regex:
+   what is not) by its key; but nothing of what changes no ids and no text, and no NFC. */
+static void dlm__component_line(dlm__json *j, const char *key, char *line, size_t size)
+{
+    const size_t n = strlen(line);
+    char name[24];
+    int count = 0, yes;
+    if (dlm__json_take(j, '{')) {
+        while (dlm__json_key(j, name, sizeof name, &count))
+            dlm__component_line(j, name, line, size);
+    } else if (dlm__json_take(j, '[')) {
+        while (dlm__json_next(j, ']', &count)) dlm__component_line(j, "", line, size);
+    } else if ((yes = dlm__json_word(j, "true")) != 0 || dlm__json_word(j, "false")) {
+        if (yes != (strcmp(key, "use_regex") == 0) && strcmp(key, "trim_offsets") != 0
+            && strncmp(line, "decoder ByteLevel", n) != 0)
+            snprintf(line + n, size - n, yes ? " %s" : " !%s", key);
+    } else if (j->p < j->end && *j->p == '"' && n + 2 < size) {
+        line[n] = ' ';
+        dlm__json_string(j, line + n + 1, size - n - 1);
+        if (!strcmp(line + n, " Sequence") || !strcmp(line + n, " NFC")) line[n] = '\0';
+    } else if (!dlm__json_word(j, "null")) {
+        snprintf(line + n, size - n, " %.0f", (double)dlm__json_count(j));
     }
 }
 
-/* Words are merged on their own when no piece goes on behind a word: merges cannot
-   cross.  Runs of more than 256 bytes are cut there. */
-static dlm_error dlm__encode_pieces(const dlm_tokenizer *t, const char *text, size_t size,
-                                    int *ids, size_t max, size_t *n)
+static dlm_error dlm__add_components(dlm__lexicon *v, dlm__json *at)
 {
-    char run[DLM__RUN + 4];
-    int found[DLM__RUN + 4];
-    size_t i = 0;
-    if (t->n_pieces < 259)
-        return dlm__fail(t->ctx, DLM_E_INPUT, "tokenizer: %d pieces, bytes need 259",
-                         t->n_pieces);
-    for (int first = 1; i < size; first = 0) {
-        size_t length = 0;
-        int k;
-        if (first) run[length++] = ' ';
-        do run[length++] = text[i++];
-        while (i < size && length < DLM__RUN
-               && (t->spaces || text[i] != ' ' || text[i - 1] == ' '));
-        while (i < size && (text[i] & 0xC0) == 0x80 && length < DLM__RUN + 3)
-            run[length++] = text[i++];          /* never cut a character           */
-        k = dlm__merge_pieces(t, found, dlm__split_pieces(t, run, length, found));
-        for (int j = 0; j < k; j++, (*n)++)
-            if (ids && *n < max) ids[*n] = found[j];
+    static const char *const stages[] = { "decoder", " normalizer", " pre_tokenizer" };
+    char line[512] = "";
+    for (int k = 0; k < 3; k++) {
+        const size_t n = strlen(line);
+        snprintf(line + n, sizeof line - n, "%s", stages[k]);
+        if (at[k].p) dlm__component_line(&at[k], "", line, sizeof line);
+    }
+    for (size_t k = 0; k < sizeof dlm__pipelines / sizeof *dlm__pipelines; k++) {
+        if (strcmp(dlm__pipelines[k].line, line) != 0) continue;
+        v->form = dlm__pipelines[k].form;
+        v->digits = dlm__pipelines[k].digits;
+        return DLM_OK;
+    }
+    return dlm__fail(v->ctx, DLM_E_UNSUPPORTED, "tokenizer: not supported: %.220s", line);
+}
+
+/* --[ the whole file ]-------------------------------------------------------- */
+
+/* What a model says of itself but for its pieces and merges. */
+static dlm_error dlm__add_settings(dlm__lexicon *v, const char *const *keys,
+                                   dlm__json *at)
+{
+    static const char *const usual[] = { "\"BPE\"", "0.0", "\"\"", "\"\"", "false" };
+    int whole = 1;                              /* every byte has a piece          */
+    if (dlm__json_true(at[5])) v->form |= DLM__FALLBACK;
+    if (dlm__json_true(at[6])) v->form |= DLM__WHOLE;
+    for (int b = 0; b < 256; b++) whole &= dlm__byte_id(v, (char)b) >= 0;
+    if (v->form & DLM__MARKED && (!whole || v->form & DLM__WHOLE))
+        return dlm__fail(v->ctx, DLM_E_UNSUPPORTED, "tokenizer: model: not supported: "
+                         "ignore_merges, or not all bytes, of SentencePiece");
+    for (int k = 0; k < (whole ? 4 : 5); k++)   /* then fuse_unk has nothing to do */
+        if (at[k].p && !dlm__json_word(&at[k], usual[k]))
+            return dlm__fail(v->ctx, DLM_E_UNSUPPORTED, "tokenizer: model: %s is not %s: "
+                             "not supported", keys[k], usual[k]);
+    return DLM_OK;
+}
+
+static dlm_error dlm__add_part(dlm__lexicon *v, const char *part, dlm__json j,
+                               const char *(*add)(dlm__lexicon *v, dlm__json *j))
+{
+    const char *start = j.p, *wrong = j.p ? add(v, &j) : NULL;
+    if (j.bad) wrong = "malformed";
+    if (wrong == NULL) return DLM_OK;
+    return dlm__fail(v->ctx, wrong == dlm__not_alone ? DLM_E_UNSUPPORTED : DLM_E_FORMAT,
+                     "tokenizer: %s: %s at its byte %.0f", part, wrong,
+                     (double)(j.p - start));
+}
+
+static dlm_error dlm__add_json(dlm__lexicon *v, const char *text, size_t size)
+{
+    static const char *const parts[] = {
+        "decoder", "normalizer", "pre_tokenizer", "added_tokens", "model"
+    };
+    static const char *const keys[] = {
+        "type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+        "byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"
+    };
+    dlm__json j = { text, text + size, 0 }, at[5], model[10];
+    dlm_error e;
+    char unk[128] = "";
+    dlm__json_fields(&j, parts, 5, at);
+    dlm__json_space(&j);
+    if (j.p != j.end) j.bad = 1;
+    if (!j.bad && at[4].p) dlm__json_fields(&at[4], keys, 10, model);
+    if (j.bad || !at[4].p || at[4].bad || !model[8].p || !model[9].p)
+        return dlm__fail(v->ctx, DLM_E_FORMAT, "tokenizer: malformed at byte %.0f, or no "
+                         "model with vocab and merges", (double)(j.p - text));
+    dlm__classes_fill(v->classes);
+    e = dlm__add_components(v, at);
+    if (e == DLM_OK) e = dlm__add_part(v, "vocab", model[8], dlm__add_vocab);
+    if (e == DLM_OK) e = dlm__add_settings(v, keys, model);
+    if (e == DLM_OK) e = dlm__add_part(v, "added_tokens", at[3], dlm__add_added);
+    if (e == DLM_OK) e = dlm__add_part(v, "merges", model[9], dlm__add_merges);
+    if (e == DLM_OK && model[7].p) dlm__json_string(&model[7], unk, sizeof unk);
+    v->unk = dlm__find(&v->pieces, unk, strlen(unk));
+    return e;
+}
+
+/* --[ words ]-----------------------------------------------------------------
+   What the expressions match, written out.  They differ in what may go before letters
+   (GPT-2: a space, others: anything but newlines and numerals), in how many numerals go
+   together, and in whether newlines end white space and go with what is before them. */
+
+/* The class of the character at i and where it ends; a byte that begins none is OTHER. */
+static int dlm__look(const dlm__lexicon *v, const char *text, size_t size, size_t i,
+                     size_t *next)
+{
+    uint32_t c;
+    *next = i;
+    if (i >= size) return DLM__NO_CLASS;
+    if (dlm__utf8_get(text, size, next, &c))
+        return c < DLM__CLASSES ? v->classes[c] : DLM__OTHER;
+    *next = i + 1;
+    return DLM__OTHER;
+}
+
+/* Where a run of one class ends that begins at i, after at most `most` characters if that
+   is not 0. */
+static size_t dlm__class_run(const dlm__lexicon *v, const char *text, size_t size,
+                             size_t i, int class_of_run, int most)
+{
+    size_t next;
+    for (int n = 0; (most == 0 || n < most)
+         && dlm__look(v, text, size, i, &next) == class_of_run; n++) i = next;
+    return i;
+}
+
+static int dlm__is_newline(char c) { return c == '\n' || c == '\r'; }
+
+/* The bytes of a contraction at i, 0 if there is none. */
+static size_t dlm__contraction(const char *text, size_t size, size_t i, int any_case)
+{
+    const char fold = any_case ? 32 : 0;
+    const char a = i + 1 < size ? (char)(text[i + 1] | fold) : '\0';
+    const char b = i + 2 < size ? (char)(text[i + 2] | fold) : '\0';
+    if (text[i] != '\'' || a == '\0') return 0;
+    if (strchr("stmd", a)) return 2;
+    return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+/* Where the white space ends that is a word of its own. */
+static size_t dlm__white_end(const dlm__lexicon *v, const char *text, size_t size,
+                             size_t i)
+{
+    const int modern = v->form & DLM__MODERN;
+    size_t end = i, last = i, newline = 0, next;
+    int kind;
+    while ((kind = dlm__look(v, text, size, end, &next)) == DLM__SPACE) {
+        last = end;
+        if (dlm__is_newline(text[end])) newline = next;
+        end = next;
+    }
+    if (newline && modern) return newline;
+    if (kind == DLM__NO_CLASS || (kind == DLM__NUMERAL && v->digits && !modern)
+        || last == i) return end;
+    return last;                                /* the last goes with the next word */
+}
+
+/* Where the word ends that begins at i < size.  (SmolLM, GPT-2's but for its digits, cuts
+   the text at these before the expression sees it.) */
+static size_t dlm__word_end(const dlm__lexicon *v, const char *text, size_t size,
+                            size_t i)
+{
+    const int modern = (v->form & DLM__MODERN) != 0, space = text[i] == ' ';
+    size_t at, after, end = dlm__contraction(text, size, i, modern);
+    const int kind = dlm__look(v, text, size, i, &after);
+    if (end > 0) return i + end;
+    at = kind == DLM__LETTER || (modern ? kind == DLM__NUMERAL || dlm__is_newline(text[i])
+                                        : !space) ? i : after;
+    if (dlm__look(v, text, size, at, &end) == DLM__LETTER)
+        return dlm__class_run(v, text, size, at, DLM__LETTER, 0);
+    at = space && v->digits == 0 ? after : i;
+    if (dlm__look(v, text, size, at, &end) == DLM__NUMERAL)
+        return dlm__class_run(v, text, size, at, DLM__NUMERAL, v->digits);
+    at = dlm__class_run(v, text, size, space ? after : i, DLM__OTHER, 0);
+    if (at == i + (size_t)space) return dlm__white_end(v, text, size, i);
+    while (modern && at < size && dlm__is_newline(text[at])) at++;
+    return at;
+}
+
+/* --[ merging ]---------------------------------------------------------------
+   A word begins as symbols, of one character or byte each, linked in both directions.
+   Each waits to merge with the next one; a tree over all knows whose turn it is: of the
+   best score the leftmost.  Its node k has the winner of nodes 2 k and 2 k + 1, and of n
+   symbols number i is node n + i. */
+
+typedef struct dlm__symbol {
+    int   id, before, next;         /* id -1: merged away                          */
+    int   merged;                   /* with the next: this id, or -1; its score    */
+    float score;
+} dlm__symbol;
+
+typedef struct dlm__encoder {
+    const dlm__lexicon *v;
+    int          *ids;              /* what dlm_encode was given                   */
+    size_t        max, *n;
+    dlm__symbol  *symbols;          /* (room)                                      */
+    int          *tree;             /* (2 room)                                    */
+    size_t        room;
+    unsigned char begins[256];      /* 1: an added token begins so                 */
+} dlm__encoder;
+
+/* Symbol i of n, or what is behind it, has changed. */
+static void dlm__play(dlm__encoder *w, int n, int i)
+{
+    dlm__symbol *all = w->symbols, *s = &all[i];
+    s->merged = s->id < 0 || s->next < 0 ? -1
+        : dlm__merged(w->v, s->id, all[s->next].id, &s->score);
+    if (s->merged < 0) s->score = -INFINITY;
+    for (int k = (n + i) / 2; k > 0; k /= 2) {
+        const int a = w->tree[2 * k], b = w->tree[2 * k + 1];
+        const int first = all[a].score > all[b].score
+            || (all[a].score == all[b].score && a < b);
+        w->tree[k] = first ? a : b;
+    }
+}
+
+static void dlm__merge_all(dlm__encoder *w, int n)
+{
+    dlm__symbol *all = w->symbols;
+    for (int i = 0; i < n; i++) {
+        all[i].before = i - 1;
+        all[i].next = i + 1 < n ? i + 1 : -1;
+        all[i].score = -INFINITY;
+        w->tree[i] = w->tree[n + i] = i;
+    }
+    for (int i = 0; i < n; i++) dlm__play(w, n, i);
+    while (all[w->tree[1]].merged >= 0) {
+        const int at = w->tree[1], gone = all[at].next;
+        dlm__symbol *s = &all[at];
+        s->id = s->merged;
+        s->next = all[gone].next;
+        all[gone].id = -1;
+        if (s->next >= 0) all[s->next].before = at;
+        dlm__play(w, n, gone);
+        dlm__play(w, n, at);
+        if (s->before >= 0) dlm__play(w, n, s->before);
+    }
+}
+
+static void dlm__emit(dlm__encoder *w, int id)
+{
+    if (w->ids && *w->n < w->max) w->ids[*w->n] = id;
+    ++*w->n;
+}
+
+/* n symbols more for a word: its characters if those are pieces, else their bytes. */
+static dlm_error dlm__split_word(dlm__encoder *w, const char *word, size_t size, int *n)
+{
+    const dlm__lexicon *v = w->v;
+    for (size_t i = 0, next = 0; i < size; i = next) {
+        uint32_t c = 0;
+        int id = -1;
+        if (v->form & DLM__BYTE_LEVEL || !dlm__utf8_get(word, size, &next, &c)) next++;
+        else if (c == 0x2581 && v->form & DLM__MARKED) id = dlm__find(&v->pieces, " ", 1);
+        else id = dlm__find(&v->pieces, word + i, next - i);
+        if (id >= 0) w->symbols[(*n)++].id = id;
+        for (; id < 0 && i < next; i++) {
+            const int byte = dlm__byte_id(v, word[i]);
+            w->symbols[(*n)++].id = byte < 0 ? v->unk : byte;
+            if (byte < 0 && v->unk < 0)
+                return dlm__fail(v->ctx, DLM_E_INPUT, "text: the byte 0x%02X is not in "
+                                 "the vocabulary", (unsigned)(unsigned char)word[i]);
+        }
     }
     return DLM_OK;
 }
 
-/* The bytes of an id: of "<0x0A>" the one it stands for, of masks and strangers '_'. */
-static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
+static dlm_error dlm__make_room(dlm__encoder *w, size_t n)
 {
-    const dlm__piece *p = id >= 0 && id < t->n_pieces ? &t->pieces[id] : NULL;
-    int code = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256 ? id : '_';
-    if (p) {
-        code = p->size == 6 && memcmp(p->text, "<0x", 3) == 0 && p->text[5] == '>'
-            ? dlm__hex(p->text + 3, 2) : -1;
-        *n = (size_t)p->size;
-        if (code < 0) return p->text;
-    }
-    *byte = (char)code;
-    *n = 1;
-    return byte;
+    const size_t each = sizeof *w->symbols + 2 * sizeof *w->tree;
+    dlm_ctx *ctx = w->v->ctx;
+    if (n <= w->room) return DLM_OK;
+    dlm__release(ctx, w->symbols);
+    w->room = n < 256 ? 256 : n;
+    w->symbols = (dlm__symbol *)(n < INT_MAX / each ? dlm__alloc(ctx, w->room * each)
+                                                    : NULL);
+    w->tree = (int *)(void *)(w->symbols + w->room);
+    if (w->symbols) return DLM_OK;
+    return dlm__fail(ctx, DLM_E_NOMEM, "text: no memory for a word of %.0f bytes",
+                     (double)n);
 }
 
-static dlm_error dlm__add_all(dlm_tokenizer *t, const char *text, size_t size)
+/* A word; begun 0: behind the space that goes before all of them. */
+static dlm_error dlm__encode_word(dlm__encoder *w, const char *word, size_t size,
+                                  int begun)
 {
-    t->n_pieces = 0;
-    t->size = 0;
+    const dlm__lexicon *v = w->v;
+    const int whole = v->form & DLM__WHOLE ? dlm__find(&v->pieces, word, size) : -1;
+    dlm_error e = dlm__make_room(w, size + 1);
+    int n = 0;
+    if (e == DLM_OK && whole >= 0) w->symbols[n++].id = whole;
+    if (e == DLM_OK && whole < 0 && !begun) e = dlm__split_word(w, " ", 1, &n);
+    if (e == DLM_OK && whole < 0) e = dlm__split_word(w, word, size, &n);
+    if (e != DLM_OK) return e;
+    dlm__merge_all(w, n);
+    for (int i = 0; i < n; i++) if (w->symbols[i].id >= 0) dlm__emit(w, w->symbols[i].id);
+    return DLM_OK;
+}
+
+/* --[ encoding ]-------------------------------------------------------------- */
+
+/* The text between two added tokens, word by word: by the expression; or at spaces, which
+   changes nothing where no piece goes on behind them, and never cuts a run of them. */
+static dlm_error dlm__encode_words(dlm__encoder *w, const char *text, size_t size)
+{
+    const int bytes = w->v->form & DLM__BYTE_LEVEL;
+    dlm_error e = DLM_OK;
+    for (size_t i = 0, next; e == DLM_OK && i < size; i = next) {
+        next = bytes ? dlm__word_end(w->v, text, size, i) : i + 1;
+        while (!bytes && next < size && (w->v->pieces.spaces || text[next] != ' '
+                                         || text[next - 1] == ' ')) next++;
+        e = dlm__encode_word(w, text + i, next - i, bytes || i > 0);
+    }
+    return e;
+}
+
+/* The first added token from *at on, the longest at its place, which is *at then; -1:
+   there is none, and *at = size. */
+static int dlm__next_added(const dlm__encoder *w, const char *text, size_t size,
+                           size_t *at)
+{
+    const dlm__lexicon *v = w->v;
+    int found = -1, longest = 0;
+    for (; *at < size; ++*at) {
+        for (int k = 0; w->begins[(unsigned char)text[*at]] && k < v->n_added; k++) {
+            const dlm__piece *p = &v->pieces.items[v->added[k]];
+            if (p->size <= longest || (size_t)p->size > size - *at
+                || memcmp(text + *at, p->text, (size_t)p->size) != 0) continue;
+            found = v->added[k];
+            longest = p->size;
+        }
+        if (found >= 0) break;
+    }
+    return found;
+}
+
+static dlm_error dlm__encode_pieces(const dlm__lexicon *v, const char *text, size_t size,
+                                    int *ids, size_t max, size_t *n)
+{
+    dlm__encoder w;
+    dlm_error e = DLM_OK;
+    if (v->form & DLM__SCORED && v->pieces.n < 259)
+        return dlm__fail(v->ctx, DLM_E_INPUT, "tokenizer: %d pieces, bytes need 259",
+                         v->pieces.n);
+    memset(&w, 0, sizeof w);
+    w.v = v;
+    w.ids = ids;
+    w.max = max;
+    w.n = n;
+    for (int k = 0; k < v->n_added; k++)
+        w.begins[(unsigned char)v->pieces.items[v->added[k]].text[0]] = 1;
+    for (size_t i = 0, at = 0; e == DLM_OK && i < size; i = at) {
+        const int id = dlm__next_added(&w, text, size, &at);
+        e = dlm__encode_words(&w, text + i, at - i);
+        if (e != DLM_OK || id < 0) continue;
+        dlm__emit(&w, id);
+        at += (size_t)v->pieces.items[id].size;
+    }
+    dlm__release(v->ctx, w.symbols);
+    return e;
+}
+
+/* --[ decoding ]-------------------------------------------------------------- */
+
+/* The bytes of an id: of "<0x0A>" the one it stands for, of masks and strangers '_', none
+   of what vanishes. */
+static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, size_t *n)
+{
+    const dlm__lexicon *v = t->lexicon;
+    const dlm__piece *p = id >= 0 && id < v->pieces.n ? &v->pieces.items[id] : NULL;
+    int code = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256 ? id : '_';
+    *byte = (char)code;
+    *n = id != t->stop;
+    if (p == NULL || p->text == NULL || id == t->stop || id == t->mask) return byte;
+    code = v->form & DLM__FALLBACK && p->size == 6 && memcmp(p->text, "<0x", 3) == 0
+        && p->text[5] == '>' ? dlm__hex(p->text + 3, 2) : -1;
+    *byte = (char)code;
+    if (code >= 0) return byte;
+    *n = !(v->form & DLM__SCORED) && p->score > 1.0f ? 0 : (size_t)p->size;
+    return p->text;
+}
+
+/* --[ creating ]-------------------------------------------------------------- */
+
+/* The room that a tokenizer needs; of a corpus the characters are then in *seen. */
+static dlm_error dlm__tokenizer_measure(dlm_tokenizer *t, const char *text, size_t size,
+                                        unsigned char **seen)
+{
+    dlm__lexicon *v = t->lexicon;
+    size_t most = size / 8;
     if (t->kind == DLM_TOKENIZER_BYTES) return DLM_OK;
-    if (t->kind == DLM_TOKENIZER_CHARS) return dlm__add_chars(t, text, size);
-    if (t->kind == DLM_TOKENIZER_PIECES) return dlm__add_pieces(t, text, size);
-    return dlm__fail(t->ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)t->kind);
+    if (t->kind == DLM_TOKENIZER_CHARS) {
+        if (dlm__is_vocabulary(text, size))
+            return dlm__fail(t->ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a "
+                             "corpus");
+        *seen = (unsigned char *)dlm__alloc(t->ctx, DLM__CODES / 8);
+        if (*seen) memset(*seen, 0, DLM__CODES / 8);
+        return *seen ? dlm__see_chars(t, text, size, *seen)
+            : dlm__fail(t->ctx, DLM_E_NOMEM, "tokenizer: no memory for its characters");
+    }
+    if (t->kind == DLM_TOKENIZER_JSON) {
+        most = 1;
+        for (size_t i = 0; i < size; i++) most += text[i] == '"';
+        most /= 2;
+        v->n_bytes = size;
+        v->merges.most = most < DLM__IDS ? (int)most : 0;
+    } else if (t->kind != DLM_TOKENIZER_PIECES) {
+        return dlm__fail(t->ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)t->kind);
+    }
+    if (most >= DLM__IDS || size >= INT_MAX)
+        return dlm__fail(t->ctx, DLM_E_FORMAT, "tokenizer: a file of %.0f bytes is too "
+                         "large", (double)size);
+    v->pieces.most = (int)most;
+    t->size = size;
+    return DLM_OK;
 }
 
 static void dlm__tokenizer_carve(dlm__arena *a, void *object)
 {
     dlm_tokenizer *t = (dlm_tokenizer *)object;
-    t->pieces = (dlm__piece *)dlm__push(a, (size_t)t->n_pieces, sizeof *t->pieces);
-    t->sorted = (dlm__piece **)dlm__push(a, (size_t)t->n_pieces, sizeof *t->sorted);
+    dlm__lexicon *v = t->lexicon;
+    void *at = dlm__push(a, 1, sizeof *v);
     t->text = (char *)dlm__push(a, t->size + 1, 1);
+    dlm__table_carve(a, &v->pieces);
+    if (v->n_bytes > 0) {
+        dlm__table_carve(a, &v->merges);
+        v->pairs = dlm__push_ints(a, 2 * (size_t)v->merges.most);
+        v->added = dlm__push_ints(a, (size_t)v->pieces.most);
+        v->bytes = (char *)dlm__push(a, v->n_bytes, 1);
+        v->classes = (unsigned char *)dlm__push(a, DLM__CLASSES, 1);
+    }
+    if (at) t->lexicon = (dlm__lexicon *)memcpy(at, v, sizeof *v);
+}
+
+/* The added token of that text; -1: there is none. */
+static int dlm__find_added(const dlm_tokenizer *t, const char *text)
+{
+    const dlm__lexicon *v = t->lexicon;
+    for (int k = 0; k < v->n_added; k++)
+        if (strcmp(v->pieces.items[v->added[k]].text, text) == 0) return v->added[k];
+    return -1;
+}
+
+DLM_API int dlm_tokenizer_id(const dlm_tokenizer *t, const char *text)
+{
+    const size_t n = strlen(text);
+    const int added = dlm__find_added(t, text);
+    if (t->kind == DLM_TOKENIZER_BYTES) return n == 1 ? (unsigned char)text[0] : -1;
+    return added >= 0 ? added : dlm__find(&t->lexicon->pieces, text, n);
+}
+
+/* The stop and the mask of a tokenizer.json, by the names that they usually have. */
+static void dlm__find_special(dlm_tokenizer *t)
+{
+    static const char *const stops[] = { "<|endoftext|>", "</s>", "<|end_of_text|>" };
+    static const char *const masks[] = {        /* the name behind two words       */
+        "added token <|MASK|>", "added token <|mask|>", "added token <|mdm_mask|>",
+        "added token <mask>", "added token [MASK]", "added token |<MASK>|",
+        "added token <M>"
+    };
+    t->stop = t->mask = -1;
+    for (int k = 0; t->stop < 0 && k < 3; k++) t->stop = dlm_tokenizer_id(t, stops[k]);
+    for (int k = 0; t->mask < 0 && k < 7; k++) {
+        t->mask = dlm__find_added(t, masks[k] + strlen("added token "));
+        if (t->mask >= 0) t->mask_from = masks[k];
+    }
 }
 
 DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
@@ -9171,25 +9825,34 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
                                        size_t size)
 {
     const int outside = kind == DLM_TOKENIZER_PIECES;     /* is the mask           */
+    unsigned char *seen = NULL;
+    dlm__lexicon lexicon;
     dlm_tokenizer draft, *t;
     dlm_error e;
     *out = NULL;
+    memset(&lexicon, 0, sizeof lexicon);
     memset(&draft, 0, sizeof draft);
     draft.kind = kind;
-    draft.ctx = ctx;
-    if (kind == DLM_TOKENIZER_CHARS && dlm__is_vocabulary(text, size))
-        return dlm__fail(ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a corpus");
-    e = dlm__add_all(&draft, text, size);
-    *out = t = (dlm_tokenizer *)dlm__make(&e, ctx, "tokenizer", dlm__tokenizer_carve,
-                                          &draft, sizeof draft, 1, NULL);
-    if (t == NULL) return e;
-    (void)dlm__add_all(t, text, size);
-    t->text[t->size] = '\0';
-    qsort(t->sorted, (size_t)t->n_pieces, sizeof *t->sorted, dlm__by_bytes);
-    t->vocab = kind == DLM_TOKENIZER_BYTES ? 256 : t->n_pieces;
+    draft.ctx = lexicon.ctx = ctx;
+    draft.lexicon = &lexicon;
+    e = dlm__tokenizer_measure(&draft, text, size, &seen);
+    t = (dlm_tokenizer *)dlm__make(&e, ctx, "tokenizer", dlm__tokenizer_carve, &draft,
+                                   sizeof draft, 1, NULL);
+    if (t && seen) dlm__add_chars(t, seen);
+    else if (t && t->size > 0) memcpy(t->text, text, size);
+    dlm__release(ctx, seen);
+    if (t && outside) e = dlm__add_scored(t->lexicon, t->text, size);
+    if (t && kind == DLM_TOKENIZER_JSON) e = dlm__add_json(t->lexicon, t->text, size);
+    if (t == NULL || e != DLM_OK) {
+        dlm__unmake(t);
+        return e;
+    }
+    t->vocab = kind == DLM_TOKENIZER_BYTES ? 256 : t->lexicon->pieces.n;
     t->stop = outside ? 1 : t->vocab;
     t->mask = outside ? t->vocab : t->vocab + 1;
-    t->vocab += outside ? 0 : 2;
+    if (kind == DLM_TOKENIZER_JSON) dlm__find_special(t);
+    else t->vocab += outside ? 0 : 2;
+    *out = t;
     return DLM_OK;
 }
 
@@ -9202,15 +9865,15 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
                              int *ids, size_t max, size_t *n)
 {
     *n = 0;
-    if (t->kind == DLM_TOKENIZER_PIECES)
-        return dlm__encode_pieces(t, text, size, ids, max, n);
+    if (t->kind >= DLM_TOKENIZER_PIECES)
+        return dlm__encode_pieces(t->lexicon, text, size, ids, max, n);
     for (size_t i = 0, next = 0; i < size; i = next, (*n)++) {
         int id = (unsigned char)text[i];
         uint32_t c = 0;
         if (t->kind == DLM_TOKENIZER_BYTES) {
             next++;
         } else if (dlm__utf8_get(text, size, &next, &c)) {
-            id = dlm__find_piece(t, text + i, (int)(next - i));
+            id = dlm__find(&t->lexicon->pieces, text + i, next - i);
         } else {
             return dlm__fail(t->ctx, DLM_E_INPUT, "text: malformed UTF-8 at byte %.0f",
                              (double)i);
@@ -9227,16 +9890,16 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
 DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                           size_t size)
 {
+    const int pieces = t->kind == DLM_TOKENIZER_PIECES;
+    const int spaced = pieces || t->lexicon->form & DLM__MARKED;
     size_t length = 0, m;
     int begun = 0;                              /* is this text; a stop ends it    */
     for (size_t i = 0; i < n; i++) {
         char byte;
         const char *from = dlm__id_bytes(t, ids[i], &byte, &m);
-        if (ids[i] == t->stop) {
-            begun = 0;
-            continue;
-        }
-        if (t->kind == DLM_TOKENIZER_PIECES && !begun && m > 0 && from[0] == ' ') {
+        if (pieces && ids[i] == t->stop) begun = 0;
+        if (m == 0) continue;
+        if (spaced && !begun && from[0] == ' ') {
             from++;                             /* what encoding put in front      */
             m--;
         }
@@ -9590,7 +10253,7 @@ static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
     return dlm_safetensors_floats(ctx, t, want->data);
 }
 
-static const char *const dlm__kind_names[] = { "bytes", "chars", "pieces" };
+static const char *const dlm__kind_names[] = { "bytes", "chars", "pieces", "json" };
 
 /* A file of pieces travels as hexadecimal digits, which become bytes where they are. */
 static dlm_error dlm__pieces_from(dlm_tokenizer **tok, dlm_ctx *ctx, char *hex)
@@ -9613,10 +10276,10 @@ static dlm_error dlm__tokenizer_from(dlm_tokenizer **tok, dlm_ctx *ctx,
     int k = 0;
     *tok = NULL;
     if (kind == NULL) return DLM_OK;
-    while (k < 3 && strcmp(kind, dlm__kind_names[k]) != 0) k++;
+    while (k < 4 && strcmp(kind, dlm__kind_names[k]) != 0) k++;
     if (k == DLM_TOKENIZER_PIECES && chars)
         return dlm__pieces_from(tok, ctx, (char *)chars);      /* f's own memory   */
-    if (k == DLM_TOKENIZER_BYTES || (k == DLM_TOKENIZER_CHARS && chars))
+    if (k == DLM_TOKENIZER_BYTES || (k < 4 && chars))
         return dlm_tokenizer_create(tok, ctx, (dlm_tokenizer_kind)k, chars,
                                     chars ? strlen(chars) : 0);
     return dlm__fail(ctx, DLM_E_UNSUPPORTED, "checkpoint: tokenizer \"%.40s\"", kind);
@@ -9794,11 +10457,12 @@ static void dlm__put_array(FILE *f, const dlm__array *a, size_t *offset)
     *offset = end;
 }
 
-/* The vocabulary as text: the characters, or the file in hexadecimal. */
+/* The vocabulary as text: the characters, the JSON, or the file in hexadecimal. */
 static void dlm__put_tokenizer(FILE *f, const dlm_tokenizer *tok)
 {
     dlm__put_pair(f, "dlm.tokenizer", dlm__kind_names[tok->kind]);
-    if (tok->kind == DLM_TOKENIZER_CHARS) dlm__put_pair(f, "dlm.chars", tok->text);
+    if (tok->kind == DLM_TOKENIZER_CHARS || tok->kind == DLM_TOKENIZER_JSON)
+        dlm__put_pair(f, "dlm.chars", tok->text);
     if (tok->kind != DLM_TOKENIZER_PIECES) return;
     fprintf(f, ",\"dlm.chars\":\"");
     for (size_t i = 0; i < tok->size; i++)

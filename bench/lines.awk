@@ -6,13 +6,13 @@
 BEGIN {
     total_target = 10200; total_limit = 11500
     function_limit = 60; header_limit = 50; width_limit = 90
-    split("top:280 api:1060 platform:120 memory:220 random:120 cpu:190 kernels:805 " \
+    split("top:280 api:1090 platform:120 memory:220 random:120 cpu:190 kernels:805 " \
           "instances:425 threads:250 context:165 matmul:460 layers:335 " \
           "attention:365 config:45 parameters:540 patterns:50 work:330 passes:340 " \
           "sessions:125 states:430 trainer:160 optimizer:140 lift:200 steps:150 " \
           "sampler:850 likelihood:120 distill:440 json:270 files:250 " \
-          "tokenizers:350 safetensors:310 checkpoints:370 llama2c:80 loading:90 " \
-          "options:135 quantised:350 hf:400 history:35 license:45", words, " ")
+          "unicode:50 tokenizers:930 safetensors:310 checkpoints:370 llama2c:80 " \
+          "loading:90 options:135 quantised:350 hf:400 history:35 license:45", words, " ")
     for (i in words) { split(words[i], pair, ":"); budget[pair[1]] = pair[2] }
     files["README.md"] = 170; files["Makefile"] = 95
     files["examples/00_by_hand.c"] = 300            # a whole model, not one feature
