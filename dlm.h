@@ -1291,6 +1291,13 @@ DLM_API dlm_error dlm_trainer_load_memory(dlm_trainer *t, const void *data, size
 /* A tokenizer whose corpus, or pieces, are the content of a file. */
 DLM_API dlm_error dlm_tokenizer_load(dlm_tokenizer **out, dlm_ctx *ctx,
                                      dlm_tokenizer_kind kind, const char *path);
+/* The tokenizer of a model folder: tokenizer.json, or else vocab.json with merges.txt (of
+   GPT2Tokenizer or Qwen2Tokenizer; t->text is then the tokenizer.json that they make,
+   with the added tokens of tokenizer_config.json or else added_tokens.json), or else
+   llama2.c's tokenizer.bin.  mask_token and eos_token of tokenizer_config.json, or else
+   special_tokens_map.json, win over dlm_tokenizer_create's. */
+DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     const char *folder);
 /* As parse, from a file: mapped where the platform can, else read. */
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path);
@@ -9462,7 +9469,7 @@ static int dlm__look(const dlm__lexicon *v, const char *text, size_t size, size_
     *next = i;
     if (i >= size) return DLM__NO_CLASS;
     if (dlm__utf8_get(text, size, next, &c))
-        return c < DLM__CLASSES ? v->classes[c] : DLM__OTHER;
+        return c < DLM__CLASSES ? v->classes[c] : (int)DLM__OTHER;
     *next = i + 1;
     return DLM__OTHER;
 }
@@ -9786,21 +9793,14 @@ static void dlm__tokenizer_carve(dlm__arena *a, void *object)
     if (at) t->lexicon = (dlm__lexicon *)memcpy(at, v, sizeof *v);
 }
 
-/* The added token of that text; -1: there is none. */
-static int dlm__find_added(const dlm_tokenizer *t, const char *text)
-{
-    const dlm__lexicon *v = t->lexicon;
-    for (int k = 0; k < v->n_added; k++)
-        if (strcmp(v->pieces.items[v->added[k]].text, text) == 0) return v->added[k];
-    return -1;
-}
-
 DLM_API int dlm_tokenizer_id(const dlm_tokenizer *t, const char *text)
 {
+    const dlm__lexicon *v = t->lexicon;
     const size_t n = strlen(text);
-    const int added = dlm__find_added(t, text);
     if (t->kind == DLM_TOKENIZER_BYTES) return n == 1 ? (unsigned char)text[0] : -1;
-    return added >= 0 ? added : dlm__find(&t->lexicon->pieces, text, n);
+    for (int k = 0; k < v->n_added; k++)
+        if (strcmp(v->pieces.items[v->added[k]].text, text) == 0) return v->added[k];
+    return dlm__find(&v->pieces, text, n);
 }
 
 /* The stop and the mask of a tokenizer.json, by the names that they usually have. */
@@ -9815,8 +9815,10 @@ static void dlm__find_special(dlm_tokenizer *t)
     t->stop = t->mask = -1;
     for (int k = 0; t->stop < 0 && k < 3; k++) t->stop = dlm_tokenizer_id(t, stops[k]);
     for (int k = 0; t->mask < 0 && k < 7; k++) {
-        t->mask = dlm__find_added(t, masks[k] + strlen("added token "));
-        if (t->mask >= 0) t->mask_from = masks[k];
+        const int id = dlm_tokenizer_id(t, masks[k] + strlen("added token "));
+        if (id < 0 || t->lexicon->pieces.items[id].score <= 0.0f) continue;
+        t->mask = id;
+        t->mask_from = masks[k];
     }
 }
 
@@ -9910,6 +9912,210 @@ DLM_API size_t dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char
     if (out && size) out[length < size ? length : size - 1] = '\0';
     return length;
 }
+
+/* --[ composing ]-------------------------------------------------------------
+   A vocab.json and a merges.txt are written into a tokenizer.json in memory: there is one
+   reader, and that text can be saved. */
+
+static char *dlm__quote(char *out, const char *text, const char *end)
+{
+    *out++ = '"';
+    for (; text < end; *out++ = *text++)
+        if (*text == '"' || *text == '\\') *out++ = '\\';
+    *out++ = '"';
+    return out;
+}
+
+/* Tokens as in added_tokens_decoder, "id": {"content": ...}, or added_tokens.json,
+   "content": id, as the items of added_tokens; returns where they end.  What is malformed
+   stays so, which their reader will say. */
+static char *dlm__compose_added(char *out, dlm__json j)
+{
+    char key[256];
+    int count = 0;
+    dlm__json_want(&j, '{');
+    while (dlm__json_key(&j, key, sizeof key, &count)) {
+        const char *value;
+        dlm__json_space(&j);
+        value = j.p;
+        dlm__json_skip(&j, 0);
+        if (count > 1) *out++ = ',';
+        if (!j.bad && *value == '{') {
+            out += sprintf(out, "{\"id\":%s,", key);
+            out += sprintf(out, "%.*s", (int)(j.p - value) - 1, value + 1);
+        } else {
+            out += sprintf(out, "{\"id\":%.*s,\"special\":true,\"content\":",
+                           (int)(j.p - value), value);
+            out = dlm__quote(out, key, key + strlen(key));
+            *out++ = '}';
+        }
+    }
+    if (j.bad) *out++ = '?';
+    return out;
+}
+
+/* The tokenizer.json of a byte-level BPE with the expression of GPT-2 or Qwen2, into out;
+   returns its size, at most 1024 + 8 added + vocab + 4 merges bytes.  added: tokens as
+   above, p NULL: none; vocab: a vocab.json; merges: the lines of a merges.txt, of which
+   the first may begin with #version and is then none. */
+DLM__MAYBE_UNUSED static size_t dlm__compose(char *out, int qwen, dlm__json added,
+                                             dlm__json vocab, dlm__json merges)
+{
+    static const char regex[] = DLM__QWEN("\\p{N}"), byte_level[] = "{\"type\":"
+        "\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":";
+    const char *p = merges.p, *next;
+    char *at = out + sprintf(out, "{\"version\":\"1.0\",\"added_tokens\":[");
+    if (added.p) at = dlm__compose_added(at, added);
+    at += sprintf(at, "],\"decoder\":%strue},\"normalizer\":%s,\"pre_tokenizer\":",
+                  byte_level, qwen ? "{\"type\":\"NFC\"}" : "null");
+    if (qwen) {
+        at += sprintf(at, "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\","
+                      "\"pattern\":{\"Regex\":");
+        at = dlm__quote(at, regex, regex + sizeof regex - 1);
+        at += sprintf(at, "},\"behavior\":\"Isolated\",\"invert\":false},");
+    }
+    at += sprintf(at, "%s%s,\"model\":{\"type\":\"BPE\",\"vocab\":%.*s,\"merges\":[",
+                  byte_level, qwen ? "false}]}" : "true}", (int)(vocab.end - vocab.p),
+                  vocab.p);
+    for (int count = 0; p < merges.end; p = next + 1) {
+        const char *stop = next = (const char *)memchr(p, '\n', (size_t)(merges.end - p));
+        if (next == NULL) stop = next = merges.end;
+        while (stop > p && stop[-1] == '\r') stop--;
+        if (stop == p || (p == merges.p && stop - p > 7 && memcmp(p, "#version", 8) == 0))
+            continue;
+        if (count++ > 0) *at++ = ',';
+        at = dlm__quote(at, p, stop);
+    }
+    return (size_t)(at + sprintf(at, "]}}") - out);
+}
+
+#ifndef DLM_NO_STDIO
+
+/* --[ tokenizer folders ]----------------------------------------------------- */
+
+enum { DLM__T_JSON, DLM__T_VOCAB, DLM__T_MERGES, DLM__T_PIECES, DLM__T_CONFIG,
+       DLM__T_MAP, DLM__T_ADDED, DLM__T_FILES };
+static const char *const dlm__tok_files[] = {
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.bin",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+};
+
+static dlm_error dlm__tok_composed(dlm_tokenizer **out, dlm_ctx *ctx, dlm__json name,
+                                   dlm__json added, const dlm__json *text)
+{
+    const dlm__json vocab = text[DLM__T_VOCAB], merges = text[DLM__T_MERGES];
+    const size_t room = 1024 + 8 * (size_t)(added.end - added.p)
+        + (size_t)(vocab.end - vocab.p) + 4 * (size_t)(merges.end - merges.p);
+    char kind[64] = "", *json;
+    dlm_error e;
+    int qwen;
+    if (name.p) dlm__json_string(&name, kind, sizeof kind);
+    qwen = strncmp(kind, "Qwen2Tokenizer", 14) == 0;
+    if (!qwen && strncmp(kind, "GPT2Tokenizer", 13) != 0)
+        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "tokenizer_class \"%s\": of vocab.json "
+                         "only GPT2Tokenizer and Qwen2Tokenizer are supported", kind);
+    json = (char *)dlm__alloc(ctx, room);
+    if (json == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "no memory for tokenizer.json");
+    e = dlm_tokenizer_create(out, ctx, DLM_TOKENIZER_JSON, json,
+                             dlm__compose(json, qwen, added, vocab, merges));
+    dlm__release(ctx, json);
+    return e;
+}
+
+/* A token's text, itself or its "content", into out (256); 0: there is none. */
+static int dlm__token_text(dlm__json j, char *out)
+{
+    if (j.p && j.p < j.end && *j.p == '{' && !dlm__json_find(&j, "content")) return 0;
+    return j.p && dlm__json_string(&j, out, 256) > 0;
+}
+
+/* The id of a token of the config: t's, or else the decoder's; -1: there is none. */
+static int dlm__config_id(const dlm_tokenizer *t, dlm__json token, dlm__json decoder)
+{
+    char text[256], key[64], other[256];
+    int64_t id = -1;
+    int count = 0;
+    if (!dlm__token_text(token, text)) return -1;
+    id = dlm_tokenizer_id(t, text);
+    if (id >= 0 || decoder.p == NULL) return (int)id;
+    dlm__json_want(&decoder, '{');
+    while (dlm__json_key(&decoder, key, sizeof key, &count)) {
+        const int same = dlm__token_text(decoder, other) && strcmp(other, text) == 0;
+        int64_t found;
+        if (same && dlm__int_from(key, 0, DLM__IDS, &found)) id = found;
+        dlm__json_skip(&decoder, 0);
+    }
+    return (int)id;
+}
+
+static dlm_error dlm__tok_from(dlm_tokenizer **out, dlm_ctx *ctx, const dlm__json *text)
+{
+    enum { MASK, STOP, DECODER, CLASS, KEYS };
+    static const char *const keys[] = {
+        "mask_token", "eos_token", "added_tokens_decoder", "tokenizer_class"
+    };
+    const int json = text[DLM__T_JSON].p != NULL;
+    const dlm_tokenizer_kind kind = json ? DLM_TOKENIZER_JSON : DLM_TOKENIZER_PIECES;
+    const dlm__json *file = &text[json ? DLM__T_JSON : DLM__T_PIECES];
+    dlm__json said[KEYS], at[KEYS];
+    dlm_error e;
+    int mask, stop;
+    memset(said, 0, sizeof said);
+    for (int k = DLM__T_CONFIG; k <= DLM__T_MAP; k++) {     /* the first that says it */
+        dlm__json j = text[k];
+        if (j.p) dlm__json_fields(&j, keys, KEYS, at);
+        if (j.bad) return dlm__fail(ctx, DLM_E_FORMAT, "%s: malformed",
+                                    dlm__tok_files[k]);
+        for (int i = 0; j.p && i < KEYS; i++) if (!said[i].p) said[i] = at[i];
+    }
+    if (!json && text[DLM__T_VOCAB].p && text[DLM__T_MERGES].p)
+        e = dlm__tok_composed(out, ctx, said[CLASS], said[DECODER].p ? said[DECODER]
+                              : text[DLM__T_ADDED], text);
+    else if (file->p == NULL)
+        e = dlm__fail(ctx, DLM_E_IO, "neither tokenizer.json nor vocab.json with "
+                      "merges.txt nor tokenizer.bin");
+    else
+        e = dlm_tokenizer_create(out, ctx, kind, file->p, (size_t)(file->end - file->p));
+    if (e != DLM_OK || (*out)->kind == DLM_TOKENIZER_PIECES) return e;
+    mask = dlm__config_id(*out, said[MASK], said[DECODER]);
+    stop = dlm__config_id(*out, said[STOP], said[DECODER]);
+    if (mask >= 0) (*out)->mask_from = "tokenizer_config.json: mask_token";
+    if (mask >= 0) (*out)->mask = mask;
+    if (stop >= 0) (*out)->stop = stop;
+    (*out)->vocab = dlm__max((*out)->vocab, mask + 1);
+    return DLM_OK;
+}
+
+DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
+                                     const char *folder)
+{
+    char path[DLM__PATH], why[sizeof ctx->error];
+    dlm__file files[DLM__T_FILES];
+    dlm__json text[DLM__T_FILES];
+    dlm_error e = DLM_OK;
+    *out = NULL;
+    memset(text, 0, sizeof text);
+    memset(files, 0, sizeof files);
+    for (int k = 0; e == DLM_OK && k < DLM__T_FILES; k++) {
+        FILE *there;
+        snprintf(path, sizeof path, "%s/%s", folder, dlm__tok_files[k]);
+        there = dlm__open_old(path);
+        if (there == NULL) continue;
+        fclose(there);
+        e = dlm__open_file(ctx, path, &files[k]);
+        text[k].p = (const char *)files[k].data;
+        text[k].end = text[k].p + files[k].size;
+    }
+    if (e == DLM_OK) {
+        e = dlm__tok_from(out, ctx, text);
+        memcpy(why, ctx->error, sizeof why);
+        if (e != DLM_OK) (void)dlm__fail(ctx, e, "%.120s: %.130s", folder, why);
+    }
+    for (int k = 0; k < DLM__T_FILES; k++) dlm__close_file(ctx, &files[k]);
+    return e;
+}
+
+#endif /* !DLM_NO_STDIO */
 
 /* ==[ safetensors ]===========================================================
    u64 header length, a JSON header that begins with '{', raw little-endian data.

@@ -13684,7 +13684,319 @@ TEST(json_gpt2_encodes_the_golden_texts)
     test_close(ctx);
 }
 
+TEST(json_qwen3_folder_encodes_the_golden_texts)
+{
+    dlm_tokenizer *t = NULL, *again = NULL;
+    if (!golden_path("../qwen3/vocab.json")) SKIP("no Qwen3 beside the repository");
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    CHECK_OK(dlm_tokenizer_open(&t, ctx, golden_path("../qwen3")));
+    if (t) {
+        CHECK(t->vocab == 151670 && t->mask == 151669);    /* its files disagree    */
+        CHECK(dlm_tokenizer_id(t, "<|MASK|>") == 151669);
+        CHECK(dlm_tokenizer_id(t, "<MASK>") == -1);
+        CHECK(strcmp(t->mask_from, "tokenizer_config.json: mask_token") == 0);
+        CHECK(dlm_tokenizer_id(t, "<|im_end|>") == 151645);
+        json_golden(t, "../golden_qwen2.inp", "../golden_qwen2.out");
+        CHECK_OK(dlm_tokenizer_create(&again, ctx, DLM_TOKENIZER_JSON, t->text, t->size));
+    }
+    if (again) {
+        CHECK(again->mask == 151669 && again->mask_from && again->vocab == t->vocab);
+        json_golden(again, "../golden_qwen2.inp", "../golden_qwen2.out");
+    }
+    dlm_tokenizer_free(again);
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
 #endif
+
+#define JSON_SPLIT(regex) "\"normalizer\":{\"type\":\"NFC\"}," \
+    "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":" \
+    "\"Split\",\"pattern\":{\"Regex\":\"" regex "\"},\"behavior\":" \
+    "\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\"," \
+    "\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]}," \
+    "\"decoder\":{\"type\":\"ByteLevel\"}"
+#define JSON_QWEN(numerals) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|" \
+    "[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numerals \
+    "| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
+#define JSON_SMOL "\"pre_tokenizer\":{\"type\":\"Sequence\"," \
+    "\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":true}," \
+    "{\"type\":\"ByteLevel\"," \
+    "\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true}]}," \
+    "\"decoder\":{\"type\":\"ByteLevel\"}"
+
+TEST(json_patterns_cut_texts_into_words)
+{
+    static const char *const patterns[] = {
+        JSON_GPT2, JSON_SMOL, JSON_SPLIT(JSON_QWEN("\\\\p{N}")),
+        JSON_SPLIT(JSON_QWEN("\\\\p{N}{1,3}"))
+    };
+    static const struct { const char *text; int k; const char *words; } cases[] = {
+        { "It's we'LL, don't", 0, "It|'s| we|'|LL|,| don|'t" },
+        { "It's we'LL, don't", 2, "It|'s| we|'LL|,| don|'t" },
+        { "a  b\n\n c12345 67", 0, "a| | b|\n\n| c|12345| 67" },
+        { "a  b\n\n c12345 67", 1, "a| | b|\n\n| c|1|2|3|4|5| |6|7" },
+        { "a  b\n\n c12345 67", 2, "a| | b|\n\n| c|1|2|3|4|5| |6|7" },
+        { "a  b\n\n c12345 67", 3, "a| | b|\n\n| c|123|45| |67" },
+        { "x?!\n\ny (z)  ", 0, "x|?!|\n|\n|y| (|z|)|  " },
+        { "x?!\n\ny (z)  ", 2, "x|?!\n\n|y| (|z|)|  " },
+        { "$a\tb \xC2\xA0" "c", 3, "$a|\tb| |\xC2\xA0" "c" },
+        { "$a\tb \xC2\xA0" "c", 0, "$|a|\t|b| |\xC2\xA0|c" },
+        { "\xC3\xA9t\xC3\xA9 \xE4\xB8\xAD\xC2\xB2 \xCC\x81", 2,
+          "\xC3\xA9t\xC3\xA9| \xE4\xB8\xAD|\xC2\xB2| \xCC\x81" },
+        { "a\xFF\xFE" "b", 0, "a|\xFF\xFE|b" }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *text = cases[i].text, *model = json_model("", "\"merges\":[]");
+        const char *file = json_file("", patterns[cases[i].k], model);
+        dlm_tokenizer *t = json_tokenizer(ctx, file);
+        const size_t size = strlen(text);
+        char words[128] = "";
+        for (size_t at = 0, end; at < size; at = end) {
+            end = dlm__word_end(t->lexicon, text, size, at);
+            sprintf(words + strlen(words), at ? "|%.*s" : "%.*s", (int)(end - at),
+                    text + at);
+        }
+        LABEL("pattern %d: %s", cases[i].k, words);
+        CHECK(strcmp(words, cases[i].words) == 0);
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+TEST(json_added_tokens_come_first)
+{
+    static const char added[] = "{\"id\":262,\"content\":\"<s>\",\"special\":true},"
+        "{\"id\":263,\"content\":\"<s>>\",\"special\":false,\"normalized\":true},"
+        "{\"id\":264,\"content\":\"<|mask|>\",\"special\":true,\"lstrip\":false}";
+    static const int ids[] = { 262, 97, 263, 264, 98, 900, 265 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    const char *model = json_model(JSON_MORE, "\"merges\":[\"a b\"]");
+    dlm_tokenizer *t = json_tokenizer(ctx, json_file(added, JSON_GPT2, model));
+    char out[32];
+    CHECK(t->vocab == 265 && t->mask == 264 && t->stop == -1);
+    CHECK(strcmp(t->mask_from, "added token <|mask|>") == 0);
+    CHECK(strcmp(json_ids(t, "<s>>a<s>b<s", 11), "263 97 262 98 60 115") == 0);
+    CHECK(strcmp(json_ids(t, "ab<|mask|>ab", 12), "256 264 256") == 0);
+    CHECK(dlm_tokenizer_id(t, "<s>") == 262 && dlm_tokenizer_id(t, "ab") == 256);
+    CHECK(dlm_decode(t, ids, 7, out, sizeof out) == 9 && !strcmp(out, "a<s>>_b__"));
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+/* 0 <unk>, 1 <s>, 2 </s>, 3 .. 258 bytes, 259 U+2581, 260 a, 261 b, 262 ab, 263 U+2581
+   and a. */
+static const char *json_llama(const char *bytes)
+{
+    static char text[8192];
+    size_t n = (size_t)sprintf(text, "\"unk_token\":\"<unk>\",\"fuse_unk\":true,"
+                               "\"byte_fallback\":%s,\"vocab\":{\"<unk>\":0,\"<s>\":1,"
+                               "\"</s>\":2,", bytes);
+    for (int b = 0; b < 256; b++)
+        n += (size_t)sprintf(text + n, "\"<0x%02X>\":%d,", (unsigned)b, 3 + b);
+    sprintf(text + n, "\"\\u2581\":259,\"a\":260,\"b\":261,\"ab\":262,\"\\u2581a\":263},"
+            "\"merges\":[\"a b\",\"\\u2581 a\"]");
+    return text;
+}
+
+#define JSON_LLAMA "\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[" \
+    "{\"type\":\"Prepend\",\"prepend\":\"\\u2581\"},{\"type\":\"Replace\"," \
+    "\"pattern\":{\"String\":\" \"},\"content\":\"\\u2581\"}]},\"pre_tokenizer\":null," \
+    "\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\"," \
+    "\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"}," \
+    "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"}," \
+    "{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]}"
+
+TEST(json_reads_the_bpe_of_sentencepiece)
+{
+    static const char added[] = "{\"id\":1,\"content\":\"<s>\",\"special\":true}";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    const char *file = json_file(added, JSON_LLAMA, json_llama("true"));
+    dlm_tokenizer *t = json_tokenizer(ctx, file);
+    int ids[64];
+    char out[64];
+    size_t n;
+    CHECK(t->vocab == 264 && t->stop == 2 && dlm_tokenizer_id(t, " a") == 263);
+    CHECK(strcmp(json_ids(t, "ab a", 4), "259 262 263") == 0);
+    CHECK(strcmp(json_ids(t, "", 0), "") == 0);
+    CHECK(strcmp(json_ids(t, "a<s>a", 5), "263 1 263") == 0);
+    CHECK(strcmp(json_ids(t, " \xE2\x96\x81" "a\n\xFF", 7), "259 259 263 13 258") == 0);
+    CHECK_OK(dlm_encode(t, "b \xE2\x82\xAC\xFF ab", 9, ids, 64, &n));
+    CHECK(dlm_decode(t, ids, n, out, sizeof out) == 9);
+    CHECK(!strcmp(out, "b \xE2\x82\xAC\xFF ab"));
+    dlm_tokenizer_free(t);
+    t = NULL;
+    file = json_file(added, JSON_LLAMA, json_llama("false"));
+    CHECK_ERROR(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_JSON, file, strlen(file)),
+                DLM_E_UNSUPPORTED, ctx, "not all bytes");
+    test_close(ctx);
+}
+
+/* A vocabulary of random merges of a, b, c; rank k makes the id 256 + k. */
+static int json_random_merges(char *more, char *merges, int pairs[][2])
+{
+    char pieces[24][64] = { "a", "b", "c" };
+    int n = 3, m = 0;
+    strcpy(merges, "\"merges\":[");
+    more[0] = '\0';
+    for (int tries = 0; tries < 40 && m < 20; tries++) {
+        const int a = (int)test_below(n), b = (int)test_below(n);
+        char both[128];
+        int same = 0;
+        sprintf(both, "%s%s", pieces[a], pieces[b]);
+        for (int i = 0; i < n; i++) same |= !strcmp(pieces[i], both);
+        if (same || strlen(both) > 60) continue;
+        sprintf(merges + strlen(merges), m ? ",\"%s %s\"" : "\"%s %s\"", pieces[a],
+                pieces[b]);
+        sprintf(more + strlen(more), ",\"%s\":%d", both, 256 + m);
+        pairs[m][0] = a < 3 ? 'a' + a : 253 + a;
+        pairs[m++][1] = b < 3 ? 'a' + b : 253 + b;
+        strcpy(pieces[n++], both);
+    }
+    strcat(merges, "]");
+    return m;
+}
+
+TEST(json_merges_as_the_naive_way_does)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int round = 0; round < 200; round++) {
+        static char more[4096], merges[4096];
+        char text[200];
+        int pairs[20][2], ids[200], got[200], n = 1 + (int)test_below(200);
+        const int m = json_random_merges(more, merges, pairs);
+        const char *model = json_model(more, merges);
+        dlm_tokenizer *t = json_tokenizer(ctx, json_file("", JSON_GPT2, model));
+        size_t size = (size_t)n, found;
+        for (int i = 0; i < n; i++) ids[i] = text[i] = (char)('a' + test_below(3));
+        CHECK_OK(dlm_encode(t, text, size, got, 200, &found));
+        for (int k = 0, i; k < m; k = i < n - 1 ? 0 : k + 1) {  /* best rank, leftmost */
+            for (i = 0; i < n - 1 && (ids[i] != pairs[k][0]
+                                      || ids[i + 1] != pairs[k][1]);) i++;
+            if (i >= n - 1) continue;
+            ids[i] = 256 + k;
+            memmove(ids + i + 1, ids + i + 2, (size_t)(n-- - i - 2) * sizeof *ids);
+            i = 0;
+            if (n == 1) break;
+        }
+        LABEL("round %d, %.*s", round, (int)size, text);
+        CHECK((int)found == n && !memcmp(ids, got, (size_t)n * sizeof *ids));
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+TEST(json_encodes_any_bytes_and_long_words)
+{
+    enum { LONG = 1 << 20 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    const char *model = json_model(JSON_MORE, "\"merges\":[\"b c\",\"a a\",\"\\u0120 a\","
+                                   "\"a b\",\"aa b\"]");
+    dlm_tokenizer *t = json_tokenizer(ctx, json_file("", JSON_GPT2, model));
+    char *text = (char *)test_malloc(LONG), *back = (char *)test_malloc(LONG + 1);
+    int *ids = (int *)test_malloc(LONG * sizeof *ids);
+    size_t n, m;
+    for (int round = 0; round < 50; round++) {
+        for (int i = 0; i < 1000; i++) text[i] = (char)test_below(256);
+        CHECK_OK(dlm_encode(t, text, 1000, ids, LONG, &n));
+        m = dlm_decode(t, ids, n, back, LONG);
+        CHECK(m == 1000 && !memcmp(text, back, m));
+    }
+    memset(text, 'a', LONG);
+    CHECK_OK(dlm_encode(t, text, LONG, ids, LONG, &n));
+    CHECK(n == LONG / 2 && ids[0] == 260 && ids[n - 1] == 260);
+    CHECK(dlm_decode(t, ids, n, back, LONG + 1) == LONG && !memcmp(text, back, LONG));
+    free(text); free(back); free(ids);
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+TEST(json_refuses_what_it_does_not_do)
+{
+    static const struct { const char *added, *pipeline, *model, *words; } cases[] = {
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0}", "no model" },
+        { "", JSON_GPT2, "\"dropout\":0.1,\"vocab\":{},\"merges\":[]", "dropout" },
+        { "", JSON_GPT2, "\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]",
+          "end_of_word_suffix" },
+        { "", JSON_GPT2, "\"fuse_unk\":true,\"vocab\":{},\"merges\":[]", "fuse_unk" },
+        { "", JSON_SPLIT("x+"), "\"vocab\":{},\"merges\":[]", "Split x+" },
+        { "", "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"_\"}",
+          "\"vocab\":{},\"merges\":[]", "Metaspace _" },
+        { "", "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":true},"
+          "\"decoder\":{\"type\":\"ByteLevel\"}", "\"vocab\":{},\"merges\":[]",
+          "add_prefix_space" },
+        { "{\"id\":0,\"content\":\"x\",\"single_word\":true}", JSON_GPT2,
+          "\"vocab\":{},\"merges\":[]", "single_word" },
+        { "{\"id\":0,\"content\":\"x\",\"lstrip\":true}", JSON_GPT2,
+          "\"vocab\":{},\"merges\":[]", "lstrip" },
+        { "{\"id\":0,\"content\":\"x\"}", JSON_GPT2, "\"vocab\":{\"a\":0},\"merges\":[]",
+          "added_tokens: an id given twice" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]",
+          "vocab: an id given twice" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0,\"a\":1},\"merges\":[]",
+          "vocab: a piece given twice" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":99999},\"merges\":[]", "beyond" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0},\"merges\":[\"a b\"]", "no piece" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0},\"merges\":[\"a a\"]", "to no piece" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0,\"aa\":1},\"merges\":[\"a a\",\"a a\"]",
+          "merge given twice" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":0},\"merges\":[\"aa\"]", "merges: malformed" },
+        { "", JSON_GPT2, "\"vocab\":{\"a\":-1},\"merges\":[]", "vocab: malformed" }
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *text = json_file(cases[i].added, cases[i].pipeline, cases[i].model);
+        dlm_tokenizer *t = NULL;
+        const dlm_error e = dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_JSON, text,
+                                                 strlen(text));
+        LABEL("%s", cases[i].words);
+        CHECK(e == DLM_E_UNSUPPORTED || e == DLM_E_FORMAT);
+        CHECK(t == NULL && strstr(dlm_last_error(ctx), cases[i].words) != NULL);
+    }
+    test_close(ctx);
+}
+
+TEST(json_survives_malformed_files)
+{
+    static const char model[] = "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"\\u0120a\":3,"
+        "\"\\u0120\":4},\"merges\":[\"a b\",[\"\\u0120\",\"a\"]],\"unk_token\":\"a\"";
+    test_heap heap = {0};
+    dlm_ctx *ctx = heap_open(&heap, 1);
+    const int live = heap.live;
+    const char *whole = json_file("{\"id\":5,\"content\":\"<s>\"}", JSON_GPT2, model);
+    const size_t size = strlen(whole);
+    for (size_t i = 0; i < 9 * size; i++) {     /* cut there; or a bit is another   */
+        const size_t at = i % size, n = i < size ? at : size;
+        char *part = (char *)test_malloc(n + 1);
+        dlm_tokenizer *t = NULL;
+        int ids[64];
+        size_t found;
+        memcpy(part, whole, n);
+        if (i >= size) part[at] = (char)(part[at] ^ 1 << (i / size - 1));
+        char *exact = (char *)test_malloc(n ? n : 1);
+        memcpy(exact, part, n);
+        const dlm_error e = dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_JSON, exact, n);
+        LABEL("byte %u, round %u", (unsigned)at, (unsigned)(i / size));
+        CHECK((e == DLM_OK) == (t != NULL));
+        CHECK(i >= size || e == DLM_E_FORMAT);
+        if (t) dlm_encode(t, "ab <s> a", 8, ids, 64, &found);
+        dlm_tokenizer_free(t);
+        free(part); free(exact);
+        CHECK(heap.live == live);
+    }
+    for (int k = 1; k <= 2; k++) {              /* no memory for it; for a word     */
+        dlm_tokenizer *t = NULL;
+        size_t found;
+        heap.fail_at = heap.calls + k;
+        CHECK(dlm_tokenizer_create(&t, ctx, DLM_TOKENIZER_JSON, whole, size)
+              == (k == 1 ? DLM_E_NOMEM : DLM_OK));
+        if (t) CHECK_ERROR(dlm_encode(t, "ab", 2, NULL, 0, &found), DLM_E_NOMEM, ctx,
+                           "a word");
+        dlm_tokenizer_free(t);
+    }
+    dlm_shutdown(ctx);
+}
 
 /* ==[ table ]=================================================================
    In the order of the header. */
@@ -13962,11 +14274,19 @@ static const test_case test_cases[] = {
     RUN(encode_says_how_many_tokens_there_are),
     RUN(pieces_refuse_malformed_files),
     RUN(json_merges_come_as_strings_or_as_pairs),
+    RUN(json_patterns_cut_texts_into_words),
+    RUN(json_added_tokens_come_first),
+    RUN(json_reads_the_bpe_of_sentencepiece),
+    RUN(json_merges_as_the_naive_way_does),
+    RUN(json_encodes_any_bytes_and_long_words),
+    RUN(json_refuses_what_it_does_not_do),
+    RUN(json_survives_malformed_files),
 #ifndef DLM_NO_STDIO
     RUN(pieces_ride_along_in_a_checkpoint),
     RUN(llama2c_released_model_writes_the_published_text),
     RUN(llama2c_released_model_scores_its_text_in_every_precision),
     RUN(json_gpt2_encodes_the_golden_texts),
+    RUN(json_qwen3_folder_encodes_the_golden_texts),
 #endif
     { NULL, NULL }
 };
