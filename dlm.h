@@ -9331,9 +9331,9 @@ static const char *dlm__add_merges(dlm__lexicon *v, dlm__json *j)
    The decoder, normalizer and pre-tokenizer of a file are written in one line, as the
    values of their settings; what the line means is in a table, or it is refused. */
 
-#define DLM__GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+" \
-    "|\\s+(?!\\S)|\\s+"
-#define DLM__QWEN(numerals) \
+#define DLM__GPT2_WORDS "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+" \
+    "| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define DLM__QWEN_WORDS(numerals) \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" numerals \
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 
@@ -9341,10 +9341,10 @@ static const struct { const char *line; int form, digits; } dlm__pipelines[] = {
 #define DLM__BYTES(words) "decoder ByteLevel normalizer pre_tokenizer " words "ByteLevel"
 #define DLM__SPLIT(regex) DLM__BYTES("Split " regex " Isolated ") " !use_regex"
     { DLM__BYTES(""), DLM__BYTE_LEVEL, 0 },
-    { DLM__SPLIT(DLM__GPT2), DLM__BYTE_LEVEL, 0 },
+    { DLM__SPLIT(DLM__GPT2_WORDS), DLM__BYTE_LEVEL, 0 },
     { DLM__BYTES("Digits individual_digits "), DLM__BYTE_LEVEL, 1 },        /* SmolLM */
-    { DLM__SPLIT(DLM__QWEN("\\p{N}")), DLM__BYTE_LEVEL | DLM__MODERN, 1 },
-    { DLM__SPLIT(DLM__QWEN("\\p{N}{1,3}")), DLM__BYTE_LEVEL | DLM__MODERN, 3 },
+    { DLM__SPLIT(DLM__QWEN_WORDS("\\p{N}")), DLM__BYTE_LEVEL | DLM__MODERN, 1 },
+    { DLM__SPLIT(DLM__QWEN_WORDS("\\p{N}{1,3}")), DLM__BYTE_LEVEL | DLM__MODERN, 3 },
     { "decoder Replace \xE2\x96\x81   ByteFallback Fuse Strip   1 0 normalizer "
       "Prepend \xE2\x96\x81 Replace   \xE2\x96\x81 pre_tokenizer", DLM__MARKED, 0 }
 #undef DLM__SPLIT
@@ -9649,9 +9649,9 @@ static dlm_error dlm__encode_word(dlm__encoder *w, const char *word, size_t size
     const int whole = v->form & DLM__WHOLE ? dlm__find(&v->pieces, word, size) : -1;
     dlm_error e = dlm__make_room(w, size + 1);
     int n = 0;
+    if (e == DLM_OK && !begun) e = dlm__split_word(w, " ", 1, &n);
     if (e == DLM_OK && whole >= 0) w->symbols[n++].id = whole;
-    if (e == DLM_OK && whole < 0 && !begun) e = dlm__split_word(w, " ", 1, &n);
-    if (e == DLM_OK && whole < 0) e = dlm__split_word(w, word, size, &n);
+    else if (e == DLM_OK) e = dlm__split_word(w, word, size, &n);
     if (e != DLM_OK) return e;
     dlm__merge_all(w, n);
     for (int i = 0; i < n; i++) if (w->symbols[i].id >= 0) dlm__emit(w, w->symbols[i].id);
@@ -9747,31 +9747,25 @@ static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, siz
 static dlm_error dlm__tokenizer_measure(dlm_tokenizer *t, const char *text, size_t size,
                                         unsigned char **seen)
 {
-    dlm__lexicon *v = t->lexicon;
-    size_t most = size / 8;
+    const int json = t->kind == DLM_TOKENIZER_JSON;
+    size_t most = json ? 1 : size / 4;
     if (t->kind == DLM_TOKENIZER_BYTES) return DLM_OK;
     if (t->kind == DLM_TOKENIZER_CHARS) {
         if (dlm__is_vocabulary(text, size))
             return dlm__fail(t->ctx, DLM_E_INPUT, "text: a vocabulary in JSON, not a "
                              "corpus");
         *seen = (unsigned char *)dlm__alloc(t->ctx, DLM__CODES / 8);
-        if (*seen) memset(*seen, 0, DLM__CODES / 8);
-        return *seen ? dlm__see_chars(t, text, size, *seen)
-            : dlm__fail(t->ctx, DLM_E_NOMEM, "tokenizer: no memory for its characters");
+        if (*seen == NULL)
+            return dlm__fail(t->ctx, DLM_E_NOMEM, "text: no memory for its characters");
+        memset(*seen, 0, DLM__CODES / 8);
+        return dlm__see_chars(t, text, size, *seen);
     }
-    if (t->kind == DLM_TOKENIZER_JSON) {
-        most = 1;
-        for (size_t i = 0; i < size; i++) most += text[i] == '"';
-        most /= 2;
-        v->n_bytes = size;
-        v->merges.most = most < DLM__IDS ? (int)most : 0;
-    } else if (t->kind != DLM_TOKENIZER_PIECES) {
-        return dlm__fail(t->ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)t->kind);
-    }
-    if (most >= DLM__IDS || size >= INT_MAX)
+    for (size_t i = 0; json && i < size; i++) most += text[i] == '"';
+    if (most / 2 >= DLM__IDS || size >= INT_MAX)
         return dlm__fail(t->ctx, DLM_E_FORMAT, "tokenizer: a file of %.0f bytes is too "
                          "large", (double)size);
-    v->pieces.most = (int)most;
+    t->lexicon->pieces.most = t->lexicon->merges.most = (int)(most / 2);
+    t->lexicon->n_bytes = json ? size : 0;
     t->size = size;
     return DLM_OK;
 }
@@ -9837,6 +9831,8 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
     draft.kind = kind;
     draft.ctx = lexicon.ctx = ctx;
     draft.lexicon = &lexicon;
+    if ((unsigned)kind > DLM_TOKENIZER_JSON)
+        return dlm__fail(ctx, DLM_E_CONFIG, "tokenizer: no kind %d", (int)kind);
     e = dlm__tokenizer_measure(&draft, text, size, &seen);
     t = (dlm_tokenizer *)dlm__make(&e, ctx, "tokenizer", dlm__tokenizer_carve, &draft,
                                    sizeof draft, 1, NULL);
@@ -9961,7 +9957,7 @@ static char *dlm__compose_added(char *out, dlm__json j)
 DLM__MAYBE_UNUSED static size_t dlm__compose(char *out, int qwen, dlm__json added,
                                              dlm__json vocab, dlm__json merges)
 {
-    static const char regex[] = DLM__QWEN("\\p{N}"), byte_level[] = "{\"type\":"
+    static const char regex[] = DLM__QWEN_WORDS("\\p{N}"), byte_level[] = "{\"type\":"
         "\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":";
     const char *p = merges.p, *next;
     char *at = out + sprintf(out, "{\"version\":\"1.0\",\"added_tokens\":[");
