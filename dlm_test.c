@@ -13684,6 +13684,61 @@ TEST(json_gpt2_encodes_the_golden_texts)
     test_close(ctx);
 }
 
+/* A folder's files, NULL: not there; its tokenizer, or NULL after an error. */
+static dlm_tokenizer *json_folder(dlm_ctx *ctx, const char *const text[6])
+{
+    static const char *const names[] = {
+        "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+        "special_tokens_map.json", "added_tokens.json"
+    };
+    dlm_tokenizer *t = NULL;
+    for (int k = 0; k < 6; k++)
+        if (text[k]) file_write(names[k], text[k], strlen(text[k]));
+    if (dlm_tokenizer_open(&t, ctx, ".") != DLM_OK) t = NULL;
+    for (int k = 0; k < 6; k++) if (text[k]) remove(names[k]);
+    return t;
+}
+
+TEST(json_folders_say_what_their_files_say)
+{
+    static const char merges[] = "#version: 0.2\r\n# #\n# \"\n";
+    static const char config[] = "{\"tokenizer_class\":\"GPT2TokenizerFast\","
+        "\"eos_token\":{\"content\":\"<e>\"},\"mask_token\":\"<m>\","
+        "\"added_tokens_decoder\":{\"6\":{\"content\":\"<m>\",\"special\":true},"
+        "\"5\":{\"content\":\"<e>\"}}}";
+    static const char vocab[] = "{\"#\":0,\"##\":1,\"a\":2,\"\\\"\":3,\"#\\\"\":4}";
+    static const char json[] = "{" JSON_GPT2 ",\"added_tokens\":[{\"id\":5,\"content\":"
+        "\"<e>\"},{\"id\":6,\"content\":\"<other>\"}],\"model\":{\"vocab\":{\"a\":0},"
+        "\"merges\":[]}}";
+    const char *old[6] = { NULL, vocab, merges, config, NULL, NULL };
+    const char *now[6] = { json, NULL, NULL, config, NULL, NULL };
+    const char *gpt2 = "{\"tokenizer_class\":\"GPT2Tokenizer\"}";
+    const char *added[6] = { NULL, vocab, merges, gpt2,
+                             "{\"mask_token\":\"<m>\"}", "{\"<m>\":7}" };
+    const char *bad[6] = { NULL, vocab, merges, "{\"tokenizer_class\":\"T5Tokenizer\"}",
+                           NULL, "{\"<m>\":7}" };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *t = json_folder(ctx, old);
+    CHECK(t && t->stop == 5 && t->mask == 6 && t->vocab == 7);
+    if (t) CHECK(strcmp(json_ids(t, "###\"a<m>#", 9), "1 4 2 6 0") == 0);
+    dlm_tokenizer_free(t);
+    t = json_folder(ctx, now);                  /* the config wins on 6             */
+    CHECK(t && t->stop == 5 && t->mask == 6 && t->vocab == 7 && t->mask_from);
+    dlm_tokenizer_free(t);
+    t = json_folder(ctx, added);
+    CHECK(t && t->stop == -1 && t->mask == 7 && dlm_tokenizer_id(t, "<m>") == 7);
+    dlm_tokenizer_free(t);
+    CHECK(json_folder(ctx, bad) == NULL);
+    CHECK(strstr(dlm_last_error(ctx), "T5Tokenizer") != NULL);
+    bad[3] = gpt2;
+    bad[5] = "{\"<m>\":7,}";
+    CHECK(json_folder(ctx, bad) == NULL);
+    bad[1] = NULL;
+    CHECK(json_folder(ctx, bad) == NULL);
+    CHECK(strstr(dlm_last_error(ctx), "tokenizer.bin") != NULL);
+    test_close(ctx);
+}
+
 TEST(json_qwen3_folder_encodes_the_golden_texts)
 {
     dlm_tokenizer *t = NULL, *again = NULL;
@@ -14286,6 +14341,7 @@ static const test_case test_cases[] = {
     RUN(llama2c_released_model_writes_the_published_text),
     RUN(llama2c_released_model_scores_its_text_in_every_precision),
     RUN(json_gpt2_encodes_the_golden_texts),
+    RUN(json_folders_say_what_their_files_say),
     RUN(json_qwen3_folder_encodes_the_golden_texts),
 #endif
     { NULL, NULL }

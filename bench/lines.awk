@@ -11,7 +11,7 @@ BEGIN {
           "attention:365 config:45 parameters:540 patterns:50 work:330 passes:340 " \
           "sessions:125 states:430 trainer:160 optimizer:140 lift:200 steps:150 " \
           "sampler:850 likelihood:120 distill:440 json:270 files:250 " \
-          "unicode:50 tokenizers:1135 safetensors:310 checkpoints:370 llama2c:80 " \
+          "unicode:50 tokenizers:1130 safetensors:310 checkpoints:370 llama2c:80 " \
           "loading:90 options:135 quantised:350 hf:400 history:35 license:45", words, " ")
     for (i in words) { split(words[i], pair, ":"); budget[pair[1]] = pair[2] }
     files["README.md"] = 170; files["Makefile"] = 95
