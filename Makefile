@@ -15,17 +15,18 @@ EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = $(wildcard bench/*.h bench/*.sh) bench/lines.awk Makefile README.md
+HELPERS  = $(wildcard examples/*.h bench/*.h bench/*.sh) bench/lines.awk Makefile README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
 benches: $(BENCHES:bench/%.c=build/%)
 
 build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c examples/07_check_gradient.c \
+                examples/save_folder.h \
                 bench/rivals.h
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
-build/%: examples/%.c dlm.h
+build/%: examples/%.c dlm.h $(wildcard examples/*.h)
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
 build/%: bench/%.c $(wildcard bench/*.h) dlm.h

@@ -446,6 +446,7 @@ typedef struct dlm_model {                 /* open for reading                  
     float     *weights;                    /* (n_params) one flat block; packed: NULL */
     dlm_ctx   *ctx;                        /* where it was made                    */
     struct dlm__packed *packed;            /* private; NULL: plain                 */
+    char       origin[320];                /* what dlm_open found, in lines        */
 } dlm_model;
 
 typedef struct dlm_tensor {                /* one named piece of weights           */
@@ -1226,6 +1227,10 @@ DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t si
 DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, char *out,
                              size_t size);
 
+/* How many bytes of a decoded text (size) are whole characters: what may be shown of it
+   while more is to come.  Bytes that cannot become a character (UTF-8) count. */
+DLM_API size_t dlm_whole_text(const char *text, size_t size);
+
 /* --[ files ]-----------------------------------------------------------------
    Checkpoints are safetensors files with Hugging Face tensor names; our config and
    tokenizer ride along as string metadata.  A training state is a second file; resuming
@@ -1307,6 +1312,31 @@ DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok /* or NULL */);
 DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path);
+
+typedef struct dlm_open_options {          /* 0: what the files say                */
+    dlm_dtype   type;                      /* DLM_BF16, DLM_I8: packed in it; DLM_F32:  */
+    int         packed;                    /* 0: plain, for training; 1: packed in f32 */
+    const char *family;                    /* a model_type, where no config.json is  */
+    int         heads;                     /* where it names none; * = SMDM's      */
+    int         block;                     /* > 0: pattern BLOCK, of so many tokens, not
+                                              shifted; -1: FULL                    */
+    int         shifted;                   /* 1: row i-1 predicts token i; -1: row i */
+    int         mask_id;
+    int         max_seq;                   /* smaller tables than for all positions */
+} dlm_open_options;
+
+/* A model as others publish it: a folder (config.json, one or several safetensors, maybe
+   a tokenizer), a lone safetensors with `family` given, or any file of dlm_load; how
+   NULL: all 0.  Families: llama, qwen2, qwen3, sdar, a2d-llama, a2d-qwen2, a2d-qwen3,
+   Fast_dLLM_Qwen, Dream, open-dcoder, llada, smdm; mdlm, bd3lm, radd, whose LayerNorms
+   and modulation at constant time are folded into weights; dlm (what no other has).  All
+   else, and options that change results and are not built here, is refused by name
+   (DLM_E_UNSUPPORTED); so are missing, misshapen and left over tensors (DLM_E_MISMATCH).
+   The mask is mask_id, or config.json's, the tokenizer's, its family's.  tok may be NULL;
+   *tok is NULL where there is no tokenizer.  Besides the model some 8 MiB are in memory,
+   and the files where they cannot be mapped; to fold, all weights as floats. */
+DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                           const char *path, const dlm_open_options *how);
 /* Moments, averaged weights, step and a copy of the weights: everything a resumed
    run needs beyond its options.  What loading would refuse is not saved (DLM_E_INPUT):
    the last sound file stays. */
@@ -3879,7 +3909,7 @@ static float dlm__int8_correction(const dlm__kernels *k, const float *panel, int
     return dlm__floats_scalar(0U - (uint32_t)k->narrow.offset * (uint32_t)sum);
 }
 
-/* Of `out`, packed rows [first, first + n): panels (words, nr), of int8 followed by a
+/* Rows [first, first + n) of the packed `out`: panels (words, nr), of int8 followed by a
    scale and a correction per row.  first is a multiple of nr; w has these rows alone. */
 static void dlm__pack_rows(const dlm_ctx *ctx, const dlm_matrix *out, const float *w,
                            int first, int n)
@@ -5106,7 +5136,7 @@ typedef struct dlm__filling {
     size_t            size;                 /* at least nr rows; NULL: take needs none */
     const dlm__param *p;                    /* in work: of this layer, with those   */
     int               layer;                /* behind it, rows [first, first + n)  */
-    int               first, n, cols, step; /* step: rows of a job                 */
+    int               first, n, cols;
     float            *plain;                /* where all its rows go, or           */
     const dlm_matrix *packed;
 } dlm__filling;
@@ -5114,7 +5144,8 @@ typedef struct dlm__filling {
 static void dlm__fill_job(void *arg, int job)
 {
     const dlm__filling *f = (const dlm__filling *)arg;
-    const int at = job * f->step, n = dlm__min(f->step, f->n - at), row = f->first + at;
+    const int nr = f->m->ctx->k->nr, at = job * nr, row = f->first + at;
+    const int n = dlm__min(nr, f->n - at);
     const size_t cols = (size_t)f->cols;
     float *to = f->plain ? f->plain + (size_t)row * cols
         : f->room ? f->room + (size_t)at * cols : NULL;
@@ -5123,15 +5154,14 @@ static void dlm__fill_job(void *arg, int job)
     else if (rows != to) memcpy(to, rows, (size_t)n * cols * sizeof *to);
 }
 
-/* All rows of p, or of a product, to one of plain and packed. */
-static void dlm__fill_rows(dlm__filling *f, const dlm__param *p, int layer, int rows,
-                           float *plain, const dlm_matrix *packed)
+/* All rows of p, or of a product that begins with it, to one of plain and packed. */
+static void dlm__fill_rows(dlm__filling *f, int rows, float *plain,
+                           const dlm_matrix *packed)
 {
     const int nr = f->m->ctx->k->nr;
     int chunk = rows;
-    f->p = p; f->layer = layer; f->plain = plain; f->packed = packed;
-    f->cols = dlm__dim_of(&f->m->config, p->cols);
-    f->step = nr;
+    f->plain = plain; f->packed = packed;
+    f->cols = dlm__dim_of(&f->m->config, f->p->cols);
     if (packed && f->room) chunk = (int)(f->size / (size_t)f->cols / (size_t)nr) * nr;
     for (f->first = 0; f->first < rows; f->first += chunk) {
         f->n = dlm__min(chunk, rows - f->first);
@@ -5140,42 +5170,35 @@ static void dlm__fill_rows(dlm__filling *f, const dlm__param *p, int layer, int 
     }
 }
 
-/* The plain parameters among n of a list to the places that `at` has for them. */
-static void dlm__fill_list(dlm__filling *f, const dlm__param *list, int n, int layer,
-                           void *at)
+/* The matrix of a packed layer, or of the outer weights, that begins with p, or NULL. */
+static const dlm_matrix *dlm__matrix_at(const struct dlm__packed *m, int layer,
+                                        const dlm__param *p)
 {
-    for (int i = 0; i < n; i++) {
-        float *to = *dlm__param_in(at, &list[i]);
-        if (dlm__param_size(&f->m->config, &list[i]) > 0 && to)
-            dlm__fill_rows(f, &list[i], layer, dlm__dim_of(&f->m->config, list[i].rows),
-                           to, NULL);
-    }
-}
-
-static const dlm__param *dlm__param_of(const dlm__param *list, size_t offset)
-{
-    while (list->offset != offset) list++;
-    return list;
+    for (int i = 0; i < DLM__N_PRODUCTS && layer >= 0; i++)
+        if (dlm__products[i].from == p->offset)
+            return dlm__product_of(&m->layers[layer], i);
+    return layer >= 0 || p->cols == DLM__ONE ? NULL
+        : p->offset == offsetof(dlm__globals, head) ? &m->outer.head : &m->outer.embed;
 }
 
 static void dlm__fill(dlm__filling *f)
 {
     const dlm_config *c = &f->m->config;
-    const struct dlm__packed *packed = f->m->packed;
-    dlm__outer_weights outer = dlm__outer_of(f->m, DLM_F32);
-    dlm__fill_list(f, dlm__global_params, DLM__N_GLOBAL, -1, &outer.p);
-    if (packed)
-        dlm__fill_rows(f, dlm__global_params, -1, c->vocab, NULL, &packed->outer.embed);
-    if (packed && c->untied_head)
-        dlm__fill_rows(f, dlm__param_of(dlm__global_params, offsetof(dlm__globals, head)),
-                       -1, c->vocab, NULL, &packed->outer.head);
-    for (int l = 0; l < c->layers; l++) {
-        dlm__layer_weights w = dlm__layer_of(f->m, l, DLM_F32);
-        dlm__fill_list(f, dlm__layer_params, DLM__N_LAYER, l, &w.p);
-        for (int i = 0; packed && i < DLM__N_PRODUCTS; i++) {
-            const dlm_matrix *to = dlm__product_of(&w, i);
-            dlm__fill_rows(f, dlm__param_of(dlm__layer_params, dlm__products[i].from), l,
-                           to->rows, NULL, to);
+    for (f->layer = -1; f->layer < c->layers; f->layer++) {
+        const int in = f->layer >= 0, n = in ? (int)DLM__N_LAYER : (int)DLM__N_GLOBAL;
+        dlm__outer_weights outer = dlm__outer_of(f->m, DLM_F32);
+        dlm__layer_weights w = dlm__layer_of(f->m, dlm__max(f->layer, 0), DLM_F32);
+        for (int i = 0; i < n; i++) {
+            const dlm__param *p = (in ? dlm__layer_params : dlm__global_params) + i;
+            const int plain = !f->m->packed || p->cols == DLM__ONE;
+            const dlm_matrix *to = plain ? NULL
+                                         : dlm__matrix_at(f->m->packed, f->layer, p);
+            f->p = p;
+            if (plain && dlm__param_size(c, p) > 0)
+                dlm__fill_rows(f, dlm__dim_of(c, p->rows),
+                               *dlm__param_in(in ? (void *)&w.p : &outer.p, p), NULL);
+            else if (to && (in || dlm__param_size(c, p) > 0))
+                dlm__fill_rows(f, to->rows, NULL, to);
         }
     }
 }
@@ -5255,7 +5278,7 @@ DLM_API size_t dlm_describe(const dlm_model *m, char *out, size_t size)
 {
     static const char *const patterns[] = { "block", "full", "causal" };
     const int packed = m->packed != NULL;
-    char text[1024];                        /* some twenty lines of at most 35 bytes */
+    char text[1536];                        /* some thirty lines of at most 35 bytes */
     size_t n = (size_t)snprintf(
         text, sizeof text,
         "form        %s, %s\nparameters  %.0f\nbytes       %.0f\npattern     %s\n",
@@ -5268,6 +5291,7 @@ DLM_API size_t dlm_describe(const dlm_model *m, char *out, size_t size)
         if (o->offset != offsetof(dlm_config, pattern))
             n += (size_t)snprintf(text + n, sizeof text - n, "%-11s %.*g\n", o->name,
                                   o->real ? 6 : 10, dlm__get_option(o, &m->config));
+    n += (size_t)snprintf(text + n, sizeof text - n, "%s", m->origin);
     if (size > 0) snprintf(out, size, "%s", text);
     return n;
 }
@@ -8723,6 +8747,7 @@ extern int     fileno(FILE *file);
 extern int     fsync(int fd);
 extern int     fchmod(int fd, mode_t mode);
 extern ssize_t readlink(const char *path, char *out, size_t size);
+extern int     madvise(void *at, size_t size, int advice);
 #endif
 
 /* The mode of what is at path, -1 where nothing is, -2 when it is no regular file. */
@@ -8751,6 +8776,17 @@ static void *dlm__map(FILE *f, size_t size)
 }
 
 static void dlm__unmap(void *at, size_t size) { munmap(at, size); }
+
+#if defined(__linux__)
+/* Pages of a map that may leave memory (MADV_DONTNEED): they come back from the file. */
+static void dlm__forget(const char *at, size_t size)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t)at + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)at + size) / page * page;
+    if (end > first) (void)madvise((void *)first, (size_t)(end - first), 4);
+}
+#endif
 
 /* Replaces a link by what it points to, until it is none; 0: too long, or for ever. */
 static int dlm__follow_links(char *path)
@@ -8895,16 +8931,20 @@ static dlm_error dlm__open_file(dlm_ctx *ctx, const char *path, dlm__file *f)
         : dlm__fail(ctx, DLM_E_IO, "cannot read %s", path);
 }
 
-/* Lets go of a file that was read, if it could be opened; e, which came of its bytes,
-   then gets the path in front of its sentence. */
-static dlm_error dlm__end_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm_error e)
+/* e, an error, gets the path in front of its sentence. */
+static dlm_error dlm__name_file(dlm_ctx *ctx, const char *path, dlm_error e)
 {
     char text[sizeof ctx->error];
-    if (f->data == NULL) return e;
-    dlm__close_file(ctx, f);
-    if (e == DLM_OK) return e;
     memcpy(text, ctx->error, sizeof text);
     return dlm__fail(ctx, e, "%.120s: %.130s", path, text);
+}
+
+/* Lets go of a file that was read, if it could be opened; e came of its bytes. */
+static dlm_error dlm__end_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm_error e)
+{
+    if (f->data == NULL) return e;
+    dlm__close_file(ctx, f);
+    return e == DLM_OK ? e : dlm__name_file(ctx, path, e);
 }
 
 /* write puts the content into a stream, and says 1 when all of it is there. */
@@ -10021,6 +10061,7 @@ static dlm_error dlm__tok_composed(dlm_tokenizer **out, dlm_ctx *ctx, dlm__json 
 /* A token's text, itself or its "content", into out (256); 0: there is none. */
 static int dlm__token_text(dlm__json j, char *out)
 {
+    if (j.p) dlm__json_space(&j);
     if (j.p && j.p < j.end && *j.p == '{' && !dlm__json_find(&j, "content")) return 0;
     return j.p && dlm__json_string(&j, out, 256) > 0;
 }
@@ -10112,6 +10153,16 @@ DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
 }
 
 #endif /* !DLM_NO_STDIO */
+
+DLM_API size_t dlm_whole_text(const char *text, size_t size)
+{
+    for (size_t n = 1; n <= 3 && n <= size; n++) {
+        const unsigned char c = (unsigned char)text[size - n];
+        const size_t needs = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC0 ? 2 : 1;
+        if (c >= 0xC0 || c < 0x80) return needs > n && c < 0xF8 ? size - n : size;
+    }
+    return size;
+}
 
 /* ==[ safetensors ]===========================================================
    u64 header length, a JSON header that begins with '{', raw little-endian data.
@@ -10386,29 +10437,461 @@ static float dlm__half_to_float(uint16_t h)
     return dlm__floats_scalar(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
+/* n values of a tensor of floats, from number `first` on. */
+static void dlm__widen(const dlm_st_tensor *t, size_t first, size_t n, float *out)
+{
+    const size_t size = dlm__dtypes[t->dtype].size;
+    const char *p = (const char *)t->data + first * size;
+    for (size_t i = 0; i < n; i++, p += size) {
+        uint16_t half;
+        double d;
+        if (t->dtype == DLM_F64) memcpy(&d, p, sizeof d);
+        else memcpy(&half, p, sizeof half);
+        if (t->dtype == DLM_F32) memcpy(&out[i], p, sizeof *out);
+        else out[i] = t->dtype == DLM_F64 ? (float)d
+            : t->dtype == DLM_F16 ? dlm__half_to_float(half)
+            : dlm__floats_scalar((uint32_t)half << 16);
+    }
+}
+
+static dlm_error dlm__check_floats(dlm_ctx *ctx, const dlm_st_tensor *t)
+{
+    if (t->dtype <= DLM_F64) return DLM_OK;     /* F32, F16, BF16, F64             */
+    return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%.80s: no float type we read: %.40s",
+                     t->name, t->type);
+}
+
 DLM_API dlm_error dlm_safetensors_floats(dlm_ctx *ctx, const dlm_st_tensor *t, float *out)
 {
-    const char *p = (const char *)t->data;
-    if (t->dtype == DLM_F32) {
-        memcpy(out, p, t->count * sizeof *out);
-        return DLM_OK;
+    dlm_error e = dlm__check_floats(ctx, t);
+    if (e == DLM_OK) dlm__widen(t, 0, t->count, out);
+    return e;
+}
+
+/* ==[ layouts ]===============================================================
+   How files lay out the weights of a model: which families there are, where they keep
+   each of our parameters, and what becomes of a family that has LayerNorms. */
+
+typedef enum dlm__layout { DLM__LLAMA, DLM__LLADA, DLM__SMDM, DLM__DIT } dlm__layout;
+
+typedef struct dlm__family {
+    const char *name;               /* model_type                                  */
+    dlm__layout layout;
+    dlm_pattern pattern;            /* when no size of blocks is given             */
+    int         shifted, bias, qk_norm;     /* 2: when the file has it             */
+} dlm__family;
+
+static const dlm__family dlm__families[] = {                /* ours is the first    */
+    { "dlm",            DLM__LLAMA, DLM_PATTERN_FULL,   0, 2, 2 },
+    { "llama",          DLM__LLAMA, DLM_PATTERN_CAUSAL, 1, 0, 0 },
+    { "qwen2",          DLM__LLAMA, DLM_PATTERN_CAUSAL, 1, 1, 0 },
+    { "qwen3",          DLM__LLAMA, DLM_PATTERN_CAUSAL, 1, 0, 1 },
+    { "sdar",           DLM__LLAMA, DLM_PATTERN_BLOCK,  0, 0, 1 },
+    { "a2d-llama",      DLM__LLAMA, DLM_PATTERN_FULL,   0, 0, 0 },
+    { "a2d-qwen2",      DLM__LLAMA, DLM_PATTERN_FULL,   0, 1, 0 },
+    { "a2d-qwen3",      DLM__LLAMA, DLM_PATTERN_FULL,   0, 0, 1 },
+    { "Fast_dLLM_Qwen", DLM__LLAMA, DLM_PATTERN_BLOCK,  1, 1, 0 },
+    { "Dream",          DLM__LLAMA, DLM_PATTERN_FULL,   1, 1, 0 },
+    { "open-dcoder",    DLM__LLAMA, DLM_PATTERN_FULL,   1, 1, 0 },
+    { "llada",          DLM__LLADA, DLM_PATTERN_FULL,   0, 2, 0 },
+    { "smdm",           DLM__SMDM,  DLM_PATTERN_FULL,   0, 0, 0 },
+    { "mdlm",           DLM__DIT,   DLM_PATTERN_FULL,   0, 1, 0 },
+    { "bd3lm",          DLM__DIT,   DLM_PATTERN_BLOCK,  0, 1, 0 },
+    { "radd",           DLM__DIT,   DLM_PATTERN_FULL,   0, 1, 0 },
+};
+enum { DLM__N_FAMILIES = sizeof dlm__families / sizeof *dlm__families };
+
+enum { DLM__SHARDS = 64 };
+
+/* Files with weights, and the config that they are read for. */
+typedef struct dlm__source {
+    dlm_ctx           *ctx;
+    const dlm__family *family;
+    dlm_config         c;
+    dlm_safetensors   *files[DLM__SHARDS];
+    int                n_files;
+    int                mapped;      /* 1: what was read may leave memory           */
+} dlm__source;
+
+/* Where another layout has our parameter; NULL: nowhere, it is zero.  q, k and v lie in
+   one tensor: below each other or, in SMDM, for each key head its queries, its key and
+   its value. */
+static const struct { const char *ours, *llada, *smdm, *dit; } dlm__renames[] = {
+    { "model.embed_tokens.weight", "model.transformer.wte.weight",
+      "transformer.wte.weight", "vocab_embed.embedding" },
+    { "model.norm.weight", "model.transformer.ln_f.weight", "transformer.ln_f.weight",
+      "output_layer.norm_final.weight" },
+    { "lm_head.weight", "model.transformer.ff_out.weight", "lm_head.weight",
+      "output_layer.linear.weight" },
+    { "lm_head.bias", NULL, NULL, "output_layer.linear.bias" },
+    { "input_layernorm.weight", "attn_norm.weight", "norm_1.weight", "norm1.weight" },
+    { "self_attn.q_proj.weight", "q_proj.weight", "attn.attn.weight", "attn_qkv.weight" },
+    { "self_attn.k_proj.weight", "k_proj.weight", "attn.attn.weight", "attn_qkv.weight" },
+    { "self_attn.v_proj.weight", "v_proj.weight", "attn.attn.weight", "attn_qkv.weight" },
+    { "self_attn.q_proj.bias", "q_proj.bias", NULL, NULL },
+    { "self_attn.k_proj.bias", "k_proj.bias", NULL, NULL },
+    { "self_attn.v_proj.bias", "v_proj.bias", NULL, NULL },
+    { "self_attn.o_proj.weight", "attn_out.weight", "attn.proj.weight",
+      "attn_out.weight" },
+    { "post_attention_layernorm.weight", "ff_norm.weight", "norm_2.weight",
+      "norm2.weight" },
+    { "mlp.gate_proj.weight", "ff_proj.weight", "mlp.swiglu.w1.weight", NULL },
+    { "mlp.up_proj.weight", "up_proj.weight", "mlp.swiglu.w2.weight", "mlp.0.weight" },
+    { "mlp.up_proj.bias", NULL, NULL, "mlp.0.bias" },
+    { "mlp.down_proj.weight", "ff_out.weight", "mlp.swiglu.w3.weight", "mlp.2.weight" },
+    { "mlp.down_proj.bias", NULL, NULL, "mlp.2.bias" },
+};
+
+/* What the files call parameter `ours`; NULL: they have none. */
+static const char *dlm__their_name(const dlm__source *s, const char *ours)
+{
+    for (size_t i = 0; i < sizeof dlm__renames / sizeof *dlm__renames; i++)
+        if (s->family->layout != DLM__LLAMA && strcmp(dlm__renames[i].ours, ours) == 0)
+            return s->family->layout == DLM__LLADA ? dlm__renames[i].llada
+                : s->family->layout == DLM__SMDM ? dlm__renames[i].smdm
+                : dlm__renames[i].dit;
+    return s->family->layout == DLM__LLAMA ? ours : NULL;
+}
+
+/* A name in a layer, -1: in none, as the files have it. */
+static void dlm__full_name(char out[192], const dlm__source *s, int layer,
+                           const char *name)
+{
+    static const char *const layers[] = {       /* in the order of dlm__layout      */
+        "model.layers.%d.", "model.transformer.blocks.%d.", "transformer.h.%d.",
+        "blocks.%d."
+    };
+    char prefix[64] = "";
+    if (layer >= 0) snprintf(prefix, sizeof prefix, layers[s->family->layout], layer);
+    snprintf(out, 192, "%s%s", prefix, name);
+}
+
+/* NULL: it is in no file.  DiTs are parts of a larger class. */
+static dlm_st_tensor *dlm__find_tensor(const dlm__source *s, int layer, const char *name)
+{
+    char full[256] = "backbone.";
+    dlm__full_name(full + 9, s, layer, name);
+    for (int i = 0; i < 2 * s->n_files; i++) {
+        const dlm_safetensors *f = s->files[i / 2];
+        const dlm_st_tensor *t = dlm_safetensors_find(f, full + (i % 2 ? 0 : 9));
+        if (t) return f->tensors + (t - f->tensors);
     }
-    if (t->dtype != DLM_F16 && t->dtype != DLM_BF16 && t->dtype != DLM_F64)
-        return dlm__fail(ctx, DLM_E_UNSUPPORTED, "%.80s: no float type we read: %.40s",
-                         t->name, t->type);
-    for (size_t i = 0; i < t->count; i++) {
-        uint16_t h;
-        double d;
-        if (t->dtype == DLM_F64) {
-            memcpy(&d, p + i * sizeof d, sizeof d);
-            out[i] = (float)d;
-        } else {
-            memcpy(&h, p + i * sizeof h, sizeof h);
-            out[i] = t->dtype == DLM_F16 ? dlm__half_to_float(h)
-                : dlm__floats_scalar((uint32_t)h << 16);
+    return NULL;
+}
+
+static dlm_st_tensor *dlm__find_param(const dlm__source *s, int layer, const char *ours)
+{
+    const char *name = dlm__their_name(s, ours);
+    return name ? dlm__find_tensor(s, layer, name) : NULL;
+}
+
+/* 0, 1, 2 for q, k, v of a tensor that has all three; -1: a tensor of its own. */
+static int dlm__part_of(const dlm__source *s, const dlm__param *p)
+{
+    const char *qkv = "qkv", *at = strncmp(p->name, "self_attn.", 10) ? NULL
+        : strchr(qkv, p->name[10]);
+    return at && s->family->layout >= DLM__SMDM ? (int)(at - qkv) : -1;
+}
+
+/* Which row of that tensor is row r of the part. */
+static int dlm__row_of(const dlm__source *s, int part, int r)
+{
+    const int D = s->c.head_dim, per = s->c.heads / s->c.kv_heads, head = r / D;
+    if (part < 0) return r;
+    if (s->family->layout == DLM__DIT) return r + part * s->c.heads * D;
+    return part == 0 ? (head / per * (per + 2) + head % per) * D + r % D
+                     : (head * (per + 2) + per + part - 1) * D + r % D;
+}
+
+/* Every parameter is where it must be, has its shape and a type that we read; `used` says
+   then that the model has a use for it. */
+static dlm_error dlm__check_param(const dlm__source *s, const dlm__param *p, int layer)
+{
+    const char *name = dlm__their_name(s, p->name);
+    const int64_t cols = dlm__dim_of(&s->c, p->cols);
+    const int n_dims = cols > 1 ? 2 : 1;
+    int64_t rows = dlm__part_of(s, p) < 0 ? dlm__dim_of(&s->c, p->rows)
+        : (s->c.heads + 2 * s->c.kv_heads) * s->c.head_dim;
+    dlm_st_tensor *t = name ? dlm__find_tensor(s, layer, name) : NULL;
+    char full[192];
+    if (name == NULL) return DLM_OK;
+    dlm__full_name(full, s, layer, name);
+    if (t == NULL)
+        return dlm__fail(s->ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", full);
+    t->used = 1;
+    if (s->family->layout == DLM__SMDM && p->when == DLM__UNTIED && t->n_dims == 2)
+        rows -= t->dims[0] == rows - 1;         /* the mask may have no row        */
+    if (t->n_dims != n_dims || t->dims[0] != rows || (n_dims > 1 && t->dims[1] != cols))
+        return dlm__fail(s->ctx, DLM_E_MISMATCH, "checkpoint: %.80s has %d dimensions "
+                         "[%.0f, %.0f], the config needs [%.0f, %.0f]", full, t->n_dims,
+                         t->n_dims > 0 ? (double)t->dims[0] : 1.0,
+                         t->n_dims > 1 ? (double)t->dims[1] : 1.0, (double)rows,
+                         (double)cols);
+    return dlm__check_floats(s->ctx, t);
+}
+
+static dlm_error dlm__check_params(const dlm__source *s)
+{
+    dlm_error e = DLM_OK;
+    for (int l = -1; l < s->c.layers; l++) {
+        const dlm__param *list = l < 0 ? dlm__global_params : dlm__layer_params;
+        for (int i = 0; i < (l < 0 ? (int)DLM__N_GLOBAL : (int)DLM__N_LAYER); i++)
+            if (e == DLM_OK && dlm__param_size(&s->c, &list[i]) > 0)
+                e = dlm__check_param(s, &list[i], l);
+    }
+    return e;
+}
+
+/* No tensor is left over, but for angles of rotary positions and limits of noise. */
+static dlm_error dlm__check_used(const dlm__source *s)
+{
+    for (int i = 0; i < s->n_files; i++)
+        for (int k = 0; k < s->files[i]->count; k++) {
+            const dlm_st_tensor *t = &s->files[i]->tensors[k];
+            if (!t->used && !strstr(t->name, "rotary_emb.inv_freq")
+                && !strstr(t->name, "sampling_eps_m"))
+                return dlm__fail(s->ctx, DLM_E_MISMATCH, "checkpoint: the model has no "
+                                 "%.80s", t->name);
         }
-    }
     return DLM_OK;
+}
+
+/* Rows of one parameter.  What no tensor has is zero, but for the bias of the mask where
+   the family never predicts it: -INFINITY (SUBS, Sahoo et al. 2024). */
+static void dlm__part_rows(const dlm__source *s, const dlm__param *p, int layer,
+                           int first, int n, float *out)
+{
+    const dlm_st_tensor *t = dlm__find_param(s, layer, p->name);
+    const int part = dlm__part_of(s, p), there = t ? (int)t->dims[0] : 0;
+    const size_t cols = (size_t)dlm__dim_of(&s->c, p->cols);
+    for (int i = 0, run; i < n; i += run, out += (size_t)run * cols) {
+        const int row = dlm__row_of(s, part, first + i);
+        run = part < 0 && row < there ? dlm__min(n - i, there - row) : 1;
+        if (row < there) dlm__widen(t, (size_t)row * cols, (size_t)run * cols, out);
+        else memset(out, 0, cols * sizeof *out);
+#if defined(__linux__) && !defined(DLM_NO_STDIO)
+        if (row < there && s->mapped)
+            dlm__forget((const char *)t->data + (size_t)row * cols * t->bytes / t->count,
+                        (size_t)run * cols * t->bytes / t->count);
+#endif
+        if (p->when == DLM__HEAD_BIAS && s->family->layout != DLM__LLAMA
+            && s->c.mask_id >= row && s->c.mask_id < row + run)
+            out[s->c.mask_id - row] = -INFINITY;
+    }
+}
+
+/* A dlm__rows_fn. */
+static const float *dlm__source_rows(void *from, const dlm__param *p, int layer,
+                                     int first, int n, float *out)
+{
+    const dlm__source *s = (const dlm__source *)from;
+    for (float *to = out; n > 0; p++) {
+        const int there = dlm__param_size(&s->c, p) ? dlm__dim_of(&s->c, p->rows) : 0;
+        const int m = dlm__min(n, there - first);
+        if (m > 0) {
+            dlm__part_rows(s, p, layer, first, m, to);
+            to += (size_t)m * (size_t)dlm__dim_of(&s->c, p->cols);
+            n -= m;
+        }
+        first = dlm__max(first - there, 0);     /* on in the next of the table     */
+    }
+    return out;
+}
+
+/* --[ folding ]---------------------------------------------------------------
+   A DiT at constant time has LayerNorms n(x) of gain g, maybe a shift b, modulated: its
+   linear layers see (n(x) g + b)(1 + scale) + shift, and what its blocks write is times a
+   gate.  All of it goes into weights, exactly:
+     gain := g (1 + scale)     bias += W (b (1 + scale) + shift)     W_out := gate W_out
+   and LayerNorm becomes RMSNorm, as what is written to the residual stream is centred:
+   the mean over its C channels goes.  (Peebles and Xie 2023; time is 0: MDLM.) */
+
+typedef struct dlm__fold {
+    const dlm__source *s;
+    int       C, n;
+    float    *condition;            /* (n) of the modulation; n = 0: there is none */
+    float    *parts;                /* (6, C) shift, scale, gate; and those again  */
+    float    *matrix, *row, *sums;  /* (6 C, n), (widest), (widest)                */
+    dlm_error e;                    /* the first                                   */
+} dlm__fold;
+
+/* A tensor (rows, cols) as floats; cols 0: (rows), zero when it is missing. */
+static void dlm__fold_tensor(dlm__fold *w, int layer, const char *name, const char *end,
+                             int rows, int cols, float *out)
+{
+    char full[64];
+    dlm_st_tensor *t;
+    snprintf(full, sizeof full, "%s.%s", name, end);
+    t = dlm__find_tensor(w->s, layer, full);
+    memset(out, 0, (size_t)rows * (size_t)dlm__max(cols, 1) * sizeof *out);
+    if (w->e != DLM_OK || (t == NULL && cols == 0)) return;
+    if (t == NULL || t->n_dims != 1 + (cols > 0) || t->dims[0] != rows
+        || (cols > 0 && t->dims[1] != cols))
+        w->e = dlm__fail(w->s->ctx, DLM_E_MISMATCH, "checkpoint: no %s [%d, %d]", full,
+                         rows, cols);
+    else w->e = dlm__check_floats(w->s->ctx, t);
+    if (w->e != DLM_OK) return;
+    t->used = 1;
+    dlm__widen(t, 0, t->count, out);
+}
+
+/* bias (rows) += W (rows, cols) x. */
+static void dlm__fold_reader(dlm__fold *w, const float *weights, int rows, int cols,
+                             const float *x, float *bias)
+{
+    const dlm_matrix plain = dlm__plain(weights, rows, cols, DLM_F32);
+    dlm_matmul(w->s->ctx, w->row, x, &plain, 1);
+    w->s->ctx->k->add(bias, w->row, rows);
+}
+
+/* out (rows) = A x + b of two tensors. */
+static void dlm__fold_linear(dlm__fold *w, int layer, const char *name, const float *x,
+                             int rows, int cols, float *out)
+{
+    dlm__fold_tensor(w, layer, name, "bias", rows, 0, out);
+    dlm__fold_tensor(w, layer, name, "weight", rows, cols, w->matrix);
+    dlm__fold_reader(w, w->matrix, rows, cols, x, out);
+}
+
+/* Time 0 is cosines of 1 and sines of 0, which pass two layers, each with a silu. */
+static void dlm__fold_condition(dlm__fold *w, int features)
+{
+    for (int layer = 0; layer < 2; layer++) {
+        float *x = w->condition;
+        for (int i = 0; i < features && layer == 0; i++) w->sums[i] = i < features / 2;
+        dlm__fold_linear(w, -1, layer ? "sigma_map.mlp.2" : "sigma_map.mlp.0", w->sums,
+                         w->n, layer ? w->n : features, x);
+        for (int i = 0; i < w->n; i++) x[i] /= 1.0f + expf(-x[i]);
+        memcpy(w->sums, x, (size_t)w->n * sizeof *x);
+    }
+}
+
+static void dlm__fold_modulation(dlm__fold *w, int layer, const char *name, int n)
+{
+    for (int i = 0; i < n * w->C; i++) w->parts[i] = i / w->C % 3 == 2;    /* the gates */
+    if (w->n > 0)
+        dlm__fold_linear(w, layer, name, w->condition, n * w->C, w->n, w->parts);
+}
+
+/* A norm's gain is scaled; shift becomes all that its readers see added. */
+static void dlm__fold_norm(dlm__fold *w, int layer, const char *name, float *gain,
+                           float *shift)
+{
+    dlm__fold_tensor(w, layer, name, "bias", w->C, 0, w->row);
+    for (int i = 0; i < w->C; i++) {
+        const float scale = 1.0f + shift[w->C + i];
+        shift[i] += w->row[i] * scale;
+        gain[i] *= scale;
+    }
+}
+
+/* Of a writer (C, n), or its bias, value (c, i) at x[c by_c + i by_i]: gated, centred. */
+static void dlm__fold_writer(const dlm__fold *w, float *x, size_t by_c, size_t by_i,
+                             int n, const float *gate)
+{
+    memset(w->sums, 0, (size_t)n * sizeof *w->sums);
+    for (int pass = 0; pass < 2; pass++)
+        for (int c = 0; c < w->C; c++)
+            for (int i = 0; i < n; i++) {
+                float *at = &x[(size_t)c * by_c + (size_t)i * by_i];
+                if (pass == 0) w->sums[i] += *at *= gate ? gate[c] : 1.0f;
+                else *at -= w->sums[i] / (float)w->C;
+            }
+}
+
+static void dlm__fold_layer(dlm__fold *w, dlm_model *m, int l)
+{
+    const dlm_config *c = &m->config;
+    const int C = c->dim, F = c->ffn, HD = c->heads * c->head_dim;
+    const dlm__layer p = dlm__layer_at(c, m->weights, l);
+    float *attn = w->parts, *mlp = attn + 3 * C;
+    dlm__fold_modulation(w, l, "adaLN_modulation", 6);
+    dlm__fold_norm(w, l, "norm1", p.norm1, attn);
+    dlm__fold_reader(w, p.wq, HD, C, attn, p.bq);
+    dlm__fold_reader(w, p.wk, HD, C, attn, p.bk);
+    dlm__fold_reader(w, p.wv, HD, C, attn, p.bv);
+    dlm__fold_writer(w, p.wo, (size_t)HD, 1, HD, attn + 2 * C);
+    dlm__fold_norm(w, l, "norm2", p.norm2, mlp);
+    dlm__fold_reader(w, p.wup, F, C, mlp, p.bup);
+    dlm__fold_writer(w, p.wdown, (size_t)F, 1, F, mlp + 2 * C);
+    dlm__fold_writer(w, p.bdown, 1, 1, 1, mlp + 2 * C);
+}
+
+/* Of a plain model that has its weights as the files have them. */
+static dlm_error dlm__fold_model(const dlm__source *s, dlm_model *m)
+{
+    const dlm_config *c = &m->config;
+    const dlm__globals g = dlm__globals_at(c, m->weights);
+    const dlm_st_tensor *time = dlm__find_tensor(s, -1, "sigma_map.mlp.0.weight");
+    const int there = time && time->n_dims == 2
+        && time->dims[0] + time->dims[1] < 1 << 16;
+    const int features = there ? (int)time->dims[1] : 0, C = c->dim;
+    const int n = there ? (int)time->dims[0] : 0, most = dlm__max(c->ffn, c->vocab);
+    const size_t widest = (size_t)dlm__max(most, 6 * C + features + n);
+    dlm__fold w;
+    memset(&w, 0, sizeof w);
+    w.s = s; w.C = C; w.n = n;
+    w.sums = (float *)dlm__alloc(s->ctx, widest * (size_t)(4 + dlm__max(features, n))
+                                 * sizeof *w.sums);
+    if (w.sums == NULL) return dlm__fail(s->ctx, DLM_E_NOMEM, "folding: cannot allocate");
+    w.row = w.sums + widest;
+    w.parts = w.row + widest;
+    w.condition = w.parts + widest;
+    w.matrix = w.condition + widest;
+    if (there) dlm__fold_condition(&w, features);
+    for (int l = 0; l < c->layers && w.e == DLM_OK; l++) dlm__fold_layer(&w, m, l);
+    dlm__fold_modulation(&w, -1, "output_layer.adaLN_modulation", 2);
+    dlm__fold_norm(&w, -1, "output_layer.norm_final", g.norm_out, w.parts);
+    dlm__fold_reader(&w, g.head, c->vocab, C, w.parts, g.head_bias);
+    dlm__fold_writer(&w, g.tok_emb, 1, (size_t)C, c->vocab, NULL);
+    dlm__release(s->ctx, w.sums);
+    return w.e;
+}
+
+/* --[ reading ]---------------------------------------------------------------  */
+
+static dlm_error dlm__fill_from(dlm_model *m, dlm__source *s)
+{
+    const dlm_config *c = &m->config;
+    const int widest = dlm__max(dlm__max(c->ffn, c->dim), c->heads * c->head_dim);
+    dlm__filling f;
+    memset(&f, 0, sizeof f);
+    f.m = m; f.take = dlm__source_rows; f.from = s;
+    f.size = (size_t)dlm__max(s->ctx->k->nr * widest, 1 << 21);
+    f.room = (float *)dlm__alloc(s->ctx, f.size * sizeof *f.room);
+    if (f.room == NULL)
+        return dlm__fail(s->ctx, DLM_E_NOMEM, "checkpoint: cannot allocate %.0f bytes",
+                         (double)(f.size * sizeof *f.room));
+    dlm__fill(&f);
+    dlm__release(s->ctx, f.room);
+    return DLM_OK;
+}
+
+/* The model of a source, packed in a type unless that is DLM_DTYPE_OTHER.  One that is
+   folded needs its floats all at once, for a while. */
+static dlm_error dlm__read_model(dlm_model **out, dlm__source *s, dlm_dtype packed)
+{
+    const int folded = s->family->layout == DLM__DIT;
+    dlm_model *m = NULL, *plain;
+    dlm_error e = dlm_config_resolve(s->ctx, &s->c);
+    if (e == DLM_OK) e = dlm__check_params(s);
+    if (e == DLM_OK && !folded) e = dlm__check_used(s);
+    if (e == DLM_OK && !folded && packed != DLM_DTYPE_OTHER)
+        e = dlm__packed_new(&m, s->ctx, &s->c, packed, NULL);
+    else if (e == DLM_OK)
+        e = dlm__model_new(&m, s->ctx, &s->c, DLM_F32, dlm__plain_carve, NULL);
+    if (e == DLM_OK) e = dlm__fill_from(m, s);
+    if (e == DLM_OK && folded) e = dlm__fold_model(s, m);
+    if (e == DLM_OK && folded) e = dlm__check_used(s);
+    if (e == DLM_OK && folded && packed != DLM_DTYPE_OTHER) {
+        plain = m;
+        m = NULL;
+        e = dlm_model_pack(&m, s->ctx, plain, packed, NULL);
+        dlm_model_free(plain);
+    }
+    if (e != DLM_OK) dlm_model_free(m);
+    *out = e == DLM_OK ? m : NULL;
+    return e;
 }
 
 /* ==[ checkpoints ]===========================================================
@@ -10436,23 +10919,6 @@ static dlm_error dlm__config_from(dlm_config *c, dlm_ctx *ctx, const dlm_safeten
         dlm__set_option(field, c, field->real ? (double)real : (double)whole);
     }
     return dlm_config_resolve(ctx, c);
-}
-
-static dlm_error dlm__read_tensor(dlm_ctx *ctx, dlm_safetensors *f,
-                                  const dlm_tensor *want)
-{
-    const dlm_st_tensor *t = dlm_safetensors_find(f, want->name);
-    int64_t rows, cols;
-    if (t == NULL)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s is missing", want->name);
-    f->tensors[t - f->tensors].used = 1;
-    rows = t->n_dims > 0 ? t->dims[0] : 1;
-    cols = t->n_dims > 1 ? t->dims[1] : 1;
-    if (t->n_dims != (want->cols > 1 ? 2 : 1) || rows != want->rows || cols != want->cols)
-        return dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %s has %d dimensions [%.0f, "
-                         "%.0f], the config needs [%d, %d]", want->name, t->n_dims,
-                         (double)rows, (double)cols, want->rows, want->cols);
-    return dlm_safetensors_floats(ctx, t, want->data);
 }
 
 static const char *const dlm__kind_names[] = { "bytes", "chars", "pieces", "json" };
@@ -10498,26 +10964,16 @@ static dlm_error dlm__check_vocab(dlm_ctx *ctx, const dlm_model *m,
 static dlm_error dlm__checkpoint_from(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                                       const void *data, size_t size)
 {
-    dlm_safetensors *f;
-    dlm_config c;
-    dlm_error e = dlm_safetensors_parse(&f, ctx, data, size);
-    if (e == DLM_OK) e = dlm__config_from(&c, ctx, f);
-    if (e == DLM_OK && dlm__count_params(&c) > f->bytes / 2)
-        e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: %.0f parameters in %.0f bytes",
-                      (double)dlm__count_params(&c), (double)f->bytes);
-    if (e == DLM_OK) e = dlm__model_new(out, ctx, &c, DLM_F32, dlm__plain_carve, NULL);
-    for (int i = 0; e == DLM_OK && i < dlm_model_tensors(*out); i++) {
-        dlm_tensor t;
-        dlm_model_tensor(*out, i, &t);
-        e = dlm__read_tensor(ctx, f, &t);
-    }
-    for (int i = 0; e == DLM_OK && i < f->count; i++)
-        if (!f->tensors[i].used)
-            e = dlm__fail(ctx, DLM_E_MISMATCH, "checkpoint: the model has no %.80s",
-                          f->tensors[i].name);
-    if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, f);
+    dlm__source s;
+    dlm_error e;
+    memset(&s, 0, sizeof s);
+    s.ctx = ctx; s.family = dlm__families; s.n_files = 1;
+    e = dlm_safetensors_parse(&s.files[0], ctx, data, size);
+    if (e == DLM_OK) e = dlm__config_from(&s.c, ctx, s.files[0]);
+    if (e == DLM_OK) e = dlm__read_model(out, &s, DLM_DTYPE_OTHER);
+    if (e == DLM_OK && tok) e = dlm__tokenizer_from(tok, ctx, s.files[0]);
     if (e == DLM_OK && tok) e = dlm__check_vocab(ctx, *out, *tok);
-    dlm_safetensors_close(f);
+    dlm_safetensors_close(s.files[0]);
     if (e == DLM_OK) return DLM_OK;
     dlm_model_free(*out);
     *out = NULL;
@@ -10828,6 +11284,378 @@ static dlm_error dlm__llama2c_from(dlm_model **out, dlm_ctx *ctx, const void *da
     return e;
 }
 
+/* ==[ folders ]===============================================================
+   Models as others publish them: a config.json, one or several safetensors, the files of
+   a tokenizer.  What the keys of a config mean is one table, which of them must say what
+   is built here another. */
+
+#ifndef DLM_NO_STDIO
+
+typedef struct dlm__folder {
+    dlm__source  s;
+    const char  *path, *mask_from;
+    int          mask, tied, causal, tokens, stop;      /* -1: not said            */
+    char         type[48], act[32];
+    char         names[DLM__SHARDS][64];    /* of the files                        */
+} dlm__folder;
+
+/* What a key is called, here and there. */
+#define DLM__KEY(names, f, real) \
+    { names, offsetof(dlm__folder, f), sizeof(((dlm__folder *)0)->f), real, 0, 0, 0 }
+static const dlm__option dlm__keys[] = {
+    DLM__KEY("hidden_size d_model hidden_dim model.hidden_size", s.c.dim, 0),
+    DLM__KEY("num_hidden_layers n_layers n_blocks model.n_blocks", s.c.layers, 0),
+    DLM__KEY("num_attention_heads n_heads model.n_heads", s.c.heads, 0),
+    DLM__KEY("num_key_value_heads n_kv_heads", s.c.kv_heads, 0),
+    DLM__KEY("head_dim", s.c.head_dim, 0),
+    DLM__KEY("intermediate_size mlp_hidden_size", s.c.ffn, 0),
+    DLM__KEY("vocab_size", s.c.vocab, 0),
+    DLM__KEY("max_position_embeddings max_sequence_length model_length model.length",
+             s.c.max_seq, 0),
+    DLM__KEY("rms_norm_eps", s.c.norm_eps, 1),
+    DLM__KEY("rope_theta rope_parameters.rope_theta", s.c.rope_theta, 1),
+    DLM__KEY("block_size bd_size", s.c.block, 0),
+    DLM__KEY("mask_token_id", mask, 0),
+    DLM__KEY("eos_token_id", stop, 0),
+    DLM__KEY("tie_word_embeddings weight_tying", tied, 0),
+    DLM__KEY("attention_bias include_qkv_bias", s.c.qkv_bias, 0),
+    DLM__KEY("is_causal", causal, 0),       /* these two are ours                  */
+    DLM__KEY("shifted", s.c.shifted, 0),
+    DLM__KEY("tokens", tokens, 0),          /* RADD: without the mask              */
+    DLM__END
+};
+
+/* What is not built here and changes results: other values are refused. */
+static const struct { const char *names, *allowed; } dlm__only[] = {
+    { "rope_scaling.rope_type rope_scaling.type rope_parameters.rope_type", "default" },
+    { "rope_scaling.factor partial_rotary_factor rope_parameters.partial_rotary_factor",
+      "1 1.0" },
+    { "use_sliding_window use_mrope mlp_bias include_bias alibi attention_layer_norm "
+      "scale_logits input_emb_norm model.scale_by_sigma time_conditioning",
+      "false" },
+    { "rope adaln", "true" },
+    { "layer_norm_type block_type graph.type", "rms llama absorb" },
+    { "num_experts num_local_experts n_routed_experts", "0 1" },
+    { "quantization_config quantization clip_qkv", "none" },
+};
+
+/* The next word of a list; returns what follows it, NULL: there is none. */
+static const char *dlm__next_word(const char *list, char word[64])
+{
+    const size_t n = strcspn(list += strspn(list, " "), " ");
+    snprintf(word, 64, "%.*s", (int)n, list);
+    return n > 0 ? list + n : NULL;
+}
+
+static int dlm__listed(const char *list, const char *text)
+{
+    char word[64];
+    while ((list = dlm__next_word(list, word)) != NULL)
+        if (strcmp(word, text) == 0) return 1;
+    return 0;
+}
+
+/* The scalar at a path of keys, "a.b", as text: of a list the first, of an object "{".
+   0: there is none, or it is null.  j->bad: malformed, too long, or there twice. */
+static int dlm__json_get(dlm__json *j, const char *path, char *out, size_t size)
+{
+    const size_t n = strcspn(path, ".");
+    char key[64];
+    const char *const keys[] = { key };
+    dlm__json in = *j, at;
+    int found = dlm__json_take(&in, '{');
+    if (!found) return 0;
+    in = *j;
+    snprintf(key, sizeof key, "%.*s", (int)n, path);
+    dlm__json_fields(&in, keys, 1, &at);
+    if (at.p && path[n]) found = dlm__json_get(&at, path + n + 1, out, size);
+    j->bad |= in.bad | at.bad;
+    if (at.p == NULL || path[n] || j->bad) return at.p && found && !j->bad;
+    (void)dlm__json_take(&at, '[');
+    dlm__json_space(&at);
+    if (*at.p == '"') dlm__json_string(&at, out, size);
+    else if (*at.p == '{') snprintf(out, size, "{");
+    else snprintf(out, size, "%.*s", (int)strcspn(at.p, ",]} \n\t\r"), at.p);
+    j->bad |= at.bad;
+    return 1;
+}
+
+static dlm_error dlm__config_key(dlm__folder *f, dlm__json *j, const dlm__option *k)
+{
+    const char *list = k->name;
+    char word[64], text[64], said[64] = "";
+    int64_t whole = 0;
+    float real = 0.0f;
+    while ((list = dlm__next_word(list, word)) != NULL) {
+        if (!dlm__json_get(j, word, text, sizeof text)) continue;
+        if (said[0] && strcmp(said, text) != 0)
+            return dlm__fail(f->s.ctx, DLM_E_FORMAT, "%s is %s, elsewhere %s", word, text,
+                             said);
+        snprintf(said, sizeof said, "%s", text);
+        whole = strcmp(text, "true") == 0;
+        if (!whole && strcmp(text, "false") != 0
+            && !(k->real ? dlm__float_from(text, &real)
+                         : dlm__int_from(text, 0, INT_MAX, &whole)))
+            return dlm__fail(f->s.ctx, DLM_E_FORMAT, "%s is \"%s\"", word, text);
+        dlm__set_option(k, f, k->real ? (double)real : (double)whole);
+    }
+    return DLM_OK;
+}
+
+static dlm_error dlm__read_config(dlm__folder *f, dlm__json *j)
+{
+    dlm_error e = DLM_OK;
+    char word[64], text[64];
+    for (size_t i = 0; i < sizeof dlm__only / sizeof *dlm__only; i++) {
+        const char *list = dlm__only[i].names;
+        while ((list = dlm__next_word(list, word)) != NULL)
+            if (dlm__json_get(j, word, text, sizeof text)
+                && !dlm__listed(dlm__only[i].allowed, text))
+                return dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "%s is %s; only %s is "
+                                 "built here", word, text, dlm__only[i].allowed);
+    }
+    for (const dlm__option *k = dlm__keys; k->name && e == DLM_OK; k++)
+        e = dlm__config_key(f, j, k);
+    if (!dlm__json_get(j, "model_type", f->type, sizeof f->type) && f->tokens > 0)
+        snprintf(f->type, sizeof f->type, "radd");
+    if (!dlm__json_get(j, "hidden_act", f->act, sizeof f->act))
+        (void)dlm__json_get(j, "activation_type", f->act, sizeof f->act);
+    return e;
+}
+
+static void dlm__folder_path(char out[DLM__PATH], const char *folder, const char *name)
+{
+    snprintf(out, DLM__PATH, "%s%s%s", folder, *name ? "/" : "", name);
+}
+
+static int dlm__is_there(const char *folder, const char *name)
+{
+    char path[DLM__PATH];
+    FILE *in;
+    dlm__folder_path(path, folder, name);
+    in = dlm__open_old(path);
+    if (in) fclose(in);
+    return in != NULL;
+}
+
+/* Gives a file of the folder, if it is there, to read; checks that it is JSON. */
+static dlm_error dlm__with_json(dlm__folder *f, const char *name,
+                                dlm_error (*read_it)(dlm__folder *f, dlm__json *j))
+{
+    char path[DLM__PATH];
+    dlm__file file;
+    dlm__json j, all;
+    dlm_error e;
+    if (!dlm__is_there(f->path, name)) return DLM_OK;
+    dlm__folder_path(path, f->path, name);
+    e = dlm__open_file(f->s.ctx, path, &file);
+    if (e != DLM_OK) return e;
+    j.p = (const char *)file.data; j.end = j.p + file.size; j.bad = 0;
+    all = j;
+    dlm__json_skip(&all, 0);
+    dlm__json_space(&all);
+    if (all.bad || all.p != all.end)
+        e = dlm__fail(f->s.ctx, DLM_E_FORMAT, "malformed near byte %.0f",
+                      (double)(all.p - j.p));
+    if (e == DLM_OK) e = read_it(f, &j);
+    if (e == DLM_OK && j.bad)
+        e = dlm__fail(f->s.ctx, DLM_E_FORMAT, "malformed, or a key is there twice");
+    return dlm__end_file(f->s.ctx, path, &file, e);
+}
+
+/* Opens a file of weights that is not open yet. */
+static dlm_error dlm__open_shard(dlm__folder *f, const char *name)
+{
+    char path[DLM__PATH];
+    const int n = f->s.n_files;
+    dlm_error e;
+    for (int i = 0; i < n; i++) if (strcmp(f->names[i], name) == 0) return DLM_OK;
+    if (n == DLM__SHARDS || strlen(name) > 63 || strpbrk(name, "/\\:"))
+        return dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "%.64s: not one of at most %d "
+                         "files in this folder", name, (int)DLM__SHARDS);
+    dlm__folder_path(path, f->path, name);
+    e = dlm_safetensors_open(&f->s.files[n], f->s.ctx, path);
+    if (e != DLM_OK) return e;
+    snprintf(f->names[n], sizeof f->names[n], "%s", name);
+    f->s.n_files++;
+    f->s.mapped &= f->s.files[n]->file->mapped;
+    for (int i = 0; i < f->s.files[n]->count; i++)
+        for (int k = 0; k < n; k++)
+            if (dlm_safetensors_find(f->s.files[k], f->s.files[n]->tensors[i].name))
+                return dlm__fail(f->s.ctx, DLM_E_MISMATCH, "%.80s is in %s and in %s",
+                                 f->s.files[n]->tensors[i].name, f->names[k], name);
+    return DLM_OK;
+}
+
+/* The files that an index names; which tensors they have, they say themselves. */
+static dlm_error dlm__read_index(dlm__folder *f, dlm__json *j)
+{
+    char name[256];
+    int count = 0;
+    dlm_error e = DLM_OK;
+    if (!dlm__json_find(j, "weight_map"))
+        return dlm__fail(f->s.ctx, DLM_E_FORMAT, "no weight_map");
+    dlm__json_want(j, '{');
+    while (e == DLM_OK && dlm__json_key(j, NULL, 0, &count)) {
+        dlm__json_string(j, name, sizeof name);
+        if (!j->bad) e = dlm__open_shard(f, name);
+    }
+    return e;
+}
+
+/* --[ what is missing ]-------------------------------------------------------  */
+
+/* What the files show, and what a layout has. */
+static void dlm__config_form(dlm__folder *f)
+{
+    const dlm__family *x = f->s.family;
+    dlm_st_tensor *head = dlm__find_param(&f->s, -1, "lm_head.weight");
+    const dlm_st_tensor *embed = dlm__find_param(&f->s, -1, "model.embed_tokens.weight");
+    const dlm_st_tensor *up = dlm__find_param(&f->s, 0, "mlp.up_proj.weight");
+    const int matrices = embed && up && embed->n_dims == 2 && up->n_dims == 2;
+    dlm_config *c = &f->s.c;
+    if (c->vocab == 0 && f->tokens > 0) c->vocab = f->tokens + 1;
+    if (c->vocab == 0 && matrices) c->vocab = (int)(embed->dims[0] & INT_MAX);
+    if (c->dim == 0 && matrices) c->dim = (int)(embed->dims[1] & INT_MAX);
+    if (c->ffn == 0 && matrices) c->ffn = (int)(up->dims[0] & INT_MAX);
+    while (x->layout == DLM__SMDM && c->layers < 1024
+           && dlm__find_param(&f->s, c->layers, "input_layernorm.weight")) c->layers++;
+    c->qkv_bias |= x->bias == 1
+        || (x->bias == 2 && dlm__find_param(&f->s, 0, "self_attn.q_proj.bias"));
+    c->no_qk_norm = !x->qk_norm || (x->qk_norm == 2
+        && !dlm__find_param(&f->s, 0, "self_attn.q_norm.weight"));
+    c->gelu_mlp = dlm__find_param(&f->s, 0, "mlp.up_proj.bias") != NULL;
+    c->head_bias = x->layout >= DLM__SMDM || dlm__find_param(&f->s, -1, "lm_head.bias");
+    c->untied_head = f->tied != 1 || (head && embed && (head->bytes != embed->bytes
+        || memcmp(head->data, embed->data, head->bytes) != 0));
+    if (head && !c->untied_head) head->used = 1;            /* the embedding again */
+    if (x->layout != DLM__LLAMA && c->norm_eps == 0.0f) c->norm_eps = 1e-5f;
+}
+
+/* SMDM's files have no config: its paper's heads and length. */
+static void dlm__config_given(dlm__folder *f, const dlm_open_options *how)
+{
+    dlm_config *c = &f->s.c;
+    const int smdm = f->s.family->layout == DLM__SMDM;
+    if (how->heads) c->heads = how->heads;
+    if (c->heads == 0 && smdm) c->heads = c->dim / (c->dim <= 1024 ? 64 : 128);
+    if (how->max_seq) c->max_seq = how->max_seq;
+    if (c->max_seq == 0 && smdm) c->max_seq = 2048;
+    c->pattern = f->causal == 1 ? DLM_PATTERN_CAUSAL : f->s.family->pattern;
+    if (c->pattern == DLM_PATTERN_CAUSAL) c->block = 0;     /* means the context there */
+    else c->shifted |= f->s.family->shifted;
+    if (how->block != 0) {
+        c->block = dlm__max(how->block, 0);
+        c->pattern = DLM_PATTERN_FULL;
+    }
+    if (c->block > 0) c->pattern = DLM_PATTERN_BLOCK;
+    if (how->shifted != 0) c->shifted = how->shifted > 0;
+}
+
+/* The mask: the caller's, the config's, the tokenizer's, or what the family has. */
+static dlm_error dlm__config_mask(dlm__folder *f, const dlm_tokenizer *tok,
+                                  const dlm_open_options *how)
+{
+    dlm_config *c = &f->s.c;
+    const struct { int id; const char *from; } known[] = {
+        { how->mask_id > 0 ? how->mask_id : -1, "dlm_open_options" },
+        { f->mask, "config.json: mask_token_id" },
+        { tok && tok->mask < c->vocab ? tok->mask : -1, tok ? tok->mask_from : NULL },
+        { f->s.family->layout >= DLM__SMDM ? c->vocab - 1 : -1, "its family: the last" },
+        { c->pattern == DLM_PATTERN_CAUSAL ? c->vocab : -1, "nowhere: it needs none" },
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].id >= 0) {
+            f->mask_from = known[i].from;
+            c->mask_id = known[i].id;
+            c->mask_is_0 = known[i].id == 0;
+            return DLM_OK;
+        }
+    return dlm__fail(f->s.ctx, DLM_E_CONFIG, "mask_id: neither config.json nor a "
+                     "tokenizer has one; give it in dlm_open_options");
+}
+
+static dlm_error dlm__find_family(dlm__folder *f, const char *name)
+{
+    for (int i = 0; i < DLM__N_FAMILIES; i++) {
+        f->s.family = &dlm__families[i];
+        if (strcmp(dlm__families[i].name, name) == 0) return DLM_OK;
+    }
+    return dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "model_type \"%.60s\" is not built "
+                     "here", name);
+}
+
+/* All that a folder says, and what follows from it. */
+static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
+                                  const dlm_open_options *how)
+{
+    static const char index[] = "model.safetensors.index.json";
+    const int lone = dlm__file_mode(f->path) >= 0;
+    dlm_error e = dlm__with_json(f, "config.json", dlm__read_config);
+    const char *act = NULL;
+    if (e == DLM_OK)
+        e = dlm__with_json(f, "generation_config.json", dlm__read_config);
+    if (e == DLM_OK && how->family == NULL && f->type[0] == '\0')
+        e = dlm__fail(f->s.ctx, DLM_E_IO, "no config.json with a model_type");
+    if (e == DLM_OK) e = dlm__find_family(f, how->family ? how->family : f->type);
+    if (e == DLM_OK && !lone) e = dlm__with_json(f, index, dlm__read_index);
+    if (e == DLM_OK && f->s.n_files == 0)
+        e = dlm__open_shard(f, lone ? "" : "model.safetensors");
+    if (e == DLM_OK && (dlm__is_there(f->path, "tokenizer.json")
+                        || dlm__is_there(f->path, "vocab.json")))
+        e = dlm_tokenizer_open(tok, f->s.ctx, f->path);
+    if (e == DLM_OK && *tok == NULL)            /* one that dlm_save put there     */
+        e = dlm__tokenizer_from(tok, f->s.ctx, f->s.files[0]);
+    if (e != DLM_OK) return e;
+    if (*tok && f->stop >= 0) (*tok)->stop = f->stop;
+    dlm__config_form(f);
+    dlm__config_given(f, how);
+    act = f->s.c.gelu_mlp ? "gelu_new gelu_pytorch_tanh" : "silu swish";
+    if (f->act[0] && !dlm__listed(act, f->act))
+        return dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "hidden_act is %s, here it is %s",
+                         f->act, act);
+    return dlm__config_mask(f, *tok, how);
+}
+
+/* What dlm_describe repeats. */
+static void dlm__tell_origin(const dlm__folder *f, const dlm_tokenizer *tok, dlm_model *m)
+{
+    const dlm_st_tensor *t = dlm__find_param(&f->s, -1, "model.embed_tokens.weight");
+    const char *head = !m->config.untied_head ? "tied"
+        : f->tied == 1 ? "its own, though it is said to be tied" : "its own";
+    snprintf(m->origin, sizeof m->origin, "family      %s\nstored      %.8s in %d file%s"
+             "\nhead        %s\nmask from   %.80s\ntokenizer   %d ids\n",
+             f->s.family->name, t->type, f->s.n_files, f->s.n_files > 1 ? "s" : "", head,
+             f->mask_from, tok ? tok->vocab : 0);
+}
+
+static dlm_error dlm__open_folder(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                                  const char *path, const dlm_open_options *how)
+{
+    const int plain = how->type == DLM_F32 && !how->packed;
+    dlm_tokenizer *own = NULL;
+    dlm__folder f;
+    dlm_error e;
+    memset(&f, 0, sizeof f);
+    f.s.ctx = ctx; f.path = path; f.s.mapped = 1;
+    f.mask = f.stop = f.tied = f.causal = -1;
+    e = strlen(path) + 300 > DLM__PATH ? dlm__fail(ctx, DLM_E_IO, "so long a path")
+        : dlm__read_folder(&f, &own, how);
+    if (e == DLM_OK)
+        e = dlm__read_model(out, &f.s, plain ? DLM_DTYPE_OTHER : how->type);
+    if (e == DLM_OK) e = dlm__check_vocab(ctx, *out, own);
+    if (e == DLM_OK) dlm__tell_origin(&f, own, *out);
+    for (int i = 0; i < f.s.n_files; i++) dlm_safetensors_close(f.s.files[i]);
+    if (e == DLM_OK && tok) *tok = own;
+    else dlm_tokenizer_free(own);
+    if (e == DLM_OK) return e;
+    dlm_model_free(*out);
+    *out = NULL;
+    return strncmp(ctx->error, path, strlen(path)) ? dlm__name_file(ctx, path, e) : e;
+}
+
+#endif /* !DLM_NO_STDIO */
+
 /* ==[ loading ]===============================================================
    Models of any kind; and whatever is read from memory is read from files, too. */
 
@@ -10874,6 +11702,29 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     if (tok) *tok = NULL;
     if (e == DLM_OK) e = dlm_load_memory(out, tok, ctx, file.data, file.size);
     return dlm__end_file(ctx, path, &file, e);
+}
+
+DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
+                           const char *path, const dlm_open_options *how)
+{
+    static const dlm_open_options none = { DLM_F32, 0, NULL, 0, 0, 0, 0, 0 };
+    dlm_model *plain;
+    dlm_error e;
+    *out = NULL;
+    if (tok) *tok = NULL;
+    if (how == NULL) how = &none;
+    e = dlm__check_type(ctx, "type", how->type, 1);
+    if (e != DLM_OK) return e;
+    if (how->family || dlm__file_mode(path) == -2 || dlm__is_there(path, "config.json"))
+        return dlm__open_folder(out, tok, ctx, path, how);
+    e = dlm_load(&plain, tok, ctx, path);
+    if (e != DLM_OK || (how->type == DLM_F32 && !how->packed)) {
+        *out = plain;
+        return e;
+    }
+    e = dlm_model_pack(out, ctx, plain, how->type, NULL);
+    dlm_model_free(plain);
+    return e;
 }
 
 DLM_API dlm_error dlm_trainer_load(dlm_trainer *t, const char *path)

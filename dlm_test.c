@@ -13535,6 +13535,556 @@ TEST(llama2c_released_model_scores_its_text_in_every_precision)
     free(text.data);
 }
 
+/* ==[ folders ]==============================================================
+   Models as others publish them.  bench/oracle/ has folders written by another program;
+   here they are written by hand, tensor by tensor. */
+
+#include "examples/save_folder.h"
+
+static const char *const folder_files[] = {
+    "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "a.safetensors", "b.safetensors", "generation_config.json"
+};
+enum { FOLDER_FILES = sizeof folder_files / sizeof *folder_files };
+
+static void folder_put(const char *folder, const char *name, const void *data,
+                       size_t size)
+{
+    char path[256];
+    (void)save_folder_make(folder);
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    file_write(path, data, size);
+}
+
+static void folder_text(const char *folder, const char *name, const char *text)
+{
+    folder_put(folder, name, text, strlen(text));
+}
+
+static test_file folder_get(const char *folder, const char *name)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return file_read(path);
+}
+
+static void folder_remove(const char *folder)
+{
+    char path[256];
+    for (int i = 0; i < FOLDER_FILES; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, folder_files[i]);
+        remove(path);
+    }
+    remove(folder);
+}
+
+/* Some tensors as the bytes of a safetensors file, in f32. */
+typedef struct folder_writer {
+    char   header[16384];
+    float *data;
+    size_t length, n;
+} folder_writer;
+
+static void writer_open(folder_writer *w)
+{
+    w->length = (size_t)snprintf(w->header, sizeof w->header, "{\"__metadata__\":null");
+    w->data = test_floats(1 << 18);
+    w->n = 0;
+}
+
+/* cols 0: a vector. */
+static float *writer_add(folder_writer *w, const char *name, int rows, int cols)
+{
+    const size_t n = (size_t)rows * (size_t)(cols ? cols : 1);
+    char shape[32];
+    float *at = w->data + w->n;
+    if (cols) snprintf(shape, sizeof shape, "%d,%d", rows, cols);
+    else snprintf(shape, sizeof shape, "%d", rows);
+    w->length += (size_t)snprintf(w->header + w->length, sizeof w->header - w->length,
+        ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],\"data_offsets\":[%u,%u]}", name,
+        shape,        (unsigned)(w->n * 4), (unsigned)((w->n + n) * 4));
+    w->n += n;
+    CHECK(w->n <= 1 << 18 && w->length < sizeof w->header);
+    return at;
+}
+
+static void writer_close(folder_writer *w, const char *folder, const char *name)
+{
+    test_file f;
+    w->header[w->length++] = '}';
+    f = file_make(w->header, w->length, w->data, w->n * 4);
+    folder_put(folder, name, f.data, f.size);
+    free(f.data);
+    free(w->data);
+}
+
+/* The model's tensors by their own names: all, or every second one from `which` on. */
+static void writer_add_model(folder_writer *w, const dlm_model *m, int which, int step)
+{
+    for (int i = which; i < dlm_model_tensors(m); i += step) {
+        dlm_tensor t;
+        dlm_model_tensor(m, i, &t);
+        memcpy(writer_add(w, t.name, t.rows, t.cols > 1 ? t.cols : 0), t.data,
+               (size_t)t.rows * (size_t)t.cols * sizeof(float));
+    }
+}
+
+static dlm_config folder_config(int kind)
+{
+    dlm_config c = test_config(40, 24, 2, 4, 32);
+    c.kv_heads = 2;
+    c.head_dim = 10;                        /* 2 * 10: no whole number of panels   */
+    c.ffn = 36;
+    c.mask_id = 7;
+    c.pattern = (dlm_pattern)(kind % 3);
+    c.block = c.pattern == DLM_PATTERN_BLOCK ? 4 : 0;
+    c.shifted = kind / 3 % 2;
+    c.qkv_bias = kind / 6 % 2;
+    c.no_qk_norm = kind / 12 % 2;
+    c.untied_head = kind % 2;
+    c.gelu_mlp = kind / 24 == 2;
+    c.head_bias = kind / 24 > 0;
+    return c;
+}
+enum { FOLDER_KINDS = 72 };
+
+static void folder_same_files(const char *one, const char *two)
+{
+    for (int i = 0; i < FOLDER_FILES; i++) {
+        test_file a = folder_get(one, folder_files[i]), b = folder_get(two,
+                                                                     folder_files[i]);
+        CHECK((a.data == NULL) == (b.data == NULL));
+        if (a.data && b.data) CHECK(file_equal(&a, &b));
+        free(a.data);
+        free(b.data);
+    }
+}
+
+/* Every config comes back, in f32 with every bit; a second save is the first. */
+TEST(folders_come_back_as_they_were_saved)
+{
+    char why[256];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 2);
+    for (int kind = 0; kind < FOLDER_KINDS; kind++) {
+        const dlm_config c = folder_config(kind);
+        dlm_model *m = test_model(ctx, &c), *back = NULL;
+        LABEL("kind %d", kind);
+        if (c.head_bias) {
+            dlm_tensor bias;
+            dlm_model_tensor(m, dlm_model_tensors(m) - 1, &bias);
+            CHECK(strcmp(bias.name, "lm_head.bias") == 0);
+            bias.data[7] = -INFINITY;
+        }
+        CHECK_OK(save_folder(ctx, "dlm_test_one", m, NULL, why, sizeof why));
+        CHECK_OK(dlm_open(&back, NULL, ctx, "dlm_test_one", NULL));
+        if (back) {
+            CHECK(memcmp(&back->config, &m->config, sizeof m->config) == 0);
+            CHECK(!memcmp(back->weights, m->weights, m->n_params * sizeof(float)));
+            CHECK_OK(save_folder(ctx, "dlm_test_two", back, NULL, why, sizeof why));
+            folder_same_files("dlm_test_one", "dlm_test_two");
+        }
+        dlm_model_free(m);
+        dlm_model_free(back);
+        folder_remove("dlm_test_one");
+        folder_remove("dlm_test_two");
+    }
+    test_close(ctx);
+}
+
+/* What is packed from a file is what is packed from the model. */
+TEST(folders_open_in_every_type)
+{
+    char why[256];
+    static const dlm_dtype types[] = { DLM_F32, DLM_BF16, DLM_I8 };
+    NEEDS_NARROW_WORDS();
+    FOR_EACH_ISA(isa) for (int kind = 0; kind < FOLDER_KINDS; kind += 23) {
+        const dlm_config c = folder_config(kind);
+        dlm_ctx *ctx = test_open(isa, 2);
+        if (ctx == NULL) continue;
+        dlm_model *m = test_model(ctx, &c);
+        test_batch t;
+        batch_clear(&t);
+        batch_add(&t, 20, c.vocab, (int)c.pattern, c.block, 0);
+        const dlm_batch *b = batch_close(&t, 1);
+        CHECK_OK(save_folder(ctx, "dlm_test_one", m, NULL, why, sizeof why));
+        for (int k = 0; k < 3; k++) {
+            dlm_open_options how = {0};
+            dlm_model *opened = NULL;
+            LABEL("kind %d, type %d", kind, (int)types[k]);
+            how.type = types[k];
+            how.packed = 1;
+            CHECK_OK(dlm_open(&opened, NULL, ctx, "dlm_test_one", &how));
+            if (!opened) continue;
+            float *want = test_logits_in(ctx, m, b, types[k]);
+            float *got = test_logits_as_is(ctx, opened, b);
+            CHECK(opened->packed && opened->type == types[k]);
+            CHECK(memcmp(got, want, (size_t)(b->n_out * c.vocab) * sizeof *got) == 0);
+            free(want);
+            free(got);
+            dlm_model_free(opened);
+        }
+        dlm_model_free(m);
+        folder_remove("dlm_test_one");
+        test_close(ctx);
+    }
+}
+
+/* Our name, and LLaDA's and SMDM's, after the prefix of a layer. */
+static const char *const folder_names[][3] = {
+    { "model.embed_tokens.weight", "model.transformer.wte.weight",
+      "transformer.wte.weight" },
+    { "model.norm.weight", "model.transformer.ln_f.weight", "transformer.ln_f.weight" },
+    { "lm_head.weight", "model.transformer.ff_out.weight", "lm_head.weight" },
+    { "input_layernorm.weight", "attn_norm.weight", "norm_1.weight" },
+    { "post_attention_layernorm.weight", "ff_norm.weight", "norm_2.weight" },
+    { "self_attn.q_proj.weight", "q_proj.weight", NULL },
+    { "self_attn.k_proj.weight", "k_proj.weight", NULL },
+    { "self_attn.v_proj.weight", "v_proj.weight", NULL },
+    { "self_attn.o_proj.weight", "attn_out.weight", "attn.proj.weight" },
+    { "mlp.gate_proj.weight", "ff_proj.weight", "mlp.swiglu.w1.weight" },
+    { "mlp.up_proj.weight", "up_proj.weight", "mlp.swiglu.w2.weight" },
+    { "mlp.down_proj.weight", "ff_out.weight", "mlp.swiglu.w3.weight" },
+};
+
+/* The name of a tensor there; NULL: it is in SMDM's fused one. */
+static const char *folder_rename(const dlm_tensor *t, int smdm, char out[128])
+{
+    const char *tail = t->name;
+    size_t i = 0;
+    for (int dots = 0; t->layer >= 0 && dots < 3; tail++) dots += *tail == '.';
+    while (strcmp(folder_names[i][0], tail) != 0) i++;
+    if (folder_names[i][1 + smdm] == NULL) return NULL;
+    if (t->layer < 0) snprintf(out, 128, "%s", folder_names[i][1 + smdm]);
+    else snprintf(out, 128, smdm ? "transformer.h.%d.%s"
+                                 : "model.transformer.blocks.%d.%s",
+                  t->layer, folder_names[i][1 + smdm]);
+    return out;
+}
+
+/* For each key head its queries, its key, its value. */
+static void folder_fuse(folder_writer *w, const dlm_model *m, int layer)
+{
+    const dlm_config *c = &m->config;
+    const size_t head = (size_t)c->head_dim * (size_t)c->dim;
+    const int per = c->heads / c->kv_heads;
+    const dlm__layer p = dlm__layer_at(c, m->weights, layer);
+    char name[64];
+    float *to;
+    snprintf(name, sizeof name, "transformer.h.%d.attn.attn.weight", layer);
+    to = writer_add(w, name, (c->heads + 2 * c->kv_heads) * c->head_dim, c->dim);
+    for (int g = 0; g < c->kv_heads; g++) {
+        memcpy(to, p.wq + (size_t)(g * per) * head, (size_t)per * head * sizeof *to);
+        memcpy(to + (size_t)per * head, p.wk + (size_t)g * head, head * sizeof *to);
+        memcpy(to + (size_t)(per + 1) * head, p.wv + (size_t)g * head, head * sizeof *to);
+        to += (size_t)(per + 2) * head;
+    }
+}
+
+/* A model of LLaDA's or SMDM's form under their names opens with the same weights; SMDM's
+   mask has no row in the head, and no probability. */
+TEST(folders_of_llada_and_smdm_are_ours_renamed)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int smdm = 0; smdm < 2; smdm++) {
+        dlm_config c = test_config(41, 24, 2, 4, 2048);
+        folder_writer w;
+        dlm_open_options how = {0};
+        dlm_model *m, *got = NULL;
+        LABEL("smdm %d", smdm);
+        c.kv_heads = smdm ? 4 : 2; c.ffn = 36; c.norm_eps = 1e-5f;
+        c.pattern = DLM_PATTERN_FULL; c.untied_head = 1; c.no_qk_norm = 1;
+        c.mask_id = smdm ? 40 : 39;
+        c.head_bias = smdm;
+        m = test_model(ctx, &c);
+        writer_open(&w);
+        for (int i = 0; i < dlm_model_tensors(m); i++) {
+            char name[128];
+            dlm_tensor t;
+            dlm_model_tensor(m, i, &t);
+            const int short_head = smdm && strcmp(t.name, "lm_head.weight") == 0;
+            if (smdm && strcmp(t.name, "lm_head.bias") == 0) {
+                memset(t.data, 0, 41 * sizeof *t.data);
+                t.data[40] = -INFINITY;
+                continue;
+            }
+            if (short_head) memset(t.data + 40 * t.cols, 0, (size_t)t.cols * 4);
+            if (!folder_rename(&t, smdm, name)) continue;
+            memcpy(writer_add(&w, name, t.rows - short_head, t.cols > 1 ? t.cols : 0),
+                   t.data, (size_t)((t.rows - short_head) * t.cols) * sizeof(float));
+        }
+        for (int l = 0; smdm && l < c.layers; l++) folder_fuse(&w, m, l);
+        writer_close(&w, "dlm_test_one", "model.safetensors");
+        if (!smdm) folder_text("dlm_test_one", "config.json",
+            "{\"model_type\": \"llada\", \"d_model\": 24, \"n_heads\": 4, "
+            "\"n_kv_heads\": 2, \"n_layers\": 2, \"mlp_hidden_size\": 36, "
+            "\"max_sequence_length\": 2048, \"vocab_size\": 41, \"rope\": true, "
+            "\"weight_tying\": false, \"mask_token_id\": 39, \"alibi\": false, "
+            "\"block_type\": \"llama\", \"layer_norm_type\": \"rms\"}");
+        how.family = smdm ? "smdm" : NULL;
+        how.heads = smdm ? 4 : 0;
+        CHECK_OK(dlm_open(&got, NULL, ctx, smdm ? "dlm_test_one/model.safetensors"
+                                                : "dlm_test_one", &how));
+        if (got) {
+            CHECK(memcmp(&got->config, &m->config, sizeof m->config) == 0);
+            CHECK(got->n_params == m->n_params
+                  && !memcmp(got->weights, m->weights, m->n_params * sizeof(float)));
+        }
+        dlm_model_free(m);
+        dlm_model_free(got);
+        folder_remove("dlm_test_one");
+    }
+    test_close(ctx);
+}
+
+static const char folder_base[] = "\"model_type\": \"a2d-qwen3\", \"hidden_size\": 16, "
+    "\"num_hidden_layers\": 1, \"num_attention_heads\": 2, \"num_key_value_heads\": 1, "
+    "\"head_dim\": 8, \"intermediate_size\": 24, \"vocab_size\": 20, "
+    "\"max_position_embeddings\": 16, \"tie_word_embeddings\": true";
+
+/* A folder of that config with more keys behind it; the model of its weights. */
+static dlm_model *folder_small(dlm_ctx *ctx, const char *more)
+{
+    char text[2048];
+    folder_writer w;
+    dlm_config c = test_config(20, 16, 1, 2, 16);
+    dlm_model *m;
+    c.kv_heads = 1; c.head_dim = 8; c.ffn = 24; c.pattern = DLM_PATTERN_FULL;
+    m = test_model(ctx, &c);
+    writer_open(&w);
+    writer_add_model(&w, m, 0, 1);
+    writer_close(&w, "dlm_test_one", "model.safetensors");
+    snprintf(text, sizeof text, "{%s%s}", folder_base, more);
+    folder_text("dlm_test_one", "config.json", text);
+    return m;
+}
+
+static void folder_try(dlm_ctx *ctx, const char *more, dlm_error want, const char *word)
+{
+    dlm_model *got = NULL, *m = folder_small(ctx, more);
+    LABEL("%.100s", more);
+    CHECK_ERROR(dlm_open(&got, NULL, ctx, "dlm_test_one", NULL), want, ctx, word);
+    CHECK(got == NULL);
+    dlm_model_free(m);
+    dlm_model_free(got);
+}
+
+TEST(folders_refuse_by_name_what_is_not_built_here)
+{
+    static const char *const refused[][2] = {
+        { ", \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4}", "yarn" },
+        { ", \"rope_scaling\": {\"type\": \"linear\", \"factor\": 4}", "linear" },
+        { ", \"rope_parameters\": {\"rope_type\": \"llama3\"}", "llama3" },
+        { ", \"use_sliding_window\": true", "use_sliding_window" },
+        { ", \"partial_rotary_factor\": 0.5", "partial_rotary_factor" },
+        { ", \"hidden_act\": \"gelu\"", "hidden_act" },
+        { ", \"num_experts\": 8", "num_experts" },
+        { ", \"quantization_config\": {\"bits\": 4}", "quantization_config" },
+        { ", \"time_conditioning\": true", "time_conditioning" },
+    };
+    static const char *const wrong[][2] = {
+        { "", "mask_id" },
+        { ", \"mask_token_id\": 3, \"mask_token_id\": 3", "twice" },
+        { ", \"mask_token_id\": \"three\"", "mask_token_id" },
+        { ", \"d_model\": 17, \"mask_token_id\": 3", "d_model" },
+        { ", \"mask_token_id\": 20", "mask_id" },
+        { ", \"mask_token_id\": 3, \"n_layers\": 1,", "malformed" },
+        { ", \"mask_token_id\": 3} {", "malformed" },
+        { ", \"mask_token_id\": 3, \"attention_bias\": true", "q_proj.bias" },
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *got = NULL;
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
+        folder_try(ctx, refused[i][0], DLM_E_UNSUPPORTED, refused[i][1]);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        const dlm_error want = i == 0 || i == 4 ? DLM_E_CONFIG
+            : i == 7 ? DLM_E_MISMATCH : DLM_E_FORMAT;
+        folder_try(ctx, wrong[i][0], want, wrong[i][1]);
+    }
+    folder_text("dlm_test_one", "config.json", "{\"model_type\": \"mixtral\"}");
+    CHECK_ERROR(dlm_open(&got, NULL, ctx, "dlm_test_one", NULL), DLM_E_UNSUPPORTED, ctx,
+                "mixtral");
+    remove("dlm_test_one/config.json");
+    CHECK_ERROR(dlm_open(&got, NULL, ctx, "dlm_test_one", NULL), DLM_E_IO, ctx,
+                "config.json");
+    folder_remove("dlm_test_one");
+    CHECK_ERROR(dlm_open(&got, NULL, ctx, "dlm_test_one", NULL), DLM_E_IO, ctx,
+                "dlm_test_one");
+    test_close(ctx);
+}
+
+/* The caller's words go before the config's; what they say is what dlm_describe says. */
+TEST(folders_are_read_as_the_caller_wants)
+{
+    static char text[4096];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = folder_small(ctx, ", \"mask_token_id\": 3, \"block_size\": 2, "
+                                "\"rope_parameters\": {\"rope_theta\": 500.5}, "
+                                "\"rms_norm_eps\": 1e-05"), *got = NULL;
+    dlm_open_options how = {0};
+    CHECK_OK(dlm_open(&got, NULL, ctx, "dlm_test_one", &how));
+    if (got) {
+        CHECK(got->config.mask_id == 3 && got->config.pattern == DLM_PATTERN_BLOCK);
+        CHECK(got->config.block == 2 && !got->config.shifted);
+        CHECK(got->config.rope_theta == 500.5f && got->config.norm_eps == 1e-5f);
+        dlm_describe(got, text, sizeof text);
+        CHECK(strstr(text, "a2d-qwen3") && strstr(text, "config.json: mask_token_id"));
+        CHECK(strstr(text, "F32 in 1 file") && strstr(text, "tied"));
+    }
+    dlm_model_free(got);
+    how.mask_id = 5; how.block = -1; how.shifted = 1; how.max_seq = 8;
+    CHECK_OK(dlm_open(&got, NULL, ctx, "dlm_test_one", &how));
+    if (got) {
+        CHECK(got->config.mask_id == 5 && got->config.pattern == DLM_PATTERN_FULL);
+        CHECK(got->config.shifted && got->config.max_seq == 8);
+        dlm_describe(got, text, sizeof text);
+        CHECK(strstr(text, "dlm_open_options") != NULL);
+    }
+    dlm_model_free(got);
+    how.family = "qwen3"; how.block = 0; how.shifted = 0; how.mask_id = 0;
+    CHECK_OK(dlm_open(&got, NULL, ctx, "dlm_test_one", &how));
+    if (got) CHECK(got->config.pattern == DLM_PATTERN_CAUSAL && got->config.shifted);
+    dlm_model_free(got);
+    dlm_model_free(m);
+    folder_remove("dlm_test_one");
+    test_close(ctx);
+}
+
+/* Two files with an index are one model; a tensor in both, a file that is none, and one
+   that lies elsewhere are named. */
+TEST(folders_of_several_files_are_read_by_their_index)
+{
+    char why[256];
+    static const char *const index[][2] = {
+        { "{\"metadata\": {}, \"weight_map\": {\"x\": \"a.safetensors\", \"y\": "
+          "\"b.safetensors\", \"z\": \"a.safetensors\"}}", "" },
+        { "{\"weight_map\": {\"x\": \"a.safetensors\"}}", "missing" },
+        { "{\"weight_map\": {\"x\": \"a.safetensors\", \"y\": \"model.safetensors\"}}",
+          "is in a.safetensors and in model.safetensors" },
+        { "{\"weight_map\": {\"x\": \"model.safetensors.index.json\"}}",
+          "model.safetensors.index.json" },
+        { "{\"weight_map\": {\"x\": \"../dlm_test_one/a.safetensors\"}}", "../dlm_test" },
+        { "{\"weight_map\": {\"x\": \"c.safetensors\"}}", "c.safetensors" },
+        { "{\"weight_map\": 3}", "malformed" },
+        { "{}", "weight_map" },
+    };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = folder_small(ctx, ", \"mask_token_id\": 19");
+    folder_writer w;
+    for (int i = 0; i < 2; i++) {
+        writer_open(&w);
+        writer_add_model(&w, m, i, 2);
+        writer_close(&w, "dlm_test_one", i ? "b.safetensors" : "a.safetensors");
+    }
+    for (size_t i = 0; i < sizeof index / sizeof *index; i++) {
+        dlm_model *got = NULL;
+        LABEL("index %d", (int)i);
+        folder_text("dlm_test_one", "model.safetensors.index.json", index[i][0]);
+        if (i == 0) CHECK_OK(dlm_open(&got, NULL, ctx, "dlm_test_one", NULL));
+        else {
+            dlm_error e = dlm_open(&got, NULL, ctx, "dlm_test_one", NULL);
+            CHECK(e != DLM_OK && got == NULL
+                  && strstr(dlm_last_error(ctx), index[i][1]) != NULL);
+        }
+        if (got) CHECK(!memcmp(got->weights, m->weights, m->n_params * sizeof(float)));
+        dlm_model_free(got);
+    }
+    CHECK(save_folder(ctx, "dlm_test_one", m, NULL, why, sizeof why) == DLM_E_IO
+          && strstr(why, "index"));
+    dlm_model_free(m);
+    folder_remove("dlm_test_one");
+    test_close(ctx);
+}
+
+/* Cut anywhere, or with any byte changed, a config or an index gives an error that begins
+   with the folder, or a model; nothing is read beyond its end, nothing stays. */
+TEST(folders_survive_every_changed_byte)
+{
+    static const char *const names[] = { "config.json", "model.safetensors.index.json" };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_model *m = folder_small(ctx, ", \"mask_token_id\": 3, \"x\": [1, {\"y\": null}]");
+    folder_writer w;
+    writer_open(&w);
+    writer_add_model(&w, m, 0, 1);
+    writer_close(&w, "dlm_test_one", "a.safetensors");
+    folder_text("dlm_test_one", names[1], "{\"weight_map\": {\"x\": \"a.safetensors\"}}");
+    for (int k = 0; k < 2; k++) {
+        test_file f = folder_get("dlm_test_one", names[k]);
+        unsigned char *edited = (unsigned char *)test_malloc(f.size);
+        for (size_t i = 0; i < 2 * f.size; i++) {
+            const size_t at = i / 2;
+            dlm_model *got = NULL;
+            LABEL("%s, byte %d, %s", names[k], (int)at, i % 2 ? "changed" : "the end");
+            memcpy(edited, f.data, f.size);
+            edited[at] = (unsigned char)(edited[at] ^ (1 + test_below(255)));
+            folder_put("dlm_test_one", names[k], edited, i % 2 ? f.size : at);
+            if (dlm_open(&got, NULL, ctx, "dlm_test_one", NULL) != DLM_OK)
+                CHECK(got == NULL && !strncmp(dlm_last_error(ctx), "dlm_test_one", 12));
+            if (i % 2 == 0 && at > 0) CHECK(got == NULL);
+            dlm_model_free(got);
+        }
+        folder_put("dlm_test_one", names[k], f.data, f.size);
+        free(edited);
+        free(f.data);
+    }
+    dlm_model_free(m);
+    folder_remove("dlm_test_one");
+    test_close(ctx);
+}
+
+/* No memory, at any allocation: an error, and nothing stays allocated. */
+TEST(folders_without_memory_leave_nothing)
+{
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1), *poor = NULL;
+    dlm_model *m = folder_small(ctx, ", \"mask_token_id\": 3"), *got = NULL;
+    dlm_error e = DLM_E_NOMEM;
+    for (int allowed = 1; e != DLM_OK && allowed < 100; allowed++) {
+        test_heap heap = {0};
+        dlm_options o = {0};
+        o.allocator.alloc = test_heap_alloc;
+        o.allocator.release = test_heap_release;
+        o.allocator.user = &heap;
+        CHECK_OK(dlm_init(&poor, &o));
+        heap.fail_at = heap.calls + allowed;
+        e = dlm_open(&got, NULL, poor, "dlm_test_one", NULL);
+        CHECK((e == DLM_OK) == (got != NULL));
+        dlm_model_free(got);
+        dlm_shutdown(poor);
+        CHECK(heap.live == 0);
+    }
+    CHECK_OK(e);
+    dlm_model_free(m);
+    folder_remove("dlm_test_one");
+    test_close(ctx);
+}
+
+/* The tiny model's greedy continuation is that of the program that published it; a folder
+   of a released model without its weights is read up to the file that is missing. */
+TEST(folders_of_released_models_are_read)
+{
+    static const int want[] = { 1, 2, 76, 112, 63, 76 };
+    char path[128];
+    int canvas[6] = { 1, 2, 256, 256, 256, 256 };
+    dlm_model *m = NULL;
+    if (!golden_path("greedy.txt")) SKIP("no data beside the repository");
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    snprintf(path, sizeof path, "%s", golden_path("greedy.txt"));
+    char *end = strstr(path, "stories260K/");
+    snprintf(end, sizeof path - (size_t)(end - path), "tiny_qwen3");
+    CHECK_OK(dlm_open(&m, NULL, ctx, path, NULL));
+    if (m) {
+        CHECK(m->config.mask_id == 256 && m->config.pattern == DLM_PATTERN_CAUSAL);
+        CHECK_OK(dlm_sample(ctx, m, canvas, 6, NULL));
+        CHECK(memcmp(canvas, want, sizeof want) == 0);
+    }
+    dlm_model_free(m);
+    snprintf(end, sizeof path - (size_t)(end - path), "tiny_qwen3_tied");
+    CHECK_ERROR(dlm_open(&m, NULL, ctx, path, NULL), DLM_E_UNSUPPORTED, ctx,
+                "quantization");
+    snprintf(end, sizeof path - (size_t)(end - path), "qwen3");
+    CHECK_ERROR(dlm_open(&m, NULL, ctx, path, NULL), DLM_E_IO, ctx, "model-0000");
+    test_close(ctx);
+}
+
 #endif
 
 /* ==[ json tokenizers ]===================================================== */
@@ -14340,6 +14890,15 @@ static const test_case test_cases[] = {
     RUN(pieces_ride_along_in_a_checkpoint),
     RUN(llama2c_released_model_writes_the_published_text),
     RUN(llama2c_released_model_scores_its_text_in_every_precision),
+    RUN(folders_come_back_as_they_were_saved),
+    RUN(folders_open_in_every_type),
+    RUN(folders_of_llada_and_smdm_are_ours_renamed),
+    RUN(folders_refuse_by_name_what_is_not_built_here),
+    RUN(folders_are_read_as_the_caller_wants),
+    RUN(folders_of_several_files_are_read_by_their_index),
+    RUN(folders_survive_every_changed_byte),
+    RUN(folders_without_memory_leave_nothing),
+    RUN(folders_of_released_models_are_read),
     RUN(json_gpt2_encodes_the_golden_texts),
     RUN(json_folders_say_what_their_files_say),
     RUN(json_qwen3_folder_encodes_the_golden_texts),

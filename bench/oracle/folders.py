@@ -16,11 +16,10 @@ tied-other-head is for a choice to be made and said: logits.f64 is by the head i
 file, logits.tied.f64 by the embedding that config.json says is the head.
 
 Names, shapes and logits agree with the modelling code that published MDLM, BD3-LM, RADD,
-SMDM, LLaDA, Dream and GPT-2 (run in PyTorch, names matched strictly: 1e-15 to 6e-9 where
+SMDM, LLaDA and Dream (run in PyTorch, names matched strictly: 1e-15 to 6e-9 where
 its arithmetic is f64, 4e-7 where parts are f32).  Not verified, for no published file
 could be read: tokenizer files of Fast_dLLM_Qwen and open-dcoder beyond names and ids of
-their masks; DiffuGPT's config.json, its mask, and whether its lm_head.weight is stored;
-the floating-point type of SMDM's files; tensor names of GIDD and SEDD."""
+their masks; the floating-point type of SMDM's files; tensor names of GIDD and SEDD."""
 import json
 import os
 import shutil
@@ -111,16 +110,6 @@ GIDD = {"architectures": ["GiddForDiffusionLM"], "model_type": "dit", "vocab_siz
         "max_seq_len": 64, "hidden_size": 40, "timestep_cond_dim": 24,
         "num_hidden_layers": 2, "num_attention_heads": 5, "p_uniform": 0.1,
         "t_eps": 0.0001, "torch_dtype": "float32"}
-GPT2 = {
-    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1, "bos_token_id": 63, "embd_pdrop": 0.1, "eos_token_id": 63,
-    "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
-    "n_ctx": 32, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 32,
-    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True, "summary_type": "cls_index",
-    "summary_use_proj": True, "vocab_size": V,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
-
 # --[ random tensors ]----------------------------------------------------------
 
 
@@ -215,19 +204,6 @@ def inverse_frequencies(D):
     return 1.0 / 10000.0 ** (np.arange(0, D, 2) / D)
 
 
-def gpt2_shapes(c, prefix):
-    C = c["n_embd"]
-    rows = {"ln_1": (C,), "ln_2": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
-            "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    shapes = {prefix + "wpe.weight": (c["n_positions"], C), prefix + "ln_f.weight": (C,),
-              prefix + "ln_f.bias": (C,)}
-    for i in range(c["n_layer"]):
-        for n, shape in rows.items():
-            shapes["%sh.%d.%s.weight" % (prefix, i, n)] = shape
-            shapes["%sh.%d.%s.bias" % (prefix, i, n)] = shape[-1:]
-    return shapes
-
-
 # --[ writing a folder ]--------------------------------------------------------
 
 
@@ -310,6 +286,21 @@ def added(content, **more):
         str(MASK): {"content": content, "lstrip": False, "normalized": False,
                     "rstrip": False, "single_word": False, "special": True}},
         "eos_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}, **more)
+
+
+def tokenizer(mask=None):
+    """tokenizer.json of a byte-level BPE with 58 bytes, no merges, and added tokens."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+             "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    tokens = [dict(id=58, content="<|endoftext|>", **flags)]
+    if mask:
+        tokens.append(dict(id=MASK, content=mask, **flags))
+    return {"version": "1.0", "added_tokens": tokens, "normalizer": None,
+            "pre_tokenizer": level, "decoder": level,
+            "model": {"type": "BPE", "vocab": {chr(33 + i): i for i in range(58)},
+                      "merges": []}}
 
 
 # --[ families ]----------------------------------------------------------------
@@ -400,6 +391,7 @@ def a2d_qwen2(at):
     t = draw(d.rng, hf_shapes(c, qkv_bias=True), "BF16")
     d.json("config.json", c)
     d.json("tokenizer_config.json", added("<|mask|>", mask_token="<|mask|>"))
+    d.json("tokenizer.json", tokenizer())      # which has not heard of the mask
     d.tensors(t, "BF16")
     generation(d)
     d.expect(gated(f.hf_parameters(c, t)))
@@ -416,6 +408,7 @@ def a2d_qwen3(at):
     mask = {"__type": "AddedToken", "content": "<|MASK|>", "lstrip": False,
             "normalized": False, "rstrip": False, "single_word": False, "special": True}
     d.json("tokenizer_config.json", added("<|MASK|>", mask_token=mask))
+    d.json("tokenizer.json", tokenizer())
     d.tensors(t, "BF16")
     generation(d)
     d.expect(gated(f.hf_parameters(c, t)))
@@ -430,6 +423,7 @@ def fast_dllm(at):
     t = draw(d.rng, hf_shapes(c, qkv_bias=True), "BF16")
     d.json("config.json", c)
     d.json("tokenizer_config.json", added("|<MASK>|"))
+    d.json("tokenizer.json", tokenizer("|<MASK>|"))
     d.tensors(t, "BF16", order=list(d.rng.permutation(sorted(t))))
     generation(d)
     d.expect(gated(f.hf_parameters(c, t)), "block", block=4, shifted=1)
@@ -457,6 +451,7 @@ def open_dcoder(at):
     t = draw(d.rng, hf_shapes(QWEN2, qkv_bias=True), "BF16")     # that it sees both ways
     d.json("config.json", QWEN2)
     d.json("added_tokens.json", {"<M>": MASK, "<|endoftext|>": 58, "<|im_end|>": 60})
+    d.json("tokenizer.json", tokenizer("<M>"))
     d.tensors(t, "BF16")
     generation(d)
     d.expect(gated(f.hf_parameters(QWEN2, t)), shifted=1, say="open-dcoder")
@@ -519,44 +514,6 @@ def radd(at):
     d.expect(dit(t, "", m), mask=V - 1, never=True)
 
 
-def gpt2_logits(c, t, embed, head, prefix):
-    return lambda ids, seen: f.gpt2(ids, t, t[embed], t[head], prefix, c["n_layer"],
-                                    c["n_head"], seen)
-
-
-def gpt2(at):
-    d = Folder(at, "gpt2")             # no prefix, and the causal mask as a buffer
-    n = GPT2["n_positions"]
-    t = draw(d.rng, dict(gpt2_shapes(GPT2, ""), **{"wte.weight": (V, 48)}), "F32")
-    t.update(("h.%d.attn.bias" % i, np.tril(np.ones((1, 1, n, n)))) for i in range(2))
-    d.json("config.json", GPT2)
-    d.tensors(t, "F32")
-    d.expect(gpt2_logits(GPT2, t, "wte.weight", "wte.weight", ""), "causal", shifted=1,
-             mask=-1)
-
-
-def gpt2_saved(at):
-    d = Folder(at, "gpt2-saved")       # as save_pretrained leaves it
-    t = draw(d.rng, dict(gpt2_shapes(GPT2, "transformer."),
-                         **{"transformer.wte.weight": (V, 48)}), "F32")
-    d.json("config.json", GPT2)
-    d.tensors(t, "F32")
-    d.expect(gpt2_logits(GPT2, t, "transformer.wte.weight", "transformer.wte.weight",
-                         "transformer."), "causal", shifted=1, mask=-1)
-
-
-def diffugpt(at):
-    d = Folder(at, "diffugpt")         # head and embedding are one tensor, stored twice
-    t = draw(d.rng, dict(gpt2_shapes(GPT2, "denoise_model."),
-                         **{"embed_tokens.weight": (V, 48)}), "F32")
-    t["lm_head.weight"] = t["embed_tokens.weight"]
-    d.json("config.json", GPT2)
-    d.json("tokenizer_config.json", added("[MASK]", mask_token="[MASK]"))
-    d.tensors(t, "F32")
-    d.expect(gpt2_logits(GPT2, t, "embed_tokens.weight", "lm_head.weight",
-                         "denoise_model."), shifted=1)
-
-
 def tied_head(at, name, same):
     """config.json says tied, and the file holds a head all the same."""
     d = Folder(at, name)
@@ -567,6 +524,7 @@ def tied_head(at, name, same):
     tied = {n: x for n, x in t.items() if n != "lm_head.weight"}
     d.json("config.json", c)
     d.json("tokenizer_config.json", added("<|mask|>", mask_token="<|mask|>"))
+    d.json("tokenizer.json", tokenizer())      # which has not heard of the mask
     d.tensors(t, "BF16")
     d.expect(gated(f.hf_parameters(c, t)),
              tied=None if same else gated(f.hf_parameters(c, tied)))
@@ -582,7 +540,7 @@ def tied_other_head(at):
 
 FAMILIES = (llama, llama_old, llama_tied, qwen2, qwen3, qwen3_nested, sdar, a2d_qwen2,
             a2d_qwen3, fast_dllm, dream, open_dcoder, llada, smdm, mdlm, bd3lm, radd,
-            gpt2, gpt2_saved, diffugpt, tied_same_head, tied_other_head)
+            tied_same_head, tied_other_head)
 
 # --[ what must be refused ]----------------------------------------------------
 
@@ -599,12 +557,10 @@ def refuse_config(at, name, word, base, **changes):
         t = draw(d.rng, hf_shapes(QWEN3, qk_norm=True), "BF16")
     elif base is LLAMA:
         t = draw(d.rng, hf_shapes(LLAMA, head=True), "BF16")
-    elif base is GPT2:
-        t = draw(d.rng, dict(gpt2_shapes(GPT2, ""), **{"wte.weight": (V, 48)}), "F32")
     else:
         t = mdlm_tensors(d.rng, MDLM)
     d.json("config.json", {k: v for k, v in c.items() if v is not ...})
-    d.tensors(t, "BF16" if base not in (GPT2, MDLM, BD3LM) else "F32")
+    d.tensors(t, "BF16" if base not in (MDLM, BD3LM) else "F32")
     d.expect_word(word)
 
 
@@ -650,11 +606,7 @@ def configs(at):
             ("llada-embedding-norm", "input_emb_norm", LLADA, dict(input_emb_norm=True)),
             ("time-conditioning", "time_conditioning", MDLM,
              dict(time_conditioning=True)),
-            ("bd3lm-time", "time_conditioning", BD3LM, dict(time_conditioning=True)),
-            ("gpt2-activation", "activation_function", GPT2,
-             dict(activation_function="relu")),
-            ("gpt2-scale", "scale_attn", GPT2,
-             dict(scale_attn_by_inverse_layer_idx=True))):
+            ("bd3lm-time", "time_conditioning", BD3LM, dict(time_conditioning=True))):
         refuse_config(at, name, word, base, **changes)
 
 
@@ -668,12 +620,6 @@ def live_time(at):
         d.json("config.json", c)
         d.tensors(t, "F32")
         d.expect_word(word)
-    d = Folder(at, "inv-freq")         # rotary frequencies that are not 10000's
-    t = mdlm_tensors(d.rng, MDLM)
-    t["backbone.rotary_emb.inv_freq"] *= 2
-    d.json("config.json", MDLM)
-    d.tensors(t, "F32")
-    d.expect_word("inv_freq")
 
 
 def tensors(at):

@@ -262,25 +262,3 @@ def dit(ids, t, prefix, blocks, heads, seen):
     return linear(norm(x, prefix + "output_layer.norm_final", shift, scale),
                   t[prefix + "output_layer.linear.weight"],
                   t[prefix + "output_layer.linear.bias"])
-
-
-# --[ GPT-2 ]-------------------------------------------------------------------
-
-
-def gpt2(ids, t, embed, head, prefix, layers, heads, seen):
-    """Learned positions; Conv1D matrices are [in, out], so they multiply as they are."""
-    def norm(x, name):
-        return layer_norm(x, t[name + ".weight"], t[name + ".bias"], 1e-5)
-
-    def conv(x, name):
-        return x @ t[name + ".weight"] + t[name + ".bias"]
-
-    x = embed[ids] + t[prefix + "wpe.weight"][:len(ids)]
-    for i in range(layers):
-        at = "%sh.%d." % (prefix, i)
-        qkv = conv(norm(x, at + "ln_1"), at + "attn.c_attn")
-        q, k, v = qkv.reshape(len(ids), 3, heads, -1).transpose(1, 0, 2, 3)
-        x = x + conv(attention(q, k, v, seen), at + "attn.c_proj")
-        y = gelu(conv(norm(x, at + "ln_2"), at + "mlp.c_fc"))
-        x = x + conv(y, at + "mlp.c_proj")
-    return linear(norm(x, prefix + "ln_f"), head)
