@@ -7860,85 +7860,56 @@ typedef struct dlm__scorer {        /* what the forwards of one call share      
     dlm_session      *s;
     dlm_state        *x;            /* a text, masked anew for each forward        */
     dlm_score_options opt;
-    dlm_choice       *choices;
+    dlm_choice       *choices;      /* NULL: the text is scored                    */
 } dlm__scorer;
 
 static dlm_error dlm__scorer_of(dlm__scorer *sc, dlm_session *s, dlm_state *x,
                                 const dlm_score_options *opt)
 {
-    dlm_score_options *o = &sc->opt;
-    dlm_error e;
     memset(sc, 0, sizeof *sc);
     sc->s = s;
     sc->x = x;
-    if (opt) *o = *opt;
-    e = dlm__resolve(x->ctx, "", dlm__score_options, o);
-    if (e != DLM_OK) return e;
-    if (o->window == 0) o->window = x->config.max_seq;
-    if (o->stride == 0) o->stride = o->window / 2;
-    o->stride = dlm__max(1, dlm__min(o->stride, o->window - x->config.shifted));
-    return DLM_OK;
+    if (opt) sc->opt = *opt;
+    return dlm__resolve(x->ctx, "", dlm__score_options, &sc->opt);
 }
 
-/* log sum exp of the logits, or of all but the mask's. */
-static double dlm__score_all(const dlm__scorer *sc, float *logits)
+/* The loss of the token that row i predicts, or what it says of choice i. */
+static void dlm__score_row(void *scorer, int i, float *logits)
 {
+    const dlm__scorer *sc = (const dlm__scorer *)scorer;
     const dlm_config *c = &sc->x->config;
+    dlm_choice *q = sc->choices ? &sc->choices[i] : NULL;
+    double all, sum = 0.0;
     if (sc->opt.exclude_mask) dlm__exclude_mask(c, logits);
-    return dlm_log_sum_exp(sc->x->ctx, logits, c->vocab, NULL);
+    all = dlm_log_sum_exp(sc->x->ctx, logits, c->vocab, NULL);
+    if (q) q->best = 0;
+    else sc->x->loss[i] = all - (double)logits[sc->x->targets[i]];
+    for (int k = 0; q && k < q->n; k++) {
+        q->p[k] = exp((double)logits[q->candidates[k]] - all);
+        sum += q->p[k];
+        if (q->p[k] > q->p[q->best]) q->best = k;
+    }
+    for (int k = 0; q && k < q->n; k++) q->among[k] = q->p[k] / sum;
 }
 
 /* --[ texts ]-----------------------------------------------------------------  */
 
-/* Masks l of the cells of unit u, weight n/l; place: of its first token in the text. */
-static void dlm__mask_exactly(dlm_state *s, const dlm_unit *u, uint32_t place,
-                              uint64_t seed, int sample, int samples)
+/* Forward i of n masks l cells of unit u: any, each of weight n/l; or, left to right, the
+   last, of which the first is looked at.  place: of its first token in the text. */
+static void dlm__score_masks(const dlm__scorer *sc, const dlm_unit *u, int place, int i,
+                             int n)
 {
-    const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD, 0, place, 0);
-    const int k = (int)(dlm_uniform(&at, 0) * u->n);
-    const int l = (int)((k + (int64_t)sample * u->n / samples) % u->n) + 1;
-    for (int i = 0; i < u->n; i++) {
-        s->masked[u->cell + i] = 0;
-        s->weight[u->cell + i] = (float)u->n / (float)l;
+    const uint64_t seed = sc->opt.seed ^ (uint64_t)(uint32_t)place << 32;
+    const dlm_address at = dlm__address(sc->opt.seed, DLM_RANDOM_LIKELIHOOD, 0,
+                                        (uint32_t)place, 0);
+    const int k = (int)(dlm_uniform(&at, 0) * u->n), ordered = sc->opt.left_to_right;
+    const int l = ordered ? u->n - i : (int)((k + (int64_t)i * u->n / n) % u->n) + 1;
+    for (int j = 0; j < u->n; j++) {
+        const int cell = u->cell + (ordered ? u->n - 1 - j
+            : (int)dlm_shuffled(seed, (uint32_t)i, (size_t)u->n, (size_t)j));
+        sc->x->masked[cell] = j < l;
+        sc->x->weight[cell] = ordered ? (float)(j == l - 1) : (float)u->n / (float)l;
     }
-    for (int i = 0; i < l; i++)
-        s->masked[u->cell + (int)dlm_shuffled(seed ^ (uint64_t)place << 32,
-                                              (uint32_t)sample, (size_t)u->n,
-                                              (size_t)i)] = 1;
-}
-
-/* Token j of unit u is next. */
-static void dlm__mask_from(dlm_state *s, const dlm_unit *u, int j)
-{
-    for (int i = 0; i < u->n; i++) {
-        s->masked[u->cell + i] = i >= j;
-        s->weight[u->cell + i] = (float)(i == j);
-    }
-}
-
-static void dlm__score_gold(void *scorer, int i, float *logits)
-{
-    const dlm__scorer *sc = (const dlm__scorer *)scorer;
-    const double all = dlm__score_all(sc, logits);
-    sc->x->loss[i] = all - (double)logits[sc->x->targets[i]];
-}
-
-/* Forward i of n, and its log-likelihood. */
-static dlm_error dlm__score_pass(dlm__scorer *sc, int place, int i, int n, double *nats)
-{
-    dlm_state *x = sc->x;
-    dlm_error e;
-    for (int k = 0; k < x->n_units && x->objective != DLM_OBJECTIVE_AR; k++) {
-        const dlm_unit *u = &x->units[k];
-        if (sc->opt.left_to_right) dlm__mask_from(x, u, i);
-        else dlm__mask_exactly(x, u, (uint32_t)(place + u->cell), sc->opt.seed, i, n);
-    }
-    e = dlm_state_layout(x, 0);
-    if (e == DLM_OK) e = dlm_forward(sc->s, &x->batch, dlm__score_gold, sc);
-    *nats = 0.0;
-    for (int k = 0; e == DLM_OK && k < x->batch.n_out; k++)
-        *nats -= x->loss[k] * (double)x->out_weight[k];
-    return e;
 }
 
 /* Adds a window, whose response begins at `place` of the text, to the score; error is
@@ -7948,15 +7919,20 @@ static dlm_error dlm__score_window(dlm__scorer *sc, const dlm_example *window, i
                                    dlm_score *score)
 {
     dlm_state *x = sc->x;
-    const int exact = x->objective == DLM_OBJECTIVE_AR || sc->opt.left_to_right;
-    double sum = 0.0, squares = 0.0, nats, before = 0.0;
+    const int ar = x->objective == DLM_OBJECTIVE_AR, exact = ar || sc->opt.left_to_right;
+    double sum = 0.0, squares = 0.0, before = 0.0;
     dlm_error e = dlm_state_take(x, window, 1, 1);
-    int n = sc->opt.samples;
+    const int n = ar || e != DLM_OK ? 1 : exact ? x->units->n : sc->opt.samples;
     if (e != DLM_OK) return e;
-    if (exact) n = x->objective == DLM_OBJECTIVE_AR ? 1 : x->units[0].n;
     dlm_state_noise(x, NULL);
     for (int i = 0; i < n && e == DLM_OK; i++) {
-        e = dlm__score_pass(sc, place, i, n, &nats);
+        double nats = 0.0;
+        for (int k = 0; k < x->n_units && !ar; k++)
+            dlm__score_masks(sc, &x->units[k], place + x->units[k].cell, i, n);
+        e = dlm_state_layout(x, 0);
+        if (e == DLM_OK) e = dlm_forward(sc->s, &x->batch, dlm__score_row, sc);
+        for (int k = 0; e == DLM_OK && k < x->batch.n_out; k++)
+            nats -= x->loss[k] * (double)x->out_weight[k];
         if (i > 0) squares += (nats - before) * (nats - before);
         sum += nats;
         before = nats;
@@ -7974,12 +7950,14 @@ DLM_API dlm_error dlm_score_text(dlm_session *s, dlm_state *x,
     const int block = x->config.pattern == DLM_PATTERN_BLOCK ? x->config.block : 1;
     dlm__scorer sc;
     dlm_error e = dlm__scorer_of(&sc, s, x, opt);
-    const int most = sc.opt.window;
+    const int most = sc.opt.window ? sc.opt.window : x->config.max_seq;
+    const int stride = dlm__min(sc.opt.stride ? sc.opt.stride : most / 2,
+                                most - x->config.shifted);
     int at = P;
     memset(score, 0, sizeof *score);
     if (e == DLM_OK) e = dlm__check_text(x->ctx, &x->config, "text", 0, tokens, T);
     while (at != T && e == DLM_OK) {
-        const int fits = dlm__max(sc.opt.stride, most - at);
+        const int fits = dlm__max(dlm__max(stride, 1), most - at);
         const int n = fits > block ? fits - fits % block : fits;
         const int end = T <= most ? T : at + dlm__min(n, T - at);
         const int first = dlm__max(0, end - most);
@@ -8012,21 +7990,6 @@ DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, i
 
 /* --[ choices ]---------------------------------------------------------------  */
 
-static void dlm__choose_row(void *scorer, int i, float *logits)
-{
-    const dlm__scorer *sc = (const dlm__scorer *)scorer;
-    const double all = dlm__score_all(sc, logits);
-    dlm_choice *q = &sc->choices[i];
-    double sum = 0.0;
-    q->best = 0;
-    for (int k = 0; k < q->n; k++) {
-        q->p[k] = exp((double)logits[q->candidates[k]] - all);
-        sum += q->p[k];
-        if (q->p[k] > q->p[q->best]) q->best = k;
-    }
-    for (int k = 0; k < q->n; k++) q->among[k] = q->p[k] / sum;
-}
-
 /* Runs the rows that the last choice sees; those before it see no others. */
 DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_options *opt,
                              const int *canvas, int T, dlm_choice *choices, int n)
@@ -8034,8 +7997,9 @@ DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_optio
     const dlm_config *c = &x->config;
     const int causal = c->pattern == DLM_PATTERN_CAUSAL;
     const int most = dlm__min(x->rows, c->max_seq);
+    const dlm_batch b = { 1, x->start, canvas, NULL, NULL, NULL, x->keys, x->out_rows,
+                          n };
     dlm__scorer sc;
-    dlm_batch b;
     int prompt = 0;
     dlm_error e = dlm__scorer_of(&sc, s, x, opt);
     if (T < 1 || T > most || n < 1 || n > T)
@@ -8057,11 +8021,8 @@ DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_optio
     dlm_keys_fill(x->keys, T, c->pattern, c->block, sc.opt.absolute_blocks ? 0 : prompt);
     x->start[0] = 0;
     x->start[1] = x->keys[x->out_rows[n - 1]].hi0;
-    memset(&b, 0, sizeof b);
-    b.n_seqs = 1; b.start = x->start; b.tokens = canvas; b.keys = x->keys;
-    b.out_rows = x->out_rows; b.n_out = n;
     sc.choices = choices;
-    return dlm_forward(s, &b, dlm__choose_row, &sc);
+    return dlm_forward(s, &b, dlm__score_row, &sc);
 }
 
 /* ==[ distill ]===============================================================
