@@ -4686,7 +4686,8 @@ DLM_API dlm_error dlm_config_resolve(dlm_ctx *ctx, dlm_config *cfg)
    gradient checks all loop over it.  In memory: embedding, every layer in turn, final
    norm, head; wq wk wv and wgate wup are neighbours, so that one matmul serves them. */
 
-typedef struct dlm__layer {                 /* weights, or gradients, of one layer */
+typedef struct dlm__layer {                 /* weights, or gradients, of one layer, or */
+                                            /* -1: of none, what begins with tok_emb  */
     float *norm1;                           /* (C)                                 */
     float *wq;                              /* (H*D, C)                            */
     float *wk, *wv;                         /* (KV*D, C) each                      */
@@ -4698,14 +4699,11 @@ typedef struct dlm__layer {                 /* weights, or gradients, of one lay
     float *bup;                             /* (F); NULL: gated                    */
     float *wdown;                           /* (C, F)                              */
     float *bdown;                           /* (C); NULL: none                     */
-} dlm__layer;
-
-typedef struct dlm__globals {
     float *tok_emb;                         /* (V, C)                              */
     float *norm_out;                        /* (C)                                 */
     float *head;                            /* (V, C); tok_emb when tied           */
     float *head_bias;                       /* (V); NULL: none                     */
-} dlm__globals;
+} dlm__layer;
 
 typedef enum dlm__dim {                     /* KV, GU: of what one matmul serves   */
     DLM__ONE, DLM__V, DLM__C, DLM__HD, DLM__KVD, DLM__D, DLM__F, DLM__KV, DLM__GU
@@ -4718,16 +4716,17 @@ typedef enum dlm__init { DLM__ONES, DLM__ZEROS, DLM__NORMAL, DLM__RESIDUAL } dlm
 
 typedef struct dlm__param {
     const char *name;                       /* after "model.layers.%d." in a layer */
-    size_t      offset;                     /* in dlm__layer or dlm__globals       */
+    size_t      offset;                     /* in dlm__layer                       */
     dlm__dim    rows, cols;
     dlm__init   init;
     dlm__when   when;
 } dlm__param;
 
 #define DLM__P(name, field, rows, cols, init, when) \
-    { name, offsetof(DLM__OF, field), DLM__##rows, DLM__##cols, DLM__##init, DLM__##when }
-#define DLM__OF dlm__layer
-static const dlm__param dlm__layer_params[] = {
+    { name, offsetof(dlm__layer, field), \
+      DLM__##rows, DLM__##cols, DLM__##init, DLM__##when }
+static const dlm__param dlm__params[] = {       /* all layers after the first, and then */
+    DLM__P("model.embed_tokens.weight",       tok_emb, V, C, NORMAL,     ALWAYS),
     DLM__P("input_layernorm.weight",          norm1, C,   ONE, ONES,     ALWAYS),
     DLM__P("self_attn.q_proj.weight",         wq,    HD,  C,   NORMAL,   ALWAYS),
     DLM__P("self_attn.k_proj.weight",         wk,    KVD, C,   NORMAL,   ALWAYS),
@@ -4744,21 +4743,18 @@ static const dlm__param dlm__layer_params[] = {
     DLM__P("mlp.up_proj.bias",                bup,   F,   ONE, ZEROS,    UNGATED),
     DLM__P("mlp.down_proj.weight",            wdown, C,   F,   RESIDUAL, ALWAYS),
     DLM__P("mlp.down_proj.bias",              bdown, C,   ONE, ZEROS,    UNGATED),
+    DLM__P("model.norm.weight",               norm_out, C, ONE, ONES,    ALWAYS),
+    DLM__P("lm_head.weight",                  head,  V,   C,   NORMAL,   UNTIED),
+    DLM__P("lm_head.bias",                    head_bias, V, ONE, ZEROS,  HEAD_BIAS),
 };
-#undef DLM__OF
-#define DLM__OF dlm__globals
-static const dlm__param dlm__global_params[] = {        /* the first comes first,   */
-    DLM__P("model.embed_tokens.weight", tok_emb,   V, C,   NORMAL, ALWAYS),
-    DLM__P("model.norm.weight",         norm_out,  C, ONE, ONES,   ALWAYS),
-    DLM__P("lm_head.weight",            head,      V, C,   NORMAL, UNTIED),
-    DLM__P("lm_head.bias",              head_bias, V, ONE, ZEROS,  HEAD_BIAS),
-};                                  /* others after the layers, head_bias the last  */
-#undef DLM__OF
 #undef DLM__P
-enum {
-    DLM__N_LAYER = sizeof dlm__layer_params / sizeof *dlm__layer_params,
-    DLM__N_GLOBAL = sizeof dlm__global_params / sizeof *dlm__global_params
-};
+enum { DLM__N_PARAMS = sizeof dlm__params / sizeof *dlm__params };
+
+/* 1 when a layer, or none (-1), has the pointer at this offset. */
+static int dlm__has(int layer, size_t offset)
+{
+    return (offset < offsetof(dlm__layer, tok_emb)) == (layer >= 0);
+}
 
 static int dlm__dim_of(const dlm_config *c, dlm__dim d)
 {
@@ -4777,11 +4773,17 @@ static size_t dlm__param_size(const dlm_config *c, const dlm__param *p)
     return (size_t)dlm__dim_of(c, p->rows) * (size_t)dlm__dim_of(c, p->cols);
 }
 
-static size_t dlm__layer_size(const dlm_config *c)
+/* How many parameters a layer has, of so many floats. */
+static int dlm__per_layer(const dlm_config *c, size_t *floats)
 {
-    size_t n = 0;
-    for (int i = 0; i < DLM__N_LAYER; i++)
-        n += dlm__param_size(c, &dlm__layer_params[i]);
+    int n = 0;
+    *floats = 0;
+    for (int i = 0; i < DLM__N_PARAMS; i++) {
+        const size_t size = dlm__param_size(c, &dlm__params[i]);
+        if (!dlm__has(0, dlm__params[i].offset)) continue;
+        n += size != 0;
+        *floats += size;
+    }
     return n;
 }
 
@@ -4790,81 +4792,59 @@ static size_t dlm__count_params(const dlm_config *c)
 {
     double exact = 0.0;
     size_t n = 0;
-    for (int i = 0; i < DLM__N_LAYER; i++)
-        exact += (double)c->layers * dlm__dim_of(c, dlm__layer_params[i].rows)
-                 * dlm__dim_of(c, dlm__layer_params[i].cols);
-    exact += 2.0 * c->vocab * c->dim;
-    if (exact * sizeof(float) * 4 > (double)SIZE_MAX) return 0;
-    for (int i = 0; i < DLM__N_GLOBAL; i++)
-        n += dlm__param_size(c, &dlm__global_params[i]);
-    return n + (size_t)c->layers * dlm__layer_size(c);
-}
-
-/* Where `in`, a dlm__layer or dlm__globals, has parameter p. */
-static float **dlm__param_in(void *in, const dlm__param *p)
-{
-    return (float **)(void *)((char *)in + p->offset);
-}
-
-/* Places one list's pointers into `at` (a dlm__layer or dlm__globals), from base on. */
-static float *dlm__place_params(const dlm_config *c, void *at, const dlm__param *list,
-                                int n, float *base)
-{
-    for (int i = 0; i < n; i++) {
-        const size_t size = dlm__param_size(c, &list[i]);
-        *dlm__param_in(at, &list[i]) = size ? base : NULL;
-        base += size;
+    for (int i = 0; i < DLM__N_PARAMS; i++) {
+        const dlm__param *p = &dlm__params[i];
+        const int times = dlm__has(0, p->offset) ? c->layers : 1;
+        exact += (double)times * dlm__dim_of(c, p->rows) * dlm__dim_of(c, p->cols);
+        n += (size_t)times * dlm__param_size(c, p);
     }
-    return base;
+    return exact * sizeof(float) * 4 > (double)SIZE_MAX ? 0 : n;
 }
 
+static float **dlm__param_in(dlm__layer *l, const dlm__param *p)
+{
+    return (float **)(void *)((char *)l + p->offset);
+}
+
+/* The weights of a layer (-1: of none) in the flat block at base. */
 static dlm__layer dlm__layer_at(const dlm_config *c, float *base, int layer)
 {
     dlm__layer l;
-    dlm__place_params(c, &l, dlm__layer_params, DLM__N_LAYER,
-                      base + dlm__param_size(c, &dlm__global_params[0])
-                      + (size_t)layer * dlm__layer_size(c));
+    size_t floats;
+    (void)dlm__per_layer(c, &floats);
+    base += (size_t)dlm__max(layer, 0) * floats;
+    for (int i = 0; i < DLM__N_PARAMS; i++) {
+        const dlm__param *p = &dlm__params[i];
+        const size_t size = dlm__param_size(c, p);
+        const int over = layer < 0 && dlm__has(0, p->offset) ? c->layers : 1;
+        *dlm__param_in(&l, p) = size && dlm__has(layer, p->offset) ? base : NULL;
+        base += (size_t)over * size;
+    }
     if (l.wgate == NULL) l.wgate = l.wup;
+    if (l.head == NULL) l.head = l.tok_emb;
     return l;
-}
-
-static dlm__globals dlm__globals_at(const dlm_config *c, float *base)
-{
-    dlm__globals g;
-    float *after = dlm__place_params(c, &g, dlm__global_params, 1, base);
-    dlm__place_params(c, &g, dlm__global_params + 1, DLM__N_GLOBAL - 1,
-                      after + (size_t)c->layers * dlm__layer_size(c));
-    if (g.head == NULL) g.head = g.tok_emb;
-    return g;
-}
-
-static int dlm__list_length(const dlm_config *c, const dlm__param *list, int n)
-{
-    int count = 0;
-    for (int i = 0; i < n; i++) count += dlm__param_size(c, &list[i]) != 0;
-    return count;
 }
 
 DLM_API int dlm_model_tensors(const dlm_model *m)
 {
-    const dlm_config *c = &m->config;
-    if (m->packed) return 0;
-    return dlm__list_length(c, dlm__global_params, DLM__N_GLOBAL)
-        + c->layers * dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
+    size_t floats;
+    int n = m->config.layers * dlm__per_layer(&m->config, &floats);
+    for (int i = 0; i < DLM__N_PARAMS; i++)
+        n += dlm__has(-1, dlm__params[i].offset)
+            && dlm__param_size(&m->config, &dlm__params[i]) != 0;
+    return m->packed ? 0 : n;
 }
 
-/* Parameter i of a model: its entry in a table, its layer or -1, the floats before. */
+/* Parameter i of a model: its entry in the table, its layer or -1, the floats before.
+   What follows the layers is found behind the last. */
 static const dlm__param *dlm__param_at(const dlm_config *c, int i, int *layer, size_t *at)
 {
-    const int per_layer = dlm__list_length(c, dlm__layer_params, DLM__N_LAYER);
-    const int in_layers = i > 0 && i - 1 < c->layers * per_layer;
-    const int whole = in_layers ? (i - 1) / per_layer : i > 0 ? c->layers : 0;
-    const dlm__param *p = in_layers ? dlm__layer_params : dlm__global_params + (i > 0);
-    *layer = in_layers ? whole : -1;
-    *at = (size_t)whole * dlm__layer_size(c)
-        + (i > 0 ? dlm__param_size(c, dlm__global_params) : 0);
-    for (int left = i > 0 ? i - 1 - whole * per_layer : 0; ; p++) {
+    const int per = dlm__per_layer(c, at), l = dlm__min((i - 1) / per, c->layers - 1);
+    const dlm__param *p = dlm__params;
+    *at *= (size_t)l;
+    for (int left = i - l * per; ; p++) {
         const size_t size = dlm__param_size(c, p);
+        *layer = dlm__has(l, p->offset) ? l : -1;
         if (size != 0 && left-- == 0) return p;
         *at += size;
     }
@@ -4977,20 +4957,15 @@ DLM_API void dlm_model_free(dlm_model *m)
    How a pass sees weights: vectors as they are, everything else as a dlm_matrix, which is
    made on the spot for a plain model and kept by a packed one. */
 
-typedef struct dlm__layer_weights {
+typedef struct dlm__layer_weights {         /* of a layer, or of none              */
     dlm__layer p;                           /* packed: only the vectors            */
     dlm_matrix q, kv, o, gu, down;          /* kv and gu: two neighbours as one    */
+    dlm_matrix embed, head;                 /* (V, C); the same when tied          */
 } dlm__layer_weights;
-
-typedef struct dlm__outer_weights {
-    dlm__globals p;                         /* packed: only the vectors            */
-    dlm_matrix   embed, head;               /* (V, C); the same when tied          */
-} dlm__outer_weights;
 
 struct dlm__packed {
     const dlm__kernels *k;                  /* whose panels these are              */
-    dlm__outer_weights  outer;
-    dlm__layer_weights *layers;             /* (L)                                 */
+    dlm__layer_weights *layers;             /* (1 + L) first what is of none       */
 };
 
 static const struct dlm__product {
@@ -5002,6 +4977,9 @@ static const struct dlm__product {
     { offsetof(dlm__layer_weights, o), offsetof(dlm__layer, wo), DLM__C, DLM__HD },
     { offsetof(dlm__layer_weights, gu), offsetof(dlm__layer, wgate), DLM__GU, DLM__C },
     { offsetof(dlm__layer_weights, down), offsetof(dlm__layer, wdown), DLM__C, DLM__F },
+    { offsetof(dlm__layer_weights, embed), offsetof(dlm__layer, tok_emb), DLM__V,
+      DLM__C },
+    { offsetof(dlm__layer_weights, head), offsetof(dlm__layer, head), DLM__V, DLM__C },
 };
 enum { DLM__N_PRODUCTS = sizeof dlm__products / sizeof *dlm__products };
 
@@ -5015,7 +4993,7 @@ static dlm__layer_weights dlm__layer_of(const dlm_model *m, int layer, dlm_dtype
 {
     const dlm_config *c = &m->config;
     dlm__layer_weights w;
-    if (m->packed) return m->packed->layers[layer];
+    if (m->packed) return m->packed->layers[layer + 1];
     w.p = dlm__layer_at(c, m->weights, layer);
     for (int i = 0; i < DLM__N_PRODUCTS; i++) {
         const struct dlm__product *x = &dlm__products[i];
@@ -5026,32 +5004,6 @@ static dlm__layer_weights dlm__layer_of(const dlm_model *m, int layer, dlm_dtype
     return w;
 }
 
-static dlm__outer_weights dlm__outer_of(const dlm_model *m, dlm_dtype type)
-{
-    dlm__outer_weights w;
-    if (m->packed) return m->packed->outer;
-    w.p = dlm__globals_at(&m->config, m->weights);
-    w.embed = dlm__plain(w.p.tok_emb, m->config.vocab, m->config.dim, type);
-    w.head = dlm__plain(w.p.head, m->config.vocab, m->config.dim, type);
-    return w;
-}
-
-/* Floats of what a packed model keeps as it is; 0 for matrices and what is not there. */
-static size_t dlm__vector_size(const dlm_config *c, const dlm__param *p)
-{
-    return p->cols == DLM__ONE ? dlm__param_size(c, p) : 0;
-}
-
-/* Room for all vectors of a list, in `to`, a dlm__layer or dlm__globals. */
-static void dlm__vectors_carve(dlm__arena *a, const dlm_config *c, const dlm__param *list,
-                               int n, void *to)
-{
-    for (int i = 0; i < n; i++) {
-        const size_t size = dlm__vector_size(c, &list[i]);
-        if (size > 0) *dlm__param_in(to, &list[i]) = dlm__push_floats(a, size, 1);
-    }
-}
-
 static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows, int cols)
 {
     dlm_matrix w = dlm__plain(NULL, rows, cols, m->type);
@@ -5060,34 +5012,42 @@ static dlm_matrix dlm__matrix_carve(dlm__arena *a, const dlm_model *m, int rows,
     return w;
 }
 
-/* The carve of a packed model: k says whose panels these are; every layer has its vectors
-   and then its products, in the order of the tables; a tied head is embed itself, so that
-   it is packed and stored once. */
+/* What a packed model has of a layer: its vectors and then its products, in the order of
+   the tables; a tied head is embed itself, so that it is packed and stored once. */
+static void dlm__packed_layer_carve(dlm__arena *a, const dlm_model *m, int layer,
+                                    dlm__layer_weights *w)
+{
+    const dlm_config *c = &m->config;
+    memset(w, 0, sizeof *w);
+    for (int i = 0; i < DLM__N_PARAMS; i++) {
+        const dlm__param *p = &dlm__params[i];
+        const size_t size = dlm__param_size(c, p);
+        if (size > 0 && p->cols == DLM__ONE && dlm__has(layer, p->offset))
+            *dlm__param_in(&w->p, p) = dlm__push_floats(a, size, 1);
+    }
+    for (int i = 0; i < DLM__N_PRODUCTS; i++) {
+        const struct dlm__product *x = &dlm__products[i];
+        const int tied = x->from == offsetof(dlm__layer, head) && !c->untied_head;
+        if (dlm__has(layer, x->from) && !tied)
+            *dlm__product_of(w, i) = dlm__matrix_carve(
+                a, m, dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
+    }
+    if (!c->untied_head) w->head = w->embed;
+}
+
+/* The carve of a packed model: k says whose panels these are. */
 static void dlm__packed_carve(dlm__arena *a, void *object)
 {
     dlm_model *m = (dlm_model *)object;
-    const dlm_config *c = &m->config;
     struct dlm__packed here, *p = (struct dlm__packed *)dlm__push(a, 1, sizeof *p);
-    const size_t L = (size_t)c->layers;
+    dlm__layer_weights one;
     m->packed = p;
     if (p == NULL) p = &here;               /* only counting                       */
     p->k = m->ctx->k;
-    p->layers = (dlm__layer_weights *)dlm__push(a, L, sizeof *p->layers);
-    for (int l = 0; l < c->layers; l++) {
-        dlm__layer_weights one, *w = a->base ? &p->layers[l] : &one;
-        memset(w, 0, sizeof *w);
-        dlm__vectors_carve(a, c, dlm__layer_params, DLM__N_LAYER, &w->p);
-        for (int i = 0; i < DLM__N_PRODUCTS; i++) {
-            const struct dlm__product *x = &dlm__products[i];
-            *dlm__product_of(w, i) = dlm__matrix_carve(
-                a, m, dlm__dim_of(c, x->rows), dlm__dim_of(c, x->cols));
-        }
-    }
-    memset(&p->outer, 0, sizeof p->outer);
-    dlm__vectors_carve(a, c, dlm__global_params, DLM__N_GLOBAL, &p->outer.p);
-    p->outer.head = dlm__matrix_carve(a, m, c->vocab, c->dim);
-    p->outer.embed = c->untied_head ? dlm__matrix_carve(a, m, c->vocab, c->dim)
-                                    : p->outer.head;
+    p->layers = (dlm__layer_weights *)dlm__push(a, (size_t)m->config.layers + 1,
+                                                sizeof *p->layers);
+    for (int l = -1; l < m->config.layers; l++)
+        dlm__packed_layer_carve(a, m, l, a->base ? &p->layers[l + 1] : &one);
 }
 
 /* A packed model whose matrices are still to be packed. */
@@ -5170,35 +5130,23 @@ static void dlm__fill_rows(dlm__filling *f, int rows, float *plain,
     }
 }
 
-/* The matrix of a packed layer, or of the outer weights, that begins with p, or NULL. */
-static const dlm_matrix *dlm__matrix_at(const struct dlm__packed *m, int layer,
-                                        const dlm__param *p)
-{
-    for (int i = 0; i < DLM__N_PRODUCTS && layer >= 0; i++)
-        if (dlm__products[i].from == p->offset)
-            return dlm__product_of(&m->layers[layer], i);
-    return layer >= 0 || p->cols == DLM__ONE ? NULL
-        : p->offset == offsetof(dlm__globals, head) ? &m->outer.head : &m->outer.embed;
-}
-
+/* Vectors and what is plain by itself; a matrix is the product that begins with p. */
 static void dlm__fill(dlm__filling *f)
 {
     const dlm_config *c = &f->m->config;
     for (f->layer = -1; f->layer < c->layers; f->layer++) {
-        const int in = f->layer >= 0, n = in ? (int)DLM__N_LAYER : (int)DLM__N_GLOBAL;
-        dlm__outer_weights outer = dlm__outer_of(f->m, DLM_F32);
-        dlm__layer_weights w = dlm__layer_of(f->m, dlm__max(f->layer, 0), DLM_F32);
-        for (int i = 0; i < n; i++) {
-            const dlm__param *p = (in ? dlm__layer_params : dlm__global_params) + i;
-            const int plain = !f->m->packed || p->cols == DLM__ONE;
-            const dlm_matrix *to = plain ? NULL
-                                         : dlm__matrix_at(f->m->packed, f->layer, p);
-            f->p = p;
+        dlm__layer_weights w = dlm__layer_of(f->m, f->layer, DLM_F32);
+        for (int i = 0; i < DLM__N_PARAMS; i++) {
+            const dlm__param *p = f->p = &dlm__params[i];
+            float *plain = *dlm__param_in(&w.p, p);
+            if (!dlm__has(f->layer, p->offset)) continue;
             if (plain && dlm__param_size(c, p) > 0)
-                dlm__fill_rows(f, dlm__dim_of(c, p->rows),
-                               *dlm__param_in(in ? (void *)&w.p : &outer.p, p), NULL);
-            else if (to && (in || dlm__param_size(c, p) > 0))
-                dlm__fill_rows(f, to->rows, NULL, to);
+                dlm__fill_rows(f, dlm__dim_of(c, p->rows), plain, NULL);
+            for (int k = 0; f->m->packed && k < DLM__N_PRODUCTS; k++)
+                if (dlm__products[k].from == p->offset
+                    && (f->layer >= 0 || dlm__param_size(c, p) > 0))
+                    dlm__fill_rows(f, dlm__product_of(&w, k)->rows, NULL,
+                                   dlm__product_of(&w, k));
         }
     }
 }
@@ -5208,12 +5156,11 @@ static const float *dlm__model_rows(void *from, const dlm__param *p, int layer, 
                                     int n, float *out)
 {
     const dlm_model *m = (const dlm_model *)from;
-    dlm__globals g = dlm__globals_at(&m->config, m->weights);
-    dlm__layer l = dlm__layer_at(&m->config, m->weights, dlm__max(layer, 0));
+    dlm__layer l = dlm__layer_at(&m->config, m->weights, layer);
     const size_t skip = (size_t)first * (size_t)dlm__dim_of(&m->config, p->cols);
     (void)n;
     (void)out;
-    return *dlm__param_in(layer < 0 ? (void *)&g : &l, p) + skip;
+    return *dlm__param_in(&l, p) + skip;
 }
 
 static void dlm__fill_from_model(dlm_model *m, const dlm_model *plain)
@@ -5848,7 +5795,7 @@ static void dlm__layer_backward(dlm__work *w, const dlm__layer_weights *lw,
 
 static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
 {
-    const dlm__outer_weights outer = dlm__outer_of(m, w->type);
+    const dlm__layer_weights outer = dlm__layer_of(m, -1, w->type);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf, outer.p.norm_out);
     dlm__embedding_forward(w->ctx, w->acts[0].x, &outer.embed, w->tokens, w->all.n);
@@ -5865,10 +5812,10 @@ static void dlm__layers_forward(dlm__work *w, const dlm_model *m, int learn)
    dy; what leaves that layer, and all below it, has every row and stays in dx. */
 static void dlm__layers_backward(dlm__work *w, const dlm_model *m, float *grads)
 {
-    const dlm__globals g = dlm__globals_at(&w->c, grads);
+    const dlm__layer g = dlm__layer_at(&w->c, grads, -1);
     const int last = w->c.layers - 1;
     dlm__norm norm = dlm__norm_of(w, w->hf, w->x_out, w->rf,
-                                  dlm__outer_of(m, w->type).p.norm_out);
+                                  dlm__layer_of(m, -1, w->type).p.norm_out);
     memset(w->dy, 0, (size_t)w->sub.n * (size_t)w->c.dim * sizeof *w->dy);
     norm.dy = w->dhf;
     norm.dx = w->dy;
@@ -5902,7 +5849,7 @@ static void dlm__score_rows(void *arg, int first, int end)
 
 /* The way back of the chunk's n rows, whose logits are gradients now.  What a bias of
    -INFINITY forbids has none, whatever the loss makes of it. */
-static void dlm__head_backward(dlm__work *w, const dlm__scoring *s, const dlm__globals *g,
+static void dlm__head_backward(dlm__work *w, const dlm__scoring *s, const dlm__layer *g,
                                const dlm_matrix *head, int n)
 {
     const size_t at = (size_t)s->first * (size_t)w->c.dim, V = (size_t)s->V;
@@ -5918,7 +5865,7 @@ static void dlm__head_backward(dlm__work *w, const dlm__scoring *s, const dlm__g
 static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_fn score,
                       void *user)
 {
-    const dlm__outer_weights outer = dlm__outer_of(m, w->type);
+    const dlm__layer_weights outer = dlm__layer_of(m, -1, w->type);
     const size_t C = (size_t)w->c.dim;
     const int V = w->c.vocab;
     dlm__scoring s;
@@ -5929,7 +5876,7 @@ static void dlm__head(dlm__work *w, const dlm_model *m, float *grads, dlm_score_
         dlm_matmul(w->ctx, w->logits, w->hf + (size_t)s.first * C, &outer.head, n);
         dlm__for_rows(w->ctx, n, 20.0 * V, dlm__score_rows, &s);
         if (grads) {
-            const dlm__globals g = dlm__globals_at(&w->c, grads);
+            const dlm__layer g = dlm__layer_at(&w->c, grads, -1);
             dlm__head_backward(w, &s, &g, &outer.head, n);
         }
     }
@@ -10594,12 +10541,11 @@ static dlm_error dlm__check_param(const dlm__source *s, const dlm__param *p, int
 static dlm_error dlm__check_params(const dlm__source *s)
 {
     dlm_error e = DLM_OK;
-    for (int l = -1; l < s->c.layers; l++) {
-        const dlm__param *list = l < 0 ? dlm__global_params : dlm__layer_params;
-        for (int i = 0; i < (l < 0 ? (int)DLM__N_GLOBAL : (int)DLM__N_LAYER); i++)
-            if (e == DLM_OK && dlm__param_size(&s->c, &list[i]) > 0)
-                e = dlm__check_param(s, &list[i], l);
-    }
+    for (int l = -1; l < s->c.layers; l++)
+        for (int i = 0; i < DLM__N_PARAMS && e == DLM_OK; i++)
+            if (dlm__has(l, dlm__params[i].offset)
+                && dlm__param_size(&s->c, &dlm__params[i]) > 0)
+                e = dlm__check_param(s, &dlm__params[i], l);
     return e;
 }
 
@@ -10782,7 +10728,7 @@ static void dlm__fold_layer(dlm__fold *w, dlm_model *m, int l)
 static dlm_error dlm__fold_model(const dlm__source *s, dlm_model *m)
 {
     const dlm_config *c = &m->config;
-    const dlm__globals g = dlm__globals_at(c, m->weights);
+    const dlm__layer g = dlm__layer_at(c, m->weights, -1);
     const dlm_st_tensor *time = dlm__find_tensor(s, -1, "sigma_map.mlp.0.weight");
     const int there = time && time->n_dims == 2
         && time->dims[0] + time->dims[1] < 1 << 16;
