@@ -11624,6 +11624,9 @@ DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     if (e != DLM_OK) return e;
     if (how->family || dlm__file_mode(path) == -2 || dlm__is_there(path, "config.json"))
         return dlm__open_folder(out, tok, ctx, path, how);
+    if (how->block || how->shifted || how->mask_id || how->max_seq)
+        return dlm__fail(ctx, DLM_E_CONFIG, "%.100s: block, shifted, mask_id, max_seq: "
+                         "only of a folder", path);
     e = dlm_load(&plain, tok, ctx, path);
     if (e != DLM_OK || (how->type == DLM_F32 && !how->packed)) {
         *out = plain;

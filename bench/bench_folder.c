@@ -76,7 +76,7 @@ static dlm_error sample(dlm_ctx *ctx, const dlm_model *m, int tokens, int prompt
     double start, flops;
     dlm_error e;
     if (canvas == NULL) return DLM_E_NOMEM;
-    for (int i = 0; i < T; i++) canvas[i] = i < prompt ? 100 + i : m->config.mask_id;
+    for (int i = 0; i < T; i++) canvas[i] = i < prompt ? i % (m->config.vocab / 2) : m->config.mask_id;
     limits.slots = T;
     limits.cached = m->config.pattern != DLM_PATTERN_FULL;
     e = dlm_session_create(&session, ctx, m, &limits, NULL);
@@ -138,6 +138,7 @@ static dlm_error blocks(dlm_ctx *ctx, const dlm_model *m, int tokens, const uint
             memory = fmax(memory, bandwidth(x));
             rate = fmax(rate, (tokens - 1) / seconds);
         }
+        if (e) break;
         bound = memory / (bytes - embed);    /* of an embedding, a few rows are read */
         printf("%-22s %6.2f tokens/s, %.2f per forward", sure ? "surer than 0.9:"
                : "one token per step:", rate, (double)(tokens - 1) / forwards);

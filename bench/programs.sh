@@ -47,6 +47,7 @@ cat > "$dir/files.c" << 'EOF'
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 #include "tasks.h"
+#include "examples/save_folder.h"
 
 static dlm_ctx *ctx;
 
@@ -101,6 +102,18 @@ static void write_llama(void)
     }
 }
 
+/* A checkpoint as a folder. */
+static void write_folder(const char *name, const char *from)
+{
+    dlm_model *m;
+    dlm_tokenizer *tok;
+    char why[256];
+    require(dlm_load(&m, &tok, ctx, from));
+    require(save_folder(ctx, name, m, tok, why, sizeof why));
+    dlm_model_free(m);
+    dlm_tokenizer_free(tok);
+}
+
 int main(void)
 {
     const char *const letters = "abcdefghijklmnopqrstuvwxyz. ", *const capitals = "ABC ";
@@ -117,6 +130,8 @@ int main(void)
     save("countdown.st", task_countdown_vocab(task_countdown_large), TASK_MASK,
          TASK_COUNTDOWN_LENGTH, DLM_PATTERN_FULL, NULL, 0);
     write_llama();
+    write_folder("ar", "ar.st");
+    write_folder("block", "block.st");
     return 0;
 }
 EOF
@@ -126,7 +141,7 @@ halves=$(ls examples/*.c bench/*.c)
   compile $(echo "$halves" | awk 'NR % 2 == 0'); wait; }
 if [ -e "$dir/broken" ]; then echo "FAIL, not compiled:"; cat "$dir/broken"; exit 1; fi
 (cd "$dir" && ./files) || exit 1
-: > "$dir/empty"; : > "$dir/empty.bin"; printf 'abc' > "$dir/three"
+: > "$dir/one.file"; : > "$dir/empty"; : > "$dir/empty.bin"; printf 'abc' > "$dir/three"
 printf 'abc' > "$dir/three.bin"; cp "$dir/pieces.bin" "$dir/pieces"
 awk 'BEGIN { for (i = 0; i < 1000; i++) print "the cat sat on the mat." }' |
     tr '\n' ' ' > "$dir/text"
@@ -141,7 +156,10 @@ for source in $halves; do
     case $name in
     12_convert) arguments='llama.bin pieces.bin out.st' ;;
     13_continue) arguments=block.st ;;
+    15_generate) arguments='block the' ;;
     16_choose) arguments='block.st - {a|b}' ;;
+    17_describe | bench_folder) arguments=block ;;
+    18_convert_folder) arguments='ar out' ;;
     sudoku | countdown) arguments='gen out.txt' ;;
     *) arguments= ;;
     esac
@@ -189,6 +207,26 @@ says 1 'cannot be written' 12_convert ar.st - no/such/out.st
 says 1 'cannot be written' 12_convert ar.st - folder
 says 2 'usage: ' 12_convert ar.st - out.st never
 says 0 'kept: the same' 14_own_network
+says 0 '20 tokens in ' 15_generate block 'the ' -n 20
+says 0 '3 tokens in ' 15_generate block 'the [?][?][?] cat' -canvas -type bf16
+says 0 '9 tokens in ' 15_generate ar 'the ' -n 9 -type f32 -t 1
+says 1 'U+0058' 15_generate block 'X'
+says 1 'more than the model' 15_generate block "$long"
+says 1 'missing' 15_generate missing 'the '
+says 2 'usage: ' 15_generate block 'the ' -n
+says 2 'usage: ' 15_generate block 'the ' -type q4
+says 0 'family      sdar' 17_describe block
+says 0 'family      qwen3' 17_describe ar i8
+says 0 'packed int8' 17_describe block.st f32
+says 1 'folder: no config.json' 17_describe folder
+says 2 'usage: ' 17_describe block q4
+says 0 'written to out' 18_convert_folder ar out 4
+says 0 'family      sdar' 17_describe out
+says 0 '5 tokens in ' 15_generate out 'the ' -n 5
+says 1 'only of a folder' 18_convert_folder ar.st out2
+says 1 'one.file' 18_convert_folder ar one.file
+says 0 'one token per step' bench_folder block i8 8
+says 1 'missing' bench_folder missing
 says 0 '11 tokens, forwards 1: ' 16_choose block.st - 'the {c|m}at s{a|i}t'
 says 0 '11 tokens, forwards 2: ' 16_choose ar.st - 'the {c|m}at s{a|i}t'
 says 0 'bits/byte' 16_choose -l block.st - 'the cat ' 'sat on the mat.' 'ate.'
