@@ -5434,6 +5434,8 @@ static void dlm__fill_cos_sin(const dlm__work *w)
 
 /* --[ checking a batch ]------------------------------------------------------  */
 
+/* No two sequences share a cache.  n_slots, which is filled in afterwards, remembers who
+   has which lane. */
 static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
 {
     if (b->n_seqs < 0 || b->n_seqs > w->seqs)
@@ -5442,30 +5444,20 @@ static dlm_error dlm__check_sequences(const dlm__work *w, const dlm_batch *b)
     if (b->start[0] != 0)
         return dlm__fail(w->ctx, DLM_E_INPUT, "batch: start[0] is %d, not 0",
                          b->start[0]);
+    for (int s = 0; s < w->seqs; s++) w->n_slots[s] = -1;
     for (int s = 0; s < b->n_seqs; s++) {
+        const int lane = b->lanes ? b->lanes[s] : s;
         if (b->start[s + 1] < b->start[s] || b->start[s + 1] > w->rows)
             return dlm__fail(w->ctx, DLM_E_INPUT,
                              "batch: start[%d] = %d, wants %d..%d (rows)", s + 1,
                              b->start[s + 1], b->start[s], w->rows);
-        if (b->lanes && (b->lanes[s] < 0 || b->lanes[s] >= w->seqs))
+        if (lane < 0 || lane >= w->seqs)
             return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] = %d, wants 0..%d", s,
-                             b->lanes[s], w->seqs - 1);
-    }
-    return DLM_OK;
-}
-
-/* No two sequences share a cache.  n_slots, which is filled in afterwards, remembers who
-   has which lane. */
-static dlm_error dlm__check_lanes(const dlm__work *w, const dlm_batch *b)
-{
-    if (b->lanes == NULL) return DLM_OK;
-    for (int s = 0; s < b->n_seqs; s++) w->n_slots[b->lanes[s]] = -1;
-    for (int s = 0; s < b->n_seqs; s++) {
-        int *owner = &w->n_slots[b->lanes[s]];
-        if (*owner >= 0)
+                             lane, w->seqs - 1);
+        if (w->n_slots[lane] >= 0)
             return dlm__fail(w->ctx, DLM_E_INPUT, "batch: lanes[%d] and lanes[%d] are "
-                             "both %d", *owner, s, b->lanes[s]);
-        *owner = s;
+                             "both %d", w->n_slots[lane], s, lane);
+        w->n_slots[lane] = s;
     }
     return DLM_OK;
 }
@@ -5556,7 +5548,6 @@ static void dlm__take_out_rows(dlm__work *w, const dlm_batch *b)
 static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
 {
     dlm_error e = dlm__check_sequences(w, b);
-    if (e == DLM_OK) e = dlm__check_lanes(w, b);
     if (e != DLM_OK) return e;
     dlm__take_rows(w, b);
     for (int s = 0; s < w->n_seqs; s++)
@@ -5599,33 +5590,26 @@ static void dlm__scatter(float *x, const float *y, const int *rows, int N, int n
                (size_t)C * sizeof *x);
 }
 
-/* Writes rows of D floats, ld apart, of one key/value head into panels. */
-static void dlm__store_panels(float *panels, int mr, const float *x, size_t ld,
-                              const int *slots, int n, int D)
-{
-    for (int i = 0; i < n; i++) {
-        const int slot = slots ? slots[i] : i;
-        float *out = panels + (size_t)(slot / mr) * (size_t)(mr * D) + slot % mr;
-        for (int d = 0; d < D; d++) out[d * mr] = x[(size_t)i * ld + (size_t)d];
-    }
-}
-
 typedef struct dlm__store {
     const dlm__work *w;
     float *panels;                  /* (KV, pad_total, D)                          */
     const float *x; size_t ld;      /* (N, KV*D), rows ld apart                    */
 } dlm__store;
 
+/* The rows of one key/value head of one sequence. */
 static void dlm__store_job(void *arg, int job)
 {
     const dlm__store *st = (const dlm__store *)arg;
     const dlm__work *w = st->w;
     const int s = job / w->c.kv_heads, kv = job % w->c.kv_heads, D = w->c.head_dim;
-    const int first = w->all.start[s], n = w->all.start[s + 1] - first;
-    dlm__store_panels(st->panels + ((size_t)kv * (size_t)w->pad_total
-                                    + (size_t)w->k_base[s]) * (size_t)D, w->ctx->k->mr,
-                      st->x + (size_t)first * st->ld + (size_t)(kv * D), st->ld,
-                      w->slot + first, n, D);
+    const int mr = w->ctx->k->mr;
+    const size_t base = (size_t)kv * (size_t)w->pad_total + (size_t)w->k_base[s];
+    for (int i = w->all.start[s]; i < w->all.start[s + 1]; i++) {
+        const int in = w->slot[i] % mr;
+        const float *x = st->x + (size_t)i * st->ld + (size_t)(kv * D);
+        float *out = st->panels + (base + (size_t)(w->slot[i] - in)) * (size_t)D + in;
+        for (int d = 0; d < D; d++) out[d * mr] = x[d];
+    }
 }
 
 static void dlm__store_run(const dlm__work *w, float *panels, const float *x, size_t ld)
