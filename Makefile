@@ -21,9 +21,8 @@ all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
 benches: $(BENCHES:bench/%.c=build/%)
 
-build/dlm_test: dlm_test.c dlm.h examples/00_by_hand.c examples/07_check_gradient.c \
-                examples/save_folder.h \
-                bench/rivals.h
+build/dlm_test: dlm_test.c dlm.h $(wildcard examples/*.h) bench/rivals.h \
+                examples/00_by_hand.c examples/07_check_gradient.c
 	@mkdir -p build
 	$(BUILD) $< -o $@ $(LDLIBS)
 build/%: examples/%.c dlm.h $(wildcard examples/*.h)

@@ -54,7 +54,7 @@
        states                      what a pass learns from: cells, units, rows
        trainer optimizer           passes that learn; clipping, AdamW, averaging
        lift steps                  choosing masks: LIFT, or a rule of yours; one update
-       sampler likelihood          filling in a canvas; scoring texts and choices
+       sampler likelihood          filling in a canvas; scoring a text
        distill                     OPDLM: teacher, divergences, step maps
        json files                  a reader; whole files, written or left alone
        unicode tokenizers          bytes, characters, pieces, byte-level BPE
@@ -203,7 +203,7 @@
 /* ==[ api ]===================================================================
    Everything a caller may use.  Nothing from section platform on is promised.
    Ordered as a program meets it: errors, context, random, math, model, batch, inference,
-   sampling, objectives, states, scoring, lift, training, distillation, tokens, files. */
+   sampling, objectives, states, lift, training, distillation, tokenizers, files. */
 #ifndef DLM_H
 #define DLM_H
 #include <stddef.h>
@@ -559,6 +559,16 @@ DLM_API dlm_error dlm_logits(dlm_session *s, const dlm_batch *b, float *logits);
    over the keys that are seen.  A training pass costs three times as much. */
 DLM_API double    dlm_forward_flops(const dlm_config *resolved, const dlm_batch *b);
 
+/* Monte Carlo estimate of log p(response | prompt) in nats (LLaDA, see likelihood):
+   the number of masks is stratified over 1..n, the weight is n/l.  Its expectation is
+   a lower bound (ELBO) for diffusion patterns; exact, with samples ignored, when
+   causal.  tokens (T), response = tokens[P..T); a shifted model cannot score token 0.
+   Needs T slots and rows, for BLOCK T + the response rounded up to whole blocks (not
+   beyond max_seq), out >= T - P, and overwrites the keys in lane 0.  Allocates its work
+   space and frees it.  Logits that are not numbers give NaN, not an error. */
+DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
+                                     int samples, uint64_t seed, double *nats);
+
 /* --[ sampling ]--------------------------------------------------------------
    The canvas is the interface: tokens equal to mask_id are filled in, all others are
    fixed.  The mask token is never emitted, a given token never changes.  A sampler
@@ -873,60 +883,6 @@ DLM_API dlm_error dlm_state_layout(dlm_state *s, int again);
 DLM_API void      dlm_state_loss(void *state, int i, float *logits);
 DLM_API void      dlm_state_gold(void *state, int i, float *logits);
 DLM_API void      dlm_state_entropy(void *state, int i, float *logits);
-
-/* --[ scoring ]---------------------------------------------------------------
-   Judging instead of writing: how likely tokens are in the places of a canvas, and texts.
-   x is a state for one sequence, AUTO, whose content goes, as do the keys of lane 0; it
-   and the session need the rows that are named, the session as many slots.  Logits that
-   are not numbers give NaN, not an error. */
-
-typedef struct dlm_score_options {         /* 0 in a field marked * = the default  */
-    int      exclude_mask;                 /* 1: the mask is in no softmax, as in MDLM and
-                                              BD3-LM and whenever a sampler draws  */
-    int      absolute_blocks;              /* of a canvas; as the sampler's        */
-    int      left_to_right;                /* 1: of diffusion patterns not a bound, but
-                                              exactly what order SEQUENTIAL writes, a
-                                              token a step: in as many forwards as a block
-                                              (FULL: the response) has tokens      */
-    int      samples;                      /* * = 64: forwards for the bound       */
-    int      window;                       /* * = max_seq: tokens of one forward   */
-    int      stride;                       /* * = half the window.  Of a longer text the
-                                              first window scores what fits, each other so
-                                              many new tokens (whole blocks), which see
-                                              those before them                    */
-    uint64_t seed;
-} dlm_score_options;
-
-typedef struct dlm_score {
-    double nats, error;                    /* log p(response | prompt), or an estimate of
-                                              its lower bound with its standard error: 0
-                                              when exact, INFINITY of one sample   */
-    double bits_per_byte;                  /* 0: the bytes were not given          */
-    int    tokens;                         /* scored                               */
-} dlm_score;
-
-typedef struct dlm_choice {                /* what may stand at a position         */
-    int        position, n, best;          /* best gets the likeliest's index      */
-    const int *candidates;                 /* (n) tokens; choices may share a list */
-    double    *p, *among;                  /* (n) get the probability of each; the same
-                                              when nothing but candidates may be   */
-} dlm_choice;
-
-/* tokens (T), response = tokens[P..T) of so many bytes; a shifted model cannot score
-   token 0.  Causal: exact.  Else a Monte Carlo estimate of the ELBO (LLaDA): the number
-   of masks is stratified over 1..n, the weight is n/l.  Rows of a window, for BLOCK also
-   of its response rounded up to whole blocks (not beyond max_seq). */
-DLM_API dlm_error dlm_score_text(dlm_session *s, dlm_state *x,
-                                 const dlm_score_options *opt, const int *tokens, int T,
-                                 int P, size_t bytes, dlm_score *score);
-/* The nats alone; the state is made and freed on the way. */
-DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
-                                     int samples, uint64_t seed, double *nats);
-/* All n choices on a canvas (T), in whatever blocks, by one forward of at most T rows.
-   Positions rise and, unless causal, hold masks (0 and 1 of a shifted model come from one
-   row: only one of them). */
-DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_options *opt,
-                             const int *canvas, int T, dlm_choice *choices, int n);
 
 /* --[ lift ]------------------------------------------------------------------
    LIFT (arXiv 2605.22939): mask more than the noise level t asks for, keep the easy ones
@@ -3302,15 +3258,6 @@ static const dlm__option dlm__sample_options[] = {
     DLM__INT(top_k, 0, 0, INT_MAX),         DLM__REAL(top_p, 0, 0, 1),
     DLM__REAL(min_p, 0, 0, 1),              DLM__REAL(guidance, 0, 0, 1e3),
     DLM__REAL(remask_below, 0, 0, 1),       DLM__FLAG(list_drawn),
-    DLM__END
-};
-#undef DLM__OF
-
-#define DLM__OF dlm_score_options
-static const dlm__option dlm__score_options[] = {
-    DLM__FLAG(exclude_mask),                DLM__FLAG(absolute_blocks),
-    DLM__FLAG(left_to_right),               DLM__INT(samples, 64, 1, INT_MAX / 2),
-    DLM__INT(window, 0, 0, 1 << 20),        DLM__INT(stride, 0, 0, 1 << 20),
     DLM__END
 };
 #undef DLM__OF
@@ -7355,9 +7302,9 @@ static void dlm__find_candidates(dlm_sampler *sm, int seq)
 
 /* --[ ask: which rows ]-------------------------------------------------------  */
 
-static int dlm__predictor(const dlm_config *c, int position)
+static int dlm__predictor(const dlm_sampler *sm, int position)
 {
-    return c->shifted ? dlm__max(0, position - 1) : position;
+    return sm->c.shifted ? dlm__max(0, position - 1) : position;
 }
 
 static void dlm__choose_rows(const dlm_sampler *sm, dlm__sequence *q)
@@ -7365,7 +7312,7 @@ static void dlm__choose_rows(const dlm_sampler *sm, dlm__sequence *q)
     const int full = sm->c.pattern == DLM_PATTERN_FULL;
     const int causal = sm->c.pattern == DLM_PATTERN_CAUSAL;
     q->from = full || !sm->lim.cached ? 0
-            : dlm__min(q->cached, dlm__predictor(&sm->c, q->a));
+            : dlm__min(q->cached, dlm__predictor(sm, q->a));
     q->to = full ? q->length : causal ? q->a : q->e;
 }
 
@@ -7385,7 +7332,7 @@ static void dlm__add_rows(dlm_sampler *sm, int seq, int unguided)
                                           sm->opt.block, q->offset);
     }
     for (int i = q->first; i < q->first + q->n; i++) {
-        const int row = base + dlm__predictor(&sm->c, sm->cands[i].position);
+        const int row = base + dlm__predictor(sm, sm->cands[i].position);
         if (b->n_out == 0 || sm->out_rows[b->n_out - 1] != row) {
             sm->guesses[b->n_out].token = DLM__UNSEEN;
             sm->wanted_by[b->n_out] = i;
@@ -7569,11 +7516,6 @@ static dlm__guess dlm__decide(const dlm__kernels *k, const dlm_sample_options *o
 
 /* What must not be emitted gets -INFINITY before anything is computed from the row, by
    adding it: that makes NaN of NaN and +INFINITY and so hides neither. */
-static void dlm__exclude_mask(const dlm_config *c, float *logits)
-{
-    if (c->mask_id < c->vocab) logits[c->mask_id] -= INFINITY;
-}
-
 static void dlm__guess_row(dlm_sampler *sm, int i, float *logits)
 {
     const dlm__candidate *c = &sm->cands[sm->wanted_by[i]];
@@ -7583,7 +7525,7 @@ static void dlm__guess_row(dlm_sampler *sm, int i, float *logits)
     if (o->logit_bias) sm->ctx->k->add(logits, o->logit_bias, sm->c.vocab);
     if (o->constrain) o->constrain(o->constrain_user, c->seq, c->position, logits);
     for (int j = 0; j < o->n_suppress; j++) logits[o->suppress[j]] -= INFINITY;
-    dlm__exclude_mask(&sm->c, logits);
+    if (sm->c.mask_id < sm->c.vocab) logits[sm->c.mask_id] -= INFINITY;
     if (o->temperature > 0.0f && !c->check)
         u = dlm__sampler_uniform(sm, q, DLM_RANDOM_TOKEN, q->step, c->position);
     sm->guesses[i] = dlm__decide(sm->ctx->k, o, logits, sm->c.vocab,
@@ -7783,177 +7725,62 @@ DLM_API dlm_error dlm_sample(dlm_ctx *ctx, const dlm_model *m, int *tokens, int 
    log p(response | prompt).  Causal: the exact sum.  Else a Monte Carlo bound over the
    number of masks l in a block of n (the whole response when FULL): l uniform on 1..n
    and stratified over the samples, l positions without replacement, weight n/l.  (Nie
-   et al. 2025, appendix B; integer arithmetic keeps l exactly uniform.)  Or, left to
-   right, an exact sum again: forward j looks at token j of every block, which sees the
-   clean blocks before, the tokens before it in its own, and masks. */
+   et al. 2025, appendix B; integer arithmetic keeps l exactly uniform.) */
 
-typedef struct dlm__scorer {        /* what the forwards of one call share         */
-    dlm_session      *s;
-    dlm_state        *x;            /* a text, masked anew for each forward        */
-    dlm_score_options opt;
-    dlm_choice       *choices;      /* NULL: the text is scored                    */
-} dlm__scorer;
-
-static dlm_error dlm__scorer_of(dlm__scorer *sc, dlm_session *s, dlm_state *x,
-                                const dlm_score_options *opt)
+/* Masks l of the cells of unit u, weight n/l. */
+static void dlm__mask_exactly(dlm_state *s, const dlm_unit *u, uint64_t seed, int sample,
+                              int samples)
 {
-    memset(sc, 0, sizeof *sc);
-    sc->s = s;
-    sc->x = x;
-    if (opt) sc->opt = *opt;
-    return dlm__resolve(x->ctx, "", dlm__score_options, &sc->opt);
+    const dlm_address at = dlm__address(seed, DLM_RANDOM_LIKELIHOOD, 0, (uint32_t)u->cell,
+                                        0);
+    const int k = (int)(dlm_uniform(&at, 0) * u->n);
+    const int l = (int)((k + (int64_t)sample * u->n / samples) % u->n) + 1;
+    for (int i = 0; i < u->n; i++) {
+        s->masked[u->cell + i] = 0;
+        s->weight[u->cell + i] = (float)u->n / (float)l;
+    }
+    for (int i = 0; i < l; i++)
+        s->masked[u->cell + (int)dlm_shuffled(seed ^ (uint64_t)u->cell << 32,
+                                              (uint32_t)sample, (size_t)u->n,
+                                              (size_t)i)] = 1;
 }
 
-/* The loss of the token that row i predicts, or what it says of choice i. */
-static void dlm__score_row(void *scorer, int i, float *logits)
+/* Adds one sample's log-likelihood to sum. */
+static dlm_error dlm__likelihood_sample(dlm_session *s, dlm_state *x, int sample,
+                                        int samples, uint64_t seed, double *sum)
 {
-    const dlm__scorer *sc = (const dlm__scorer *)scorer;
-    const dlm_config *c = &sc->x->config;
-    dlm_choice *q = sc->choices ? &sc->choices[i] : NULL;
-    double all, sum = 0.0;
-    if (sc->opt.exclude_mask) dlm__exclude_mask(c, logits);
-    all = dlm_log_sum_exp(sc->x->ctx, logits, c->vocab, NULL);
-    if (q) q->best = 0;
-    else sc->x->loss[i] = all - (double)logits[sc->x->targets[i]];
-    for (int k = 0; q && k < q->n; k++) {
-        q->p[k] = exp((double)logits[q->candidates[k]] - all);
-        sum += q->p[k];
-        if (q->p[k] > q->p[q->best]) q->best = k;
-    }
-    for (int k = 0; q && k < q->n; k++) q->among[k] = q->p[k] / sum;
-}
-
-/* --[ texts ]-----------------------------------------------------------------  */
-
-/* Forward i of n masks l cells of unit u: any, each of weight n/l; or, left to right, the
-   last, of which the first is looked at.  place: of its first token in the text. */
-static void dlm__score_masks(const dlm__scorer *sc, const dlm_unit *u, int place, int i,
-                             int n)
-{
-    const uint64_t seed = sc->opt.seed ^ (uint64_t)(uint32_t)place << 32;
-    const dlm_address at = dlm__address(sc->opt.seed, DLM_RANDOM_LIKELIHOOD, 0,
-                                        (uint32_t)place, 0);
-    const int k = (int)(dlm_uniform(&at, 0) * u->n), ordered = sc->opt.left_to_right;
-    const int l = ordered ? u->n - i : (int)((k + (int64_t)i * u->n / n) % u->n) + 1;
-    for (int j = 0; j < u->n; j++) {
-        const int cell = u->cell + (ordered ? u->n - 1 - j
-            : (int)dlm_shuffled(seed, (uint32_t)i, (size_t)u->n, (size_t)j));
-        sc->x->masked[cell] = j < l;
-        sc->x->weight[cell] = ordered ? (float)(j == l - 1) : (float)u->n / (float)l;
-    }
-}
-
-/* Adds a window, whose response begins at `place` of the text, to the score; error is
-   still a variance.  Neighbouring samples mask about as many, so half their mean squared
-   difference is the variance within strata (Cochran 1977, chapter 8). */
-static dlm_error dlm__score_window(dlm__scorer *sc, const dlm_example *window, int place,
-                                   dlm_score *score)
-{
-    dlm_state *x = sc->x;
-    const int ar = x->objective == DLM_OBJECTIVE_AR, exact = ar || sc->opt.left_to_right;
-    double sum = 0.0, squares = 0.0, before = 0.0;
-    dlm_error e = dlm_state_take(x, window, 1, 1);
-    const int n = ar || e != DLM_OK ? 1 : exact ? x->units->n : sc->opt.samples;
-    if (e != DLM_OK) return e;
-    dlm_state_noise(x, NULL);
-    for (int i = 0; i < n && e == DLM_OK; i++) {
-        double nats = 0.0;
-        for (int k = 0; k < x->n_units && !ar; k++)
-            dlm__score_masks(sc, &x->units[k], place + x->units[k].cell, i, n);
-        e = dlm_state_layout(x, 0);
-        if (e == DLM_OK) e = dlm_forward(sc->s, &x->batch, dlm__score_row, sc);
-        for (int k = 0; e == DLM_OK && k < x->batch.n_out; k++)
-            nats -= x->loss[k] * (double)x->out_weight[k];
-        if (i > 0) squares += (nats - before) * (nats - before);
-        sum += nats;
-        before = nats;
-    }
-    score->nats += exact ? sum : sum / n;
-    if (!exact) score->error += n > 1 ? squares / (2.0 * (n - 1) * n) : INFINITY;
-    score->tokens += dlm__could_carry(x, window);
+    dlm_error e;
+    if (x->objective != DLM_OBJECTIVE_AR)
+        for (int i = 0; i < x->n_units; i++)
+            dlm__mask_exactly(x, &x->units[i], seed, sample, samples);
+    e = dlm_state_layout(x, 0);
+    if (e == DLM_OK) e = dlm_forward(s, &x->batch, dlm_state_loss, x);
+    for (int i = 0; e == DLM_OK && i < x->batch.n_out; i++)
+        *sum -= x->loss[i] * (double)x->out_weight[i];
     return e;
 }
 
-DLM_API dlm_error dlm_score_text(dlm_session *s, dlm_state *x,
-                                 const dlm_score_options *opt, const int *tokens, int T,
-                                 int P, size_t bytes, dlm_score *score)
-{
-    const int block = x->config.pattern == DLM_PATTERN_BLOCK ? x->config.block : 1;
-    dlm__scorer sc;
-    dlm_error e = dlm__scorer_of(&sc, s, x, opt);
-    const int most = sc.opt.window ? sc.opt.window : x->config.max_seq;
-    const int stride = dlm__min(sc.opt.stride ? sc.opt.stride : most / 2,
-                                most - x->config.shifted);
-    int at = P;
-    memset(score, 0, sizeof *score);
-    if (e == DLM_OK) e = dlm__check_text(x->ctx, &x->config, "text", 0, tokens, T);
-    while (at != T && e == DLM_OK) {
-        const int fits = dlm__max(dlm__max(stride, 1), most - at);
-        const int n = fits > block ? fits - fits % block : fits;
-        const int end = T <= most ? T : at + dlm__min(n, T - at);
-        const int first = dlm__max(0, end - most);
-        const dlm_example window = { tokens + first, end - first, at - first, 0, NULL };
-        e = dlm__score_window(&sc, &window, at, score);
-        at = end;
-    }
-    score->error = sqrt(score->error);
-    if (bytes > 0) score->bits_per_byte = -score->nats / (log(2.0) * (double)bytes);
-    return e;
-}
-
+/* A state of the one text; each sample masks it anew.  Strata: sample i of n has i / n of
+   the way through the counts of masks, from a random first one. */
 DLM_API dlm_error dlm_log_likelihood(dlm_session *s, const int *tokens, int T, int P,
                                      int samples, uint64_t seed, double *nats)
 {
-    dlm_state *x;
-    dlm_score_options o;
-    dlm_score score;
+    const dlm_example whole = { tokens, T, P, 0, NULL };
     const int causal = s->w.c.pattern == DLM_PATTERN_CAUSAL;
+    dlm_state *x;
+    double sum = 0.0;
     dlm_error e = dlm_state_create(&x, s->w.ctx, &s->w.c, DLM_OBJECTIVE_AUTO,
                                    dlm__min(s->w.rows, s->w.slots) + causal, 1, NULL);
-    memset(&o, 0, sizeof o);
-    o.samples = samples;
-    o.seed = seed;
-    if (e == DLM_OK) e = dlm_score_text(s, x, &o, tokens, T, P, 0, &score);
-    if (e == DLM_OK) *nats = score.nats;
+    if (causal) samples = 1;
+    if (e == DLM_OK && samples < 1)
+        e = dlm__fail(s->w.ctx, DLM_E_INPUT, "likelihood: %d samples", samples);
+    if (e == DLM_OK) e = dlm_state_take(x, &whole, 1, 1);
+    if (e == DLM_OK) dlm_state_noise(x, NULL);
+    for (int i = 0; i < samples && P < T && e == DLM_OK; i++)
+        e = dlm__likelihood_sample(s, x, i, samples, seed, &sum);
+    if (e == DLM_OK) *nats = sum / samples;
     dlm_state_free(x);
     return e;
-}
-
-/* --[ choices ]---------------------------------------------------------------  */
-
-/* Runs the rows that the last choice sees; those before it see no others. */
-DLM_API dlm_error dlm_choose(dlm_session *s, dlm_state *x, const dlm_score_options *opt,
-                             const int *canvas, int T, dlm_choice *choices, int n)
-{
-    const dlm_config *c = &x->config;
-    const int causal = c->pattern == DLM_PATTERN_CAUSAL;
-    const int most = dlm__min(x->rows, c->max_seq);
-    const dlm_batch b = { 1, x->start, canvas, NULL, NULL, NULL, x->keys, x->out_rows,
-                          n };
-    dlm__scorer sc;
-    int prompt = 0;
-    dlm_error e = dlm__scorer_of(&sc, s, x, opt);
-    if (T < 1 || T > most || n < 1 || n > T)
-        return dlm__fail(x->ctx, DLM_E_INPUT, "choices: %d on a canvas of %d, there is "
-                         "room for %d", n, T, most);
-    for (int i = 0; i < n && e == DLM_OK; i++) {
-        const dlm_choice *q = &choices[i];
-        if (q->n < 1 || q->position < causal || q->position >= T
-            || !(causal || canvas[q->position] == c->mask_id))
-            return dlm__fail(x->ctx, DLM_E_INPUT, "choice %d: %d candidates at %d, wants "
-                             "1 or more, and a mask in %d..%d", i, q->n, q->position,
-                             causal, T - 1);
-        if (dlm__sample_tokens(x->ctx, "candidates", q->candidates, q->n, c->vocab))
-            e = DLM_E_INPUT;
-        x->out_rows[i] = dlm__predictor(c, q->position);
-    }
-    if (e != DLM_OK) return e;
-    while (canvas[prompt] != c->mask_id && prompt < choices->position) prompt++;
-    dlm_keys_fill(x->keys, T, c->pattern, c->block, sc.opt.absolute_blocks ? 0 : prompt);
-    x->start[0] = 0;
-    x->start[1] = x->keys[x->out_rows[n - 1]].hi0;
-    sc.choices = choices;
-    return dlm_forward(s, &b, dlm__score_row, &sc);
 }
 
 /* ==[ distill ]===============================================================

@@ -1495,22 +1495,8 @@ TEST(config_refuses_contradictions_by_name)
 /* Sizes that are allowed one by one and overflow together. */
 static const dlm__option *const option_tables[] = {
     dlm__config_options, dlm__limits_options, dlm__sample_options, dlm__train_options,
-    dlm__distill_options, dlm__score_options
+    dlm__distill_options
 };
-
-static dlm_error options_try_scoring(dlm_ctx *ctx, const dlm_model *m,
-                                     const dlm_score_options *o)
-{
-    static const int text[5] = { 1, 2, 3, 4, 5 };
-    dlm_score score;
-    dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
-    dlm_state *x = NULL;
-    CHECK_OK(dlm_state_create(&x, ctx, &m->config, DLM_OBJECTIVE_AUTO, 16, 1, NULL));
-    dlm_error e = dlm_score_text(s, x, o, text, 5, 1, 0, &score);
-    dlm_state_free(x);
-    dlm_session_free(s);
-    return e;
-}
 
 /* Every option at the ends of int (or of float) and around its range: taken, or refused
    with its name, and nothing overflows on the way (make san would stop).  The objects are
@@ -1523,8 +1509,7 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     dlm_sample_options sample = {0};
     dlm_train_options train = {0};
     dlm_distill_options distill = {0};
-    dlm_score_options scoring = {0};
-    void *const options[] = { &c, &lim, &sample, &train, &distill, &scoring };
+    void *const options[] = { &c, &lim, &sample, &train, &distill };
     dlm_model *fresh = NULL;
     dlm_session *s = NULL;
     dlm_sampler *sm = NULL;
@@ -1536,11 +1521,10 @@ static void options_try(dlm_ctx *ctx, const dlm_model *m, const dlm_model *teach
     if (which == 0 && value > 1) e = dlm_config_resolve(ctx, &c);
     else if (which == 0) e = dlm_model_create(&fresh, ctx, &c, 1, NULL);
     else if (which < 3) e = dlm_session_create(&s, ctx, m, &lim, NULL);
-    else if (which == 5) e = options_try_scoring(ctx, teacher, &scoring);
     if (which == 2 && !e) e = dlm_sampler_create(&sm, s, &sample, NULL);
-    if (which == 3 || which == 4)
-        e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train, NULL);
-    if (which == 4 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
+    if (which > 2) e = dlm_trainer_create(&t, ctx, (dlm_model *)(uintptr_t)m, &train,
+                                          NULL);
+    if (which > 3 && !e) e = dlm_distiller_create(&d, t, teacher, &distill, NULL);
     value = dlm__get_option(o, options[which]);              /* rounded to float   */
     LABEL("struct %d, %s = %g", which, o->name, value);
     CHECK(e == DLM_OK || e == DLM_E_CONFIG || e == DLM_E_NOMEM || e == DLM_E_MISMATCH);
@@ -1569,7 +1553,7 @@ TEST(options_are_taken_in_their_range_and_refused_outside_by_name)
     CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
     c.pattern = DLM_PATTERN_CAUSAL;
     CHECK_OK(dlm_model_create(&teacher, ctx, &c, 1, NULL));
-    for (int which = 0; which < 6; which++)
+    for (int which = 0; which < 5; which++)
         for (const dlm__option *at = option_tables[which]; at->name; at++) {
             const double ends[] = { at->preset, at->lo, at->hi, 2 * at->hi, NAN };
             for (size_t k = 0; k < sizeof values / sizeof *values; k++)
@@ -5743,6 +5727,10 @@ TEST(log_likelihood_of_a_causal_model_is_exact)
     test_close(ctx);
 }
 
+/* --[ examples/scoring.h ]----------------------------------------------------  */
+
+#include "examples/scoring.h"
+
 /* log p of tokens[i] in double, given batch rows (T) that are looked at everywhere. */
 static double score_gold(const reference *r, test_batch *t, int row, int token, int mask)
 {
@@ -5762,6 +5750,23 @@ static dlm_state *score_state(dlm_ctx *ctx, const dlm_model *m, int rows)
     return x;
 }
 
+static scoring score_with(dlm_session *s, dlm_state *x)
+{
+    scoring o;
+    memset(&o, 0, sizeof o);
+    o.session = s;
+    o.state = x;
+    return o;
+}
+
+/* Refused in these words, its own or the library's. */
+static void score_refused(dlm_error e, const scoring *o, dlm_error want, const char *text)
+{
+    LABEL("%.70s: %.70s", text, o->why);
+    if (*o->why) CHECK(e == want && strstr(o->why, text) != NULL);
+    else CHECK_ERROR(e, want, test_ctx, text);
+}
+
 /* What the sampler would show: a canvas of the first i tokens and masks up to `end`, of
    which the blocks begin at `offset`. */
 static double score_next(const reference *r, const int *tokens, int i, int end,
@@ -5778,7 +5783,7 @@ static double score_next(const reference *r, const int *tokens, int i, int end,
 /* Left to right through windows: every token of the response by a forward of its own in
    double, on the window it belongs to. */
 static double score_windows(const reference *r, const int *tokens, int T, int P,
-                            const dlm_score_options *o, int *count)
+                            const scoring *o, int *count)
 {
     const dlm_config *c = &r->c;
     const int block = c->pattern == DLM_PATTERN_BLOCK ? c->block : 1;
@@ -5815,12 +5820,12 @@ TEST(score_left_to_right_is_the_sum_over_windows)
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     for (int k = 0; k < 5 * 4 * 2; k++) {
         int kind = k % 5, P = k / 20 * 3, tokens[T], length = k & 1 ? T : 9, count;
-        dlm_score_options o = {0};
-        dlm_score got = {0};
+        scoring_result got = {0};
         dlm_model *m = bound_model(ctx, kind / 2, 3, kind & 1);    /* FULL is 1,
                                                                       CAUSAL 2     */
         dlm_session *s = test_session(ctx, m, 1, 32, 0, 0);
         dlm_state *x = score_state(ctx, m, 32);
+        scoring o = score_with(s, x);
         reference r;
         ref_open(&r, m);
         o.window = windows[k / 5 % 4][0];
@@ -5831,7 +5836,7 @@ TEST(score_left_to_right_is_the_sum_over_windows)
         double want = score_windows(&r, tokens, length, P, &o, &count);
         LABEL("kind %d, P %d, T %d, window %d, stride %d", kind, P, length, o.window,
               o.stride);
-        CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 7, &got));
+        CHECK_OK(score_text(&o, tokens, length, P, 7, &got));
         CHECK_CLOSE(got.nats, want, 1e-4 * (1 + fabs(want)));
         CHECK(got.error == 0 && got.tokens == count);
         CHECK_CLOSE(got.bits_per_byte, -want / 7 / log(2.0), 1e-4 * (1 + fabs(want)));
@@ -5855,16 +5860,16 @@ TEST(score_left_to_right_sums_to_one_over_all_texts)
         dlm_model *m = test_model(ctx, &c);
         dlm_session *s = test_session(ctx, m, 1, 16, 0, 0);
         dlm_state *x = score_state(ctx, m, 16);
-        dlm_score_options o = {0};
+        scoring o = score_with(s, x);
         o.left_to_right = 1;
         o.exclude_mask = k < 4;
         for (int i = 0; i < R; i++) texts *= V - 1;
         for (int text = 0; text < texts; text++) {
             int tokens[P + R] = { 1 };
-            dlm_score got = {0};
+            scoring_result got = {0};
             for (int i = 0, rest = text; i < R; i++, rest /= V - 1)
                 tokens[P + i] = rest % (V - 1);
-            CHECK_OK(dlm_score_text(s, x, &o, tokens, P + R, P, 0, &got));
+            CHECK_OK(score_text(&o, tokens, P + R, P, 0, &got));
             sum += exp(got.nats);
         }
         LABEL("case %d", k);
@@ -5883,8 +5888,7 @@ TEST(score_left_to_right_is_what_the_sampler_drew_with)
     for (int k = 0; k < 4; k++) {
         int canvas[T], n_events;
         double nats = 0;
-        dlm_score got = {0};
-        dlm_score_options o = {0};
+        scoring_result got = {0};
         dlm_sample_options how = {0};
         dlm_sampler *sm = NULL;
         int lengths[1] = { T };
@@ -5895,6 +5899,7 @@ TEST(score_left_to_right_is_what_the_sampler_drew_with)
         dlm_session *s = test_session(ctx, m, 1, T, 0, k < 2);
         dlm_session *own = test_session(ctx, m, 1, 2 * T, 0, 0);
         dlm_state *x = score_state(ctx, m, 2 * T);
+        scoring o = score_with(own, x);
         o.left_to_right = o.exclude_mask = 1;
         how.order = DLM_ORDER_SEQUENTIAL;
         how.temperature = 1;
@@ -5906,7 +5911,7 @@ TEST(score_left_to_right_is_what_the_sampler_drew_with)
         for (int i = 0; i < n_events; i++) nats += log((double)e[i].confidence);
         LABEL("pattern %d, shifted %d", (int)c.pattern, k & 1);
         CHECK(n_events == T - P);
-        CHECK_OK(dlm_score_text(own, x, &o, canvas, T, P, 0, &got));
+        CHECK_OK(score_text(&o, canvas, T, P, 0, &got));
         CHECK_CLOSE(got.nats, nats, 1e-4);
         dlm_sampler_free(sm); dlm_state_free(x);
         dlm_session_free(own); dlm_session_free(s); dlm_model_free(m);
@@ -5922,18 +5927,18 @@ TEST(score_error_is_the_spread_of_repetitions)
     for (int k = 0; k < 6; k++) {
         int tokens[T], P = k & 1;
         double sum = 0, squares = 0, said = 0;
-        dlm_score_options o = {0};
-        dlm_score got = {0};
+        scoring_result got = {0};
         dlm_model *m = bound_model(ctx, k < 3, 4, 0);              /* FULL is 1    */
         dlm_session *s = test_session(ctx, m, 1, 32, 0, 0);
         dlm_state *x = score_state(ctx, m, 32);
+        scoring o = score_with(s, x);
         int length = k % 3 == 2 ? T : 12;                /* fits, or 3 windows     */
         bound_tokens(tokens, T);
         o.samples = k < 3 ? 48 : 16;
         o.window = 16;
         for (int i = 0; i < REPEAT; i++) {
             o.seed = test_bits();
-            CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 0, &got));
+            CHECK_OK(score_text(&o, tokens, length, P, 0, &got));
             sum += got.nats / (int)REPEAT;
             squares += got.nats * got.nats / (int)REPEAT;
             said += got.error * got.error / (int)REPEAT;
@@ -5942,7 +5947,7 @@ TEST(score_error_is_the_spread_of_repetitions)
               sqrt(said));
         CHECK_CLOSE(sqrt(said / (squares - sum * sum)), 1, 0.2);
         o.samples = 1;
-        CHECK_OK(dlm_score_text(s, x, &o, tokens, length, P, 0, &got));
+        CHECK_OK(score_text(&o, tokens, length, P, 0, &got));
         CHECK(got.error > 1e300 && got.nats == got.nats);
         dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
     }
@@ -5957,18 +5962,18 @@ TEST(score_windows_draw_masks_of_their_own)
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
     for (int pattern = 0; pattern < 2; pattern++) {
         int tokens[T], equal = 0;
-        dlm_score_options o = {0};
-        dlm_score one = {0}, both = {0};
+        scoring_result one = {0}, both = {0};
         dlm_model *m = bound_model(ctx, pattern, 8, 0);
         dlm_session *s = test_session(ctx, m, 1, T, 0, 0);
         dlm_state *x = score_state(ctx, m, T);
+        scoring o = score_with(s, x);
         o.samples = 1;
         o.window = o.stride = 8;
         bound_tokens(tokens, 8);
         memcpy(tokens + 8, tokens, 8 * sizeof *tokens);
         for (o.seed = 0; o.seed < 9; o.seed++) {
-            CHECK_OK(dlm_score_text(s, x, &o, tokens, 8, 0, 0, &one));
-            CHECK_OK(dlm_score_text(s, x, &o, tokens, T, 0, 0, &both));
+            CHECK_OK(score_text(&o, tokens, 8, 0, 0, &one));
+            CHECK_OK(score_text(&o, tokens, T, 0, 0, &both));
             CHECK(both.tokens == 2 * one.tokens);
             equal += both.nats == 2 * one.nats;
         }
@@ -5982,14 +5987,14 @@ TEST(score_windows_draw_masks_of_their_own)
 enum { CHOICES = 5 };
 
 /* Some masked places of a canvas of T tokens, at random but rising, with candidates. */
-static int choose_places(dlm_choice *choices, int *canvas, int T, const dlm_config *c,
+static int choose_places(scoring_choice *choices, int *canvas, int T, const dlm_config *c,
                          int (*lists)[4], double (*p)[4], double (*among)[4])
 {
     int n = 0, at = 0;
     for (int i = 0; i < T; i++) canvas[i] = test_below(c->vocab - 1);
     at = test_below(3) + (c->pattern == DLM_PATTERN_CAUSAL);
     for (; at < T && n < CHOICES; at += 1 + (at == 0) + test_below(6)) {
-        dlm_choice *q = &choices[n];
+        scoring_choice *q = &choices[n];
         memset(q, 0, sizeof *q);
         q->position = at;
         q->n = 1 + test_below(4);
@@ -6004,7 +6009,7 @@ static int choose_places(dlm_choice *choices, int *canvas, int T, const dlm_conf
 }
 
 /* One row in double against what the choice was told. */
-static void choose_compare(const dlm_choice *q, double *logits, int V, int excluded)
+static void choose_compare(const scoring_choice *q, double *logits, int V, int excluded)
 {
     double sum = 0, most = -1;
     if (excluded >= 0) logits[excluded] = -INFINITY;
@@ -6029,15 +6034,15 @@ TEST(choose_gives_the_probabilities_of_one_forward)
     for (int k = 0; k < 60; k++) {
         int canvas[T], lists[CHOICES][4], prompt = 0;
         double p[CHOICES][4], among[CHOICES][4];
-        dlm_choice choices[CHOICES];
-        dlm_score_options o = {0};
+        scoring_choice choices[CHOICES];
         dlm_config c = test_config(11, 8, 2, 2, T);
         c.pattern = (dlm_pattern)(k % 3); c.block = 4; c.shifted = k / 3 & 1;
-        o.exclude_mask = k / 6 & 1;
-        o.absolute_blocks = k / 12 & 1;
         dlm_model *m = test_model(ctx, &c);
         dlm_session *s = test_session(ctx, m, 1, T, 0, 0);
         dlm_state *x = score_state(ctx, m, T);
+        scoring o = score_with(s, x);
+        o.exclude_mask = k / 6 & 1;
+        o.absolute_blocks = k / 12 & 1;
         reference r;
         ref_open(&r, m);
         int n = choose_places(choices, canvas, T, &m->config, lists, p, among);
@@ -6049,7 +6054,7 @@ TEST(choose_gives_the_probabilities_of_one_forward)
         const dlm_batch *b = batch_close(&t, 2);
         double *logits = ref_logits(&r, b);
         LABEL("pattern %d, shifted %d", (int)c.pattern, c.shifted);
-        CHECK_OK(dlm_choose(s, x, &o, canvas, T, choices, n));
+        CHECK_OK(score_choices(&o, canvas, T, choices, n));
         for (int i = 0; i < n; i++)
             choose_compare(&choices[i], logits + 11 * (choices[i].position > 0
                            ? choices[i].position - r.c.shifted : 0), 11,
@@ -6070,7 +6075,7 @@ TEST(choose_takes_the_rows_that_the_sampler_takes)
     for (int k = 0; k < 3; k++) {
         int canvas[T], all[V], place = k == 0 ? 0 : k == 1 ? T - 1 : 5;
         double p[V], among[V];
-        dlm_choice q = { place, V - (k == 0), -1, all, p, among };
+        scoring_choice q = { place, V - (k == 0), -1, all, p, among };
         dlm_config c = test_config(V, 8, 1, 2, T);
         c.pattern = k ? DLM_PATTERN_CAUSAL : DLM_PATTERN_FULL;
         c.shifted = 1;
@@ -6078,11 +6083,12 @@ TEST(choose_takes_the_rows_that_the_sampler_takes)
         dlm_model *m = test_model(ctx, &c);
         dlm_session *s = test_session(ctx, m, 1, T - (k > 0), 0, 0);
         dlm_state *x = score_state(ctx, m, T);
+        scoring o = score_with(s, x);
         for (int i = 0; i < V; i++) all[i] = i;
         for (int i = 0; i < T; i++) canvas[i] = i;
         if (k < 2) canvas[place] = m->config.mask_id;
         LABEL("case %d", k);
-        CHECK_OK(dlm_choose(s, x, NULL, canvas, T, &q, 1));
+        CHECK_OK(score_choices(&o, canvas, T, &q, 1));
         canvas[place] = m->config.mask_id;
         CHECK_OK(dlm_sample(ctx, m, canvas, k ? place + 1 : T, NULL));
         CHECK(q.best == canvas[place]);
@@ -6091,56 +6097,81 @@ TEST(choose_takes_the_rows_that_the_sampler_takes)
     test_close(ctx);
 }
 
-static void choose_try(dlm_session *s, dlm_state *x, const int *canvas, int T,
-                       dlm_choice *q, int n, const char *text)
-{
-    LABEL("%s", text);
-    CHECK_ERROR(dlm_choose(s, x, NULL, canvas, T, q, n), DLM_E_INPUT, test_ctx, text);
-}
-
 TEST(scoring_names_what_it_cannot_take)
 {
     enum { T = 8 };
     static const int yes_no[2] = { 3, 4 }, strange[2] = { 3, 11 };
+    static const struct { int at, n, T, choices; const char *text; } wrong[] = {
+        { 4, 2, T + 1, 1, "choices: 1 on a canvas of 9, there is room for 8" },
+        { 4, 2, T, 0, "choices: 0 on" },
+        { 4, 2, 1, 2, "choices: 2 on a canvas of 1" },
+        { 2, 2, T, 2, "out_rows[1] = 2" },
+        { 3, 2, T, 2, "choice 1: 2 candidates at 3, wants" },
+        { T, 2, T, 2, "choice 1: 2 candidates at 8, wants" },
+        { -1, 2, T, 2, "choice 1: 2 candidates at -1, wants" },
+        { 4, 0, T, 2, "choice 1: 0 candidates at 4, wants" },
+        { 4, -2, T, 2, "choice 1: candidates[1]: 11 is not in 0..10" } };
     dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
-    int canvas[T + 1] = { 1, 2, 10, 3, 10, 4, 10, 5, 1 }, text[T] = { 1, 2, 3, 10 };
+    int canvas[T + 1] = { 1, 2, 10, 3, 10, 4, 10, 5, 1 }, text[T] = { 1, 2, 3, 10, 11 };
     double p[2], among[2];
     dlm_config c = test_config(11, 8, 1, 2, T);
-    dlm_choice q[2] = { { 2, 2, 0, yes_no, p, among }, { 4, 2, 0, yes_no, p, among } };
-    dlm_score score;
-    dlm_score_options o = {0};
+    scoring_choice q[2] = { { 2, 2, 0, yes_no, p, among },
+                            { 4, 2, 0, yes_no, p, among } };
+    scoring_result score;
     c.pattern = DLM_PATTERN_FULL;
     dlm_model *m = test_model(ctx, &c);
     dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
     dlm_state *x = score_state(ctx, m, T);
-    CHECK_OK(dlm_choose(s, x, NULL, canvas, T, q, 2));
-    choose_try(s, x, canvas, T + 1, q, 1, "choices: 1 on a canvas of 9, there is room");
-    choose_try(s, x, canvas, T, q, 0, "choices: 0 on");
-    choose_try(s, x, canvas, 1, q, 2, "choices: 2 on a canvas of 1");
-    q[1].position = 2;
-    choose_try(s, x, canvas, T, q, 2, "out_rows[1] = 2");
-    q[1].position = 3;
-    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at 3, wants");
-    q[1].position = T;
-    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at 8, wants");
-    q[1].position = -1;
-    choose_try(s, x, canvas, T, q, 2, "choice 1: 2 candidates at -1, wants");
-    q[1].position = 4;
-    q[1].n = 0;
-    choose_try(s, x, canvas, T, q, 2, "choice 1: 0 candidates at 4, wants");
-    q[1].n = 2;
-    q[1].candidates = strange;
-    choose_try(s, x, canvas, T, q, 2, "candidates[1]: 11 is not in 0..10");
-    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 4, 0, 0, &score), DLM_E_INPUT, ctx,
-                "text 0: token 10 at 3 is the mask");
-    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 3, 4, 0, &score), DLM_E_INPUT, ctx,
-                "prompt 4");
-    CHECK_ERROR(dlm_score_text(s, x, NULL, text, 3, -1, 0, &score), DLM_E_INPUT, ctx,
-                "prompt -1");
-    o.stride = -1;
-    CHECK_ERROR(dlm_score_text(s, x, &o, text, 3, 0, 0, &score), DLM_E_CONFIG, ctx,
-                "stride: -1");
+    scoring o = score_with(s, x);
+    CHECK_OK(score_choices(&o, canvas, T, q, 2));
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        q[1].position = wrong[i].at;
+        q[1].n = abs(wrong[i].n);
+        q[1].candidates = wrong[i].n < 0 ? strange : yes_no;
+        score_refused(score_choices(&o, canvas, wrong[i].T, q, wrong[i].choices), &o,
+                      DLM_E_INPUT, wrong[i].text);
+    }
+    score_refused(score_text(&o, text, 4, 0, 0, &score), &o, DLM_E_INPUT,
+                  "text: token 10 at 3 is the mask");
+    score_refused(score_text(&o, text + 4, 1, 0, 0, &score), &o, DLM_E_INPUT,
+                  "text: token 11 at 0 is not in 0..10");
+    score_refused(score_text(&o, text, 3, 4, 0, &score), &o, DLM_E_INPUT, "prompt 4");
+    score_refused(score_text(&o, text, 3, -1, 0, &score), &o, DLM_E_INPUT, "prompt -1");
+    CHECK_OK(score_text(&o, text, 3, 0, 0, &score));
+    CHECK(*o.why == 0);
     dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    test_close(ctx);
+}
+
+/* Of a causal model, which takes one forward a window, whatever is asked for. */
+TEST(scoring_options_are_taken_in_their_range_and_refused_outside)
+{
+    static const char *const names[] = { "exclude_mask", "absolute_blocks",
+                                         "left_to_right", "samples", "window", "stride" };
+    static const int most[] = { 1, 1, 1, INT_MAX / 2, 1 << 20, 1 << 20 };
+    static const int text[5] = { 1, 2, 3, 4, 5 };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int which = 0; which < 6; which++) {
+        dlm_config c = test_config(11, 8, 1, 2, 16);
+        c.pattern = DLM_PATTERN_CAUSAL;
+        dlm_model *m = test_model(ctx, &c);
+        dlm_session *s = test_session(ctx, m, 1, 0, 0, 0);
+        dlm_state *x = score_state(ctx, m, 16);
+        const int values[] = { INT_MIN, INT_MIN + 1, -1, 0, 1, most[which],
+                               most[which] + 1, INT_MAX - 1, INT_MAX };
+        for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
+            scoring o = score_with(s, x);
+            int *const fields[] = { &o.exclude_mask, &o.absolute_blocks, &o.left_to_right,
+                                    &o.samples, &o.window, &o.stride };
+            scoring_result score;
+            *fields[which] = values[i];
+            dlm_error e = score_text(&o, text, 5, 1, 0, &score);
+            LABEL("%s = %d", names[which], values[i]);
+            if (values[i] >= 0 && values[i] <= most[which]) CHECK_OK(e);
+            else score_refused(e, &o, DLM_E_CONFIG, names[which]);
+        }
+        dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
+    }
     test_close(ctx);
 }
 
@@ -9926,23 +9957,23 @@ TEST(scoring_allocates_nothing)
         dlm_model *m = test_model(ctx, &c);
         dlm_session *s = NULL;
         dlm_memory mem = { NULL, 0 };
-        dlm_score score;
-        dlm_score_options o = {0};
+        scoring_result score;
         int tokens[90], list[2] = { 1, 2 };
         double p[2], among[2];
-        dlm_choice q = { 9, 2, 0, list, p, among };
+        scoring_choice q = { 9, 2, 0, list, p, among };
         CHECK_OK(dlm_session_create(&s, ctx, m, &lim, NULL));
         CHECK_OK(dlm_state_create(NULL, ctx, &m->config, DLM_OBJECTIVE_AUTO, 64, 1,
                                   &mem));
         dlm_state *x = score_state(ctx, m, 64);
+        scoring o = score_with(s, x);
         int calls = heap.calls;
         CHECK(heap.last == mem.size);
         for (int i = 0; i < 90; i++) tokens[i] = i % 7;
-        CHECK_OK(dlm_score_text(s, x, NULL, tokens, 90, 1, 90, &score));
+        CHECK_OK(score_text(&o, tokens, 90, 1, 90, &score));
         o.left_to_right = 1;
-        CHECK_OK(dlm_score_text(s, x, &o, tokens, 90, 1, 90, &score));
+        CHECK_OK(score_text(&o, tokens, 90, 1, 90, &score));
         tokens[9] = m->config.mask_id;
-        CHECK_OK(dlm_choose(s, x, &o, tokens, 32, &q, 1));
+        CHECK_OK(score_choices(&o, tokens, 32, &q, 1));
         CHECK(heap.calls == calls);
         dlm_state_free(x); dlm_session_free(s); dlm_model_free(m);
         test_close(ctx);
@@ -14737,6 +14768,7 @@ static const test_case test_cases[] = {
     RUN(choose_gives_the_probabilities_of_one_forward),
     RUN(choose_takes_the_rows_that_the_sampler_takes),
     RUN(scoring_names_what_it_cannot_take),
+    RUN(scoring_options_are_taken_in_their_range_and_refused_outside),
     RUN(gradients_match_finite_differences_of_the_reference),
     RUN(gradients_of_long_sequences_match_finite_differences),
     RUN(gradients_in_bf16_are_those_of_f32_but_for_rounding),

@@ -12,7 +12,7 @@
 #define _POSIX_C_SOURCE 200112L              /* clock_gettime under -std=c99         */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
-#include <math.h>
+#include "scoring.h"
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -20,14 +20,14 @@
 enum { TOKENS = 4096, PLACES = 32, LIST = 16 };
 typedef struct judge {
     dlm_ctx *ctx; dlm_model *model; dlm_tokenizer *tok;
-    dlm_session *session; dlm_state *state;
+    scoring how;                             /* with a session and a state           */
     char why[256];                           /* where the library has no words       */
 } judge;
 
 static int canvas[TOKENS], n_tokens, texts[LIST][TOKENS], lists[PLACES][LIST];
 static double p[PLACES][LIST], among[PLACES][LIST];
 static const char *words[PLACES][LIST];      /* candidates as they stand in the form */
-static dlm_choice choices[PLACES];
+static scoring_choice choices[PLACES];
 
 static double seconds(void)
 {
@@ -64,7 +64,7 @@ static void begin(const judge *j, int *tokens, int *n)
 /* "yes|no}": the candidates of a new place, and its mask on the canvas. */
 static dlm_error read_place(judge *j, const char *at, const char *end, int place)
 {
-    dlm_choice *c = &choices[place];
+    scoring_choice *c = &choices[place];
     c->position = n_tokens;
     c->candidates = lists[place], c->p = p[place], c->among = among[place];
     if (n_tokens == TOKENS) return refuse(j, "too long, from here on", at, 20);
@@ -104,24 +104,22 @@ static dlm_error make_room(judge *j, int T)
     const dlm_config *c = &j->model->config;
     dlm_limits limits = {0};
     limits.slots = c->pattern == DLM_PATTERN_BLOCK ? 2 * T + c->block : T;
-    const dlm_error e = dlm_session_create(&j->session, j->ctx, j->model, &limits, NULL);
-    return e ? e : dlm_state_create(&j->state, j->ctx, c, DLM_OBJECTIVE_AUTO,
+    const dlm_error e = dlm_session_create(&j->how.session, j->ctx, j->model,
+                                           &limits, NULL);
+    return e ? e : dlm_state_create(&j->how.state, j->ctx, c, DLM_OBJECTIVE_AUTO,
                                     limits.slots, 1, NULL);
 }
 
 static dlm_error choose(judge *j, const char *form)
 {
     int n = 0;
-    dlm_score_options how = {0};
     dlm_error e = read_form(j, form, &n);
     const int causal = j->model->config.pattern == DLM_PATTERN_CAUSAL;
     const int at_once = causal ? 1 : n;
-    how.exclude_mask = 1;                    /* it is no answer                      */
     if (!e) e = make_room(j, n_tokens);
     const double start = seconds();
     for (int i = 0; i < n && !e; i += at_once) {
-        e = dlm_choose(j->session, j->state, &how, canvas, n_tokens,
-                       choices + i, at_once);
+        e = score_choices(&j->how, canvas, n_tokens, choices + i, at_once);
         if (causal) canvas[choices[i].position] = lists[i][choices[i].best];
     }
     const double spent = 1e3 * (seconds() - start);
@@ -140,10 +138,9 @@ static dlm_error choose(judge *j, const char *form)
 static dlm_error judge_answers(judge *j, const char *beginning, char **answers, int n)
 {
     int given = 0, length[LIST], longest = 0, best = 0;
-    dlm_score score[LIST];
-    dlm_score_options how = {0};
+    scoring_result score[LIST];
     dlm_error e = n > LIST ? refuse(j, "too many answers", "", 0) : DLM_OK;
-    how.left_to_right = how.exclude_mask = 1;
+    j->how.left_to_right = 1;
     for (int i = 0; i < n && !e; i++) {
         begin(j, texts[i], &length[i]);
         if (*beginning) e = append(j, texts[i], &length[i], beginning, strlen(beginning));
@@ -154,8 +151,8 @@ static dlm_error judge_answers(judge *j, const char *beginning, char **answers, 
     if (!e) e = make_room(j, longest);
     const double start = seconds();
     for (int i = 0; i < n && !e; i++) {
-        e = dlm_score_text(j->session, j->state, &how, texts[i], length[i], given,
-                           strlen(answers[i]), &score[i]);
+        e = score_text(&j->how, texts[i], length[i], given, strlen(answers[i]),
+                       &score[i]);
         if (!e && score[i].nats > score[best].nats) best = i;
     }
     const double spent = 1e3 * (seconds() - start);
@@ -179,6 +176,7 @@ int main(int argc, char **argv)
              "       choose -l MODEL TOKENIZER \"beginning\" \"answer\" ..");
         return argc > 1 && !strcmp(argv[1], "--help") ? 0 : 2;
     }
+    j.how.exclude_mask = 1;                  /* it is no answer                      */
     options.message = j.why, options.message_size = sizeof j.why;
     dlm_error e = dlm_init(&j.ctx, &options);
     if (!e) e = dlm_load(&loaded, &j.tok, j.ctx, arg[1]);
@@ -191,8 +189,8 @@ int main(int argc, char **argv)
     if (!e) e = longer ? judge_answers(&j, arg[3], arg + 4, argc - 5)
                        : choose(&j, arg[3]);
     if (e) fprintf(stderr, "%s: %s\n", dlm_error_string(e),
-                   *j.why ? j.why : dlm_last_error(j.ctx));
-    dlm_state_free(j.state); dlm_session_free(j.session);
+                   *j.why ? j.why : *j.how.why ? j.how.why : dlm_last_error(j.ctx));
+    dlm_state_free(j.how.state); dlm_session_free(j.how.session);
     dlm_model_free(j.model); dlm_model_free(loaded);
     dlm_tokenizer_free(j.tok); dlm_shutdown(j.ctx);
     return e != DLM_OK;
