@@ -15,7 +15,8 @@ EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
 SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = $(wildcard examples/*.h bench/*.h bench/*.sh) bench/lines.awk Makefile README.md
+HELPERS  = $(wildcard examples/*.h bench/*.h bench/*.sh) bench/lines.awk Makefile \
+           README.md
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)

@@ -5518,24 +5518,7 @@ static dlm_error dlm__take_batch(dlm__work *w, const dlm_batch *b)
      8  y  = x2 + a Wdown + bdown   y is the next layer's x
    Before the first stands x = embedding, behind the last logits = norm(y) W_head, plus a
    bias if there is one.  In the last layer only the rows that are looked at have queries,
-   and all that follows them. */
-
-/* out (n, C) = rows[i] of x. */
-static void dlm__gather(float *out, const float *x, const int *rows, int n, int C)
-{
-    for (int i = 0; i < n; i++)
-        memcpy(out + (size_t)i * (size_t)C, x + (size_t)rows[i] * (size_t)C,
-               (size_t)C * sizeof *x);
-}
-
-/* Row rows[i] of x (N, C) = row i of y (n, C), all others = 0. */
-static void dlm__scatter(float *x, const float *y, const int *rows, int N, int n, int C)
-{
-    memset(x, 0, (size_t)N * (size_t)C * sizeof *x);
-    for (int i = 0; i < n; i++)
-        memcpy(x + (size_t)rows[i] * (size_t)C, y + (size_t)i * (size_t)C,
-               (size_t)C * sizeof *x);
-}
+   and all that follows them: their numbers pick rows of h as tokens pick embeddings. */
 
 typedef struct dlm__store {
     const dlm__work *w;
@@ -5648,9 +5631,10 @@ static void dlm__layer_forward(dlm__work *w, const dlm__layer_weights *lw,
     dlm__heads q = dlm__queries(w, p, t, t->q, rows);
     dlm__heads k = dlm__keys_of_layer(w, p, t, t->kv);
     dlm__attention attention = dlm__attention_of(w, t, cache, rows);
+    const dlm_matrix h = dlm__plain(t->h1, N, C, DLM_F32);
 
     dlm__norm_forward(&norm1, N);                                   /* 1 */
-    if (last) dlm__gather(hq, t->h1, w->out_rows, Q, C);
+    if (last) dlm__embedding_forward(w->ctx, hq, &h, w->out_rows, Q);
     dlm_matmul(w->ctx, t->q, hq, &lw->q, Q);                        /* 2 */
     dlm__heads_forward(&q, Q);
     dlm_matmul(w->ctx, t->kv, t->h1, &lw->kv, N);                   /* 3 */
@@ -5708,16 +5692,15 @@ static void dlm__layer_backward(dlm__work *w, const dlm__layer_weights *lw,
     dlm__linear_backward(w->ctx, w->dh, 0, g->wgate, w->dgu, t->h2, &lw->gu, Q);
     dlm__norm_backward(&norm2, g->norm2, Q);       /* 6: dy, now that of x2, grows    */
     dlm__linear_backward(w->ctx, w->d_o, 0, g->wo, dy, t->o, &lw->o, Q);          /* 5 */
-    if (last) dlm__scatter(w->dx, dy, w->out_rows, N, Q, C);
+    if (last) memset(w->dx, 0, (size_t)N * (size_t)C * sizeof *dy);
+    if (last) dlm__embedding_backward(w->ctx, w->dx, dy, w->out_rows, Q, C);
     dlm__attention_back(w, t, rows);                                              /* 4 */
     dlm__heads_backward(&k, g->knorm, g->bk, N);                                  /* 3 */
     dlm__bias_backward(w->ctx, g->bv, w->dkv + KVD, 2 * (size_t)KVD, N, KVD);
     dlm__linear_backward(w->ctx, w->dh, 0, g->wk, w->dkv, t->h1, &lw->kv, N);
     dlm__heads_backward(&q, g->qnorm, g->bq, Q);                                  /* 2 */
     dlm__linear_backward(w->ctx, dhq, !last, g->wq, w->dq, hq, &lw->q, Q);
-    for (int i = 0; last && i < Q; i++)             /* hq gathered rows of h          */
-        w->ctx->k->add(w->dh + (size_t)w->out_rows[i] * (size_t)C,
-                       dhq + (size_t)i * (size_t)C, C);
+    if (last) dlm__embedding_backward(w->ctx, w->dh, dhq, w->out_rows, Q, C);
     dlm__norm_backward(&norm1, g->norm1, N);       /* 1: dx, of which 5 took x, grows */
 }
 

@@ -76,7 +76,8 @@ static dlm_error sample(dlm_ctx *ctx, const dlm_model *m, int tokens, int prompt
     double start, flops;
     dlm_error e;
     if (canvas == NULL) return DLM_E_NOMEM;
-    for (int i = 0; i < T; i++) canvas[i] = i < prompt ? i % (m->config.vocab / 2) : m->config.mask_id;
+    for (int i = 0; i < T; i++)
+        canvas[i] = i < prompt ? i % (m->config.vocab / 2) : m->config.mask_id;
     limits.slots = T;
     limits.cached = m->config.pattern != DLM_PATTERN_FULL;
     e = dlm_session_create(&session, ctx, m, &limits, NULL);

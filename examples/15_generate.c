@@ -148,8 +148,8 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, dlm_tokenizer *t
         show(&out, NULL, 0);
         seconds = (double)(to.tv_sec - from.tv_sec)
             + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
-        printf("\n\n%d tokens in %.2f s: %.1f tokens/s, %.2f per forward\n", made, seconds,
-               made / seconds, (double)made / forwards);
+        printf("\n\n%d tokens in %.2f s: %.1f tokens/s, %.2f per forward\n", made,
+               seconds, made / seconds, (double)made / forwards);
     }
     dlm_sampler_free(sampler);
     dlm_session_free(session);

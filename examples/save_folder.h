@@ -3,8 +3,8 @@
 
    The weights are dlm_save's file, whose names are those of Hugging Face already; here is
    what else a folder has.  Its family follows from the config: llama, qwen2, qwen3, sdar,
-   a2d-llama, a2d-qwen2, a2d-qwen3, Dream or Fast_dLLM_Qwen, whose own code Python needs to
-   run them; what none of these has (biases and QK-norms, a folded model) is "dlm", for
+   a2d-llama, a2d-qwen2, a2d-qwen3, Dream or Fast_dLLM_Qwen, whose own code Python needs
+   to run them; what none of these has (biases and QK-norms, a folded model) is "dlm", for
    dlm_open alone. */
 #ifndef SAVE_FOLDER_H
 #define SAVE_FOLDER_H
