@@ -4797,27 +4797,19 @@ static const dlm__param *dlm__param_at(const dlm_config *c, int i, int *layer, s
     }
 }
 
-/* What parameter p of a layer, or of none (-1), is called and how large it is. */
-static dlm_tensor dlm__tensor_of(const dlm_config *c, const dlm__param *p, int layer)
-{
-    dlm_tensor t;
-    if (layer < 0) snprintf(t.name, sizeof t.name, "%s", p->name);
-    else snprintf(t.name, sizeof t.name, "model.layers.%d.%s", layer, p->name);
-    t.data = NULL;
-    t.rows = dlm__dim_of(c, p->rows);
-    t.cols = dlm__dim_of(c, p->cols);
-    t.layer = layer;
-    t.decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
-    return t;
-}
-
 DLM_API void dlm_model_tensor(const dlm_model *m, int i, dlm_tensor *out)
 {
+    const dlm_config *c = &m->config;
     int layer;
     size_t at;
-    const dlm__param *p = dlm__param_at(&m->config, i, &layer, &at);
-    *out = dlm__tensor_of(&m->config, p, layer);
+    const dlm__param *p = dlm__param_at(c, i, &layer, &at);
+    if (layer < 0) snprintf(out->name, sizeof out->name, "%s", p->name);
+    else snprintf(out->name, sizeof out->name, "model.layers.%d.%s", layer, p->name);
     out->data = m->weights + at;
+    out->rows = dlm__dim_of(c, p->rows);
+    out->cols = dlm__dim_of(c, p->cols);
+    out->layer = layer;
+    out->decayed = p->init == DLM__NORMAL || p->init == DLM__RESIDUAL;
 }
 
 /* normal(0.02), what writes to the residual stream smaller by 1/sqrt(2L) (GPT-2), norms
