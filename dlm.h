@@ -8126,7 +8126,7 @@ static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e
 }
 
 /* `rows` counts the texts (ALL: their rounds) that the loss is a mean over, before the
-   first pass, because every pass needs it. */
+   first pass, because every pass needs it.  What a round masks the one before did, too. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
                                      dlm_report *report)
 {
@@ -8142,13 +8142,12 @@ DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *exampl
         r->tokens += examples[i].length - examples[i].prompt;
     }
     for (int i = 0; i < n && e == DLM_OK; i += s->n_examples) {
-        int most = 1;
         dlm__state_take(s, examples + i, n - i, 1, d->opt.max_targets);
-        for (int k = 0; k < s->n_examples; k++)
-            most = dlm__max(most, dlm__most_rounds(d, &examples[i + k]));
-        for (int round = 0; round < most && e == DLM_OK; round++) {
+        for (int round = 0; e == DLM_OK; round++) {
             dlm__distill_masks(d, i, round);
-            if (dlm__distill_weights(d, 1.0 / rows) > 0) e = dlm__distill_state(d, r);
+            if (dlm__distill_weights(d, 1.0 / rows) == 0) break;
+            e = dlm__distill_state(d, r);
+            if (d->opt.states != DLM_STATES_ALL) break;
         }
     }
     return e == DLM_OK ? dlm_trainer_update(d->t, r) : e;
