@@ -8126,7 +8126,7 @@ static dlm_error dlm__check_rollout(const dlm_distiller *d, const dlm_example *e
 }
 
 /* `rows` counts the texts (ALL: their rounds) that the loss is a mean over, before the
-   first pass, because every pass needs it.  What a round masks the one before did, too. */
+   first pass, as every pass needs it.  What a round masks the one before did, too. */
 DLM_API dlm_error dlm_distiller_step(dlm_distiller *d, const dlm_example *examples, int n,
                                      dlm_report *report)
 {
@@ -8638,6 +8638,21 @@ static dlm_error dlm__end_file(dlm_ctx *ctx, const char *path, dlm__file *f, dlm
     if (f->data == NULL) return e;
     dlm__close_file(ctx, f);
     return e == DLM_OK ? e : dlm__name_file(ctx, path, e);
+}
+
+static void dlm__folder_path(char out[DLM__PATH], const char *folder, const char *name)
+{
+    snprintf(out, DLM__PATH, "%s%s%s", folder, *name ? "/" : "", name);
+}
+
+static int dlm__is_there(const char *folder, const char *name)
+{
+    char path[DLM__PATH];
+    FILE *in;
+    dlm__folder_path(path, folder, name);
+    in = dlm__open_old(path);
+    if (in) fclose(in);
+    return in != NULL;
 }
 
 /* write puts the content into a stream, and says 1 when all of it is there. */
@@ -9819,7 +9834,7 @@ static dlm_error dlm__tok_from(dlm_tokenizer **out, dlm_ctx *ctx, const dlm__jso
 DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
                                      const char *folder)
 {
-    char path[DLM__PATH], why[sizeof ctx->error];
+    char path[DLM__PATH];
     dlm__file files[DLM__T_FILES];
     dlm__json text[DLM__T_FILES];
     dlm_error e = DLM_OK;
@@ -9827,19 +9842,15 @@ DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
     memset(text, 0, sizeof text);
     memset(files, 0, sizeof files);
     for (int k = 0; e == DLM_OK && k < DLM__T_FILES; k++) {
-        FILE *there;
-        snprintf(path, sizeof path, "%s/%s", folder, dlm__tok_files[k]);
-        there = dlm__open_old(path);
-        if (there == NULL) continue;
-        fclose(there);
+        if (!dlm__is_there(folder, dlm__tok_files[k])) continue;
+        dlm__folder_path(path, folder, dlm__tok_files[k]);
         e = dlm__open_file(ctx, path, &files[k]);
         text[k].p = (const char *)files[k].data;
         text[k].end = text[k].p + files[k].size;
     }
     if (e == DLM_OK) {
         e = dlm__tok_from(out, ctx, text);
-        memcpy(why, ctx->error, sizeof why);
-        if (e != DLM_OK) (void)dlm__fail(ctx, e, "%.120s: %.130s", folder, why);
+        if (e != DLM_OK) e = dlm__name_file(ctx, folder, e);
     }
     for (int k = 0; k < DLM__T_FILES; k++) dlm__close_file(ctx, &files[k]);
     return e;
@@ -10192,9 +10203,7 @@ static const dlm__family dlm__families[] = {                /* ours is the first
     { "bd3lm",          DLM__DIT,   DLM_PATTERN_BLOCK,  0, 1, 0 },
     { "radd",           DLM__DIT,   DLM_PATTERN_FULL,   0, 1, 0 },
 };
-enum { DLM__N_FAMILIES = sizeof dlm__families / sizeof *dlm__families };
-
-enum { DLM__SHARDS = 64 };
+enum { DLM__N_FAMILIES = sizeof dlm__families / sizeof *dlm__families, DLM__SHARDS = 64 };
 
 /* Files with weights, and the config that they are read for. */
 typedef struct dlm__source {
@@ -10202,8 +10211,7 @@ typedef struct dlm__source {
     const dlm__family *family;
     dlm_config         c;
     dlm_safetensors   *files[DLM__SHARDS];
-    int                n_files;
-    int                mapped;      /* 1: what was read may leave memory           */
+    int                n_files, mapped;     /* 1: what was read may leave memory   */
 } dlm__source;
 
 /* Where another layout has our parameter; NULL: nowhere, it is zero.  q, k and v lie in
@@ -11023,8 +11031,7 @@ static const struct { const char *names, *allowed; } dlm__only[] = {
     { "rope_scaling.factor partial_rotary_factor rope_parameters.partial_rotary_factor",
       "1 1.0" },
     { "use_sliding_window use_mrope mlp_bias include_bias alibi attention_layer_norm "
-      "scale_logits input_emb_norm model.scale_by_sigma time_conditioning",
-      "false" },
+      "scale_logits input_emb_norm model.scale_by_sigma time_conditioning", "false" },
     { "rope adaln", "true" },
     { "layer_norm_type block_type graph.type", "rms llama absorb" },
     { "num_experts num_local_experts n_routed_experts", "0 1" },
@@ -11113,21 +11120,6 @@ static dlm_error dlm__read_config(dlm__folder *f, dlm__json *j)
     if (!dlm__json_get(j, "hidden_act", f->act, sizeof f->act))
         (void)dlm__json_get(j, "activation_type", f->act, sizeof f->act);
     return e;
-}
-
-static void dlm__folder_path(char out[DLM__PATH], const char *folder, const char *name)
-{
-    snprintf(out, DLM__PATH, "%s%s%s", folder, *name ? "/" : "", name);
-}
-
-static int dlm__is_there(const char *folder, const char *name)
-{
-    char path[DLM__PATH];
-    FILE *in;
-    dlm__folder_path(path, folder, name);
-    in = dlm__open_old(path);
-    if (in) fclose(in);
-    return in != NULL;
 }
 
 /* Gives a file of the folder, if it is there, to read; checks that it is JSON. */
@@ -11267,16 +11259,6 @@ static dlm_error dlm__config_mask(dlm__folder *f, const dlm_tokenizer *tok,
                      "tokenizer has one; give it in dlm_open_options");
 }
 
-static dlm_error dlm__find_family(dlm__folder *f, const char *name)
-{
-    for (int i = 0; i < DLM__N_FAMILIES; i++) {
-        f->s.family = &dlm__families[i];
-        if (strcmp(dlm__families[i].name, name) == 0) return DLM_OK;
-    }
-    return dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "model_type \"%.60s\" is not built "
-                     "here", name);
-}
-
 /* All that a folder says, and what follows from it. */
 static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
                                   const dlm_open_options *how)
@@ -11289,7 +11271,12 @@ static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
         e = dlm__with_json(f, "generation_config.json", dlm__read_config);
     if (e == DLM_OK && how->family == NULL && f->type[0] == '\0')
         e = dlm__fail(f->s.ctx, DLM_E_IO, "no config.json with a model_type");
-    if (e == DLM_OK) e = dlm__find_family(f, how->family ? how->family : f->type);
+    for (int i = 0; i < DLM__N_FAMILIES; i++)
+        if (strcmp(dlm__families[i].name, how->family ? how->family : f->type) == 0)
+            f->s.family = &dlm__families[i];
+    if (e == DLM_OK && f->s.family == NULL)
+        e = dlm__fail(f->s.ctx, DLM_E_UNSUPPORTED, "model_type \"%.60s\" is not built "
+                      "here", how->family ? how->family : f->type);
     if (e == DLM_OK && !lone) e = dlm__with_json(f, index, dlm__read_index);
     if (e == DLM_OK && f->s.n_files == 0)
         e = dlm__open_shard(f, lone ? "" : "model.safetensors");
