@@ -1498,7 +1498,7 @@ static int *dlm__push_ints(dlm__arena *a, size_t count)
     return (int *)dlm__push(a, count, sizeof(int));
 }
 
-/* Places all that an object points to; runs twice on the same one. */
+/* Places all that an object points to; runs twice on the same one.  NULL: nothing. */
 typedef void (*dlm__carve_fn)(dlm__arena *a, void *object);
 
 typedef struct dlm__origin {        /* the slice before an object: where it is from */
@@ -1518,7 +1518,7 @@ static void *dlm__carve_whole(dlm__arena *a, dlm__carve_fn carve, void *object,
     void *at;
     dlm__push(a, 1, sizeof(dlm__origin));
     at = dlm__push(a, 1, size);
-    carve(a, object);
+    if (carve) carve(a, object);
     if (DLM_GUARD > 0) dlm__push(a, 0, 1);      /* a guard behind the last         */
     return at;
 }
@@ -4838,13 +4838,7 @@ static void dlm__plain_carve(dlm__arena *a, void *object)
     m->weights = dlm__push_floats(a, m->n_params, 1);
 }
 
-static void dlm__wrapped_carve(dlm__arena *a, void *object)
-{
-    (void)a;
-    (void)object;                           /* its weights are the caller's        */
-}
-
-/* carve: which form of a model this is. */
+/* carve: which form of a model this is; NULL: its weights are the caller's. */
 static dlm_error dlm__model_new(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
                                 dlm_dtype type, dlm__carve_fn carve, dlm_memory *mem)
 {
@@ -4874,7 +4868,7 @@ DLM_API dlm_error dlm_model_create(dlm_model **out, dlm_ctx *ctx, const dlm_conf
 DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config *cfg,
                                  const float *weights, size_t n_params)
 {
-    dlm_error e = dlm__model_new(out, ctx, cfg, DLM_F32, dlm__wrapped_carve, NULL);
+    dlm_error e = dlm__model_new(out, ctx, cfg, DLM_F32, NULL, NULL);
     if (e != DLM_OK || out == NULL) return e;
     if ((*out)->n_params != n_params) {
         e = dlm__fail(ctx, DLM_E_MISMATCH, "weights: %.0f floats, the config needs %.0f",
@@ -5132,8 +5126,8 @@ DLM_API dlm_error dlm_model_clone(dlm_model **out, dlm_ctx *ctx, const dlm_model
 {
     dlm_error e = dlm__want_plain(ctx, "clone", plain);
     if (out) *out = NULL;
-    if (e != DLM_OK) return e;
-    e = dlm__model_new(out, ctx, &plain->config, DLM_F32, dlm__plain_carve, mem);
+    if (e == DLM_OK)
+        e = dlm__model_new(out, ctx, &plain->config, DLM_F32, dlm__plain_carve, mem);
     if (out && *out) dlm__fill_from_model(*out, plain);
     return e;
 }
