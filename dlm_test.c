@@ -14633,6 +14633,192 @@ TEST(json_survives_malformed_files)
     dlm_shutdown(ctx);
 }
 
+/* --[ trained vocabularies ]-------------------------------------------------- */
+
+#include "examples/train_bpe.h"
+
+enum { NAIVE_WORDS = 600, NAIVE_VOCAB = 400 };
+
+/* Words of few letters, the first without a space, as ids of bytes with -1 at the end. */
+static size_t naive_words(char *text, int words[NAIVE_WORDS][16], int letters)
+{
+    size_t size = 0;
+    for (int i = 0; i < NAIVE_WORDS; i++) {
+        const int length = 1 + test_below(9);
+        int n = 0;
+        if (i > 0) text[size++] = ' ';
+        if (i > 0) words[i][n++] = 220;            /* 188 print, then come 0 .. 32  */
+        for (int k = 0; k < length; k++) {
+            const int letter = test_below(1 + test_below(letters));
+            text[size++] = (char)('a' + letter);
+            words[i][n++] = 'a' - '!' + letter;
+        }
+        words[i][n] = -1;
+    }
+    return size;
+}
+
+/* The pair that occurs most often, of equals the smallest; 0: none occurs twice. */
+static int naive_best(int words[NAIVE_WORDS][16], int best[2])
+{
+    static int count[NAIVE_VOCAB][NAIVE_VOCAB];
+    int most = 1;
+    memset(count, 0, sizeof count);
+    for (int i = 0; i < NAIVE_WORDS; i++)
+        for (const int *w = words[i]; w[0] >= 0 && w[1] >= 0; w++) count[w[0]][w[1]]++;
+    for (int a = 0; a < NAIVE_VOCAB; a++)
+        for (int b = 0; b < NAIVE_VOCAB; b++) {
+            if (count[a][b] <= most) continue;
+            most = count[a][b];
+            best[0] = a;
+            best[1] = b;
+        }
+    return most > 1;
+}
+
+static void naive_merge(int word[16], const int pair[2], int id)
+{
+    for (int i = 0; word[i] >= 0; i++)
+        if (word[i] == pair[0] && word[i + 1] == pair[1]) {
+            word[i] = id;
+            memmove(word + i + 1, word + i + 2, (size_t)(14 - i) * sizeof *word);
+        }
+}
+
+TEST(training_merges_what_a_count_of_all_pairs_finds)
+{
+    static int words[NAIVE_WORDS][16];
+    static char text[NAIVE_WORDS * 16];
+    char why[256];
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    for (int letters = 1; letters < 8; letters += 2) {
+        const size_t size = naive_words(text, words, letters);
+        dlm_tokenizer *t = NULL;
+        int k = 0, pair[2];
+        CHECK_OK(train_bpe(&t, ctx, NAIVE_VOCAB, text, size, why, sizeof why));
+        if (!t) break;
+        for (; k < NAIVE_VOCAB - 258 && naive_best(words, pair); k++) {
+            const int n = t->lexicon->merges.n;
+            LABEL("%d letters, merge %d of %d", letters, k, n);
+            CHECK(k < n);
+            if (k >= n) break;
+            CHECK(t->lexicon->pairs[2 * k] == pair[0]);
+            CHECK(t->lexicon->pairs[2 * k + 1] == pair[1]);
+            for (int i = 0; i < NAIVE_WORDS; i++) naive_merge(words[i], pair, 256 + k);
+        }
+        CHECK(k == t->lexicon->merges.n && t->vocab == 258 + k);    /* none is left */
+        CHECK((k < NAIVE_VOCAB - 258) == (letters == 1));
+        CHECK(t->stop == 256 + k && t->mask == 257 + k);
+        dlm_tokenizer_free(t);
+    }
+    test_close(ctx);
+}
+
+#ifndef DLM_NO_STDIO
+/* Saved and opened again, alone and in a checkpoint: the same text, the same ids. */
+TEST(trained_tokenizers_are_saved_as_they_are)
+{
+    const char *paths[2] = { "dlm_test_bpe.json", "dlm_test_bpe.st" };
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_config c = toy_config(2);
+    dlm_model *m = NULL, *loaded = NULL;
+    dlm_tokenizer *t = NULL, *back[2] = { NULL, NULL };
+    static char text[4096];
+    char why[256];
+    size_t size = 0;
+    while (size < 4000)
+        size += (size_t)sprintf(text + size, "say \"%d\\\", \xC3\xA9\n ", 7);
+    CHECK_OK(train_bpe(&t, ctx, 280, text, size, why, sizeof why));
+    if (!t) return;
+    c.vocab = t->vocab;
+    CHECK_OK(dlm_model_create(&m, ctx, &c, 1, NULL));
+    file_write(paths[0], t->text, t->size);
+    CHECK_OK(dlm_tokenizer_load(&back[0], ctx, DLM_TOKENIZER_JSON, paths[0]));
+    if (m) CHECK_OK(dlm_save(ctx, paths[1], m, t));
+    CHECK_OK(dlm_load(&loaded, &back[1], ctx, paths[1]));
+    for (int i = 0; i < 2 && back[i]; i++) {
+        char bytes[300], out[320];
+        int ids[2][300];
+        size_t n[2];
+        CHECK(back[i]->size == t->size && !memcmp(back[i]->text, t->text, t->size));
+        CHECK(back[i]->stop == t->stop && back[i]->mask == t->mask);
+        CHECK(dlm_tokenizer_id(back[i], "<|mask|>") == t->vocab - 1);
+        for (int k = 0; k < 300; k++)
+            bytes[k] = k < 150 ? text[k] : (char)test_below(256);
+        CHECK_OK(dlm_encode(t, bytes, 300, ids[0], 300, &n[0]));
+        CHECK_OK(dlm_encode(back[i], bytes, 300, ids[1], 300, &n[1]));
+        CHECK(n[0] < 220 && n[0] == n[1] && !memcmp(ids[0], ids[1], n[0] * sizeof(int)));
+        CHECK(dlm_decode(back[i], ids[1], n[1], out, sizeof out) == 300);
+        CHECK(!memcmp(out, bytes, 300));
+    }
+    for (int i = 0; i < 2; i++) dlm_tokenizer_free(back[i]);
+    for (int i = 0; i < 2; i++) remove(paths[i]);
+    dlm_model_free(loaded); dlm_model_free(m); dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+#endif
+
+/* On ASCII the words are those of the tokenizer that comes of it. */
+TEST(training_knows_the_words_of_gpt2)
+{
+    static const char some[] = "'stremvldlSD  \n\t\v\r0129.,!\x7F\x1C";
+    dlm_ctx *ctx = test_open(DLM_ISA_AUTO, 1);
+    dlm_tokenizer *t = NULL;
+    char why[256], text[24];
+    CHECK_OK(train_bpe(&t, ctx, 258, "", 0, why, sizeof why));
+    for (int round = 0; t && round < 20000; round++) {
+        const size_t size = 1 + (size_t)test_below(24);
+        for (size_t i = 0; i < size; i++)
+            text[i] = round % 2 ? (char)test_below(128)
+                                : some[test_below((int)sizeof some - 1)];
+        for (size_t i = 0; i < size;) {
+            const size_t end = bpe_word_end(text, size, i);
+            CHECK(end == dlm__word_end(t->lexicon, text, size, i));
+            if (end <= i) break;
+            i = end;
+        }
+    }
+    dlm_tokenizer_free(t);
+    test_close(ctx);
+}
+
+TEST(training_refuses_what_is_no_vocabulary_and_survives_a_lack_of_memory)
+{
+    static const int wrong[] = { -1, 0, 257, 8193, 1 << 20 };
+    test_heap heap = {0};
+    dlm_ctx *ctx = heap_open(&heap, 1);
+    const int live = heap.live;
+    dlm_tokenizer *t = NULL;
+    dlm_error e = DLM_E_NOMEM;
+    char why[256], text[256];
+    for (int i = 0; i < 5; i++) {
+        CHECK(train_bpe(&t, ctx, wrong[i], "aaaa", 4, why, sizeof why) == DLM_E_CONFIG);
+        CHECK(t == NULL && strstr(why, "vocab"));
+    }
+    for (int fail = 1; e == DLM_E_NOMEM && fail < 20; fail++) {
+        heap.fail_at = heap.calls + fail;
+        strcpy(why, "nothing");
+        e = train_bpe(&t, ctx, 300, "aaaa bb", 7, why, sizeof why);
+        CHECK((e == DLM_OK) == (t != NULL));
+        CHECK((e == DLM_OK) == (strcmp(why, "nothing") == 0));
+        if (!t) CHECK(heap.live == live);
+        if (e == DLM_OK) CHECK(fail > 1);
+    }
+    heap.fail_at = 0;
+    CHECK_OK(e);
+    if (t) CHECK(t->vocab == 259);             /* aa, thrice; then aa aa, once     */
+    dlm_tokenizer_free(t);
+    CHECK_OK(train_bpe(&t, ctx, 300, NULL, 0, why, sizeof why));
+    if (t) CHECK(t->vocab == 258);
+    dlm_tokenizer_free(t);
+    memset(text, 'a', sizeof text);
+    CHECK_OK(train_bpe(&t, ctx, 300, text, sizeof text, why, sizeof why));
+    if (t) CHECK(t->vocab == 263);             /* of 2, 4, 8, 16 and 32; none of 64 */
+    dlm_tokenizer_free(t);
+    CHECK(heap.live == live);
+    dlm_shutdown(ctx);
+}
+
 /* ==[ table ]=================================================================
    In the order of the header. */
 
@@ -14917,7 +15103,11 @@ static const test_case test_cases[] = {
     RUN(json_encodes_any_bytes_and_long_words),
     RUN(json_refuses_what_it_does_not_do),
     RUN(json_survives_malformed_files),
+    RUN(training_merges_what_a_count_of_all_pairs_finds),
+    RUN(training_knows_the_words_of_gpt2),
+    RUN(training_refuses_what_is_no_vocabulary_and_survives_a_lack_of_memory),
 #ifndef DLM_NO_STDIO
+    RUN(trained_tokenizers_are_saved_as_they_are),
     RUN(pieces_ride_along_in_a_checkpoint),
     RUN(llama2c_released_model_writes_the_published_text),
     RUN(llama2c_released_model_scores_its_text_in_every_precision),

@@ -252,6 +252,9 @@ says 2 'usage: ' 02_train_text text new.st 9 f16
 for width in 0 33 -32 1056 wide; do
     says 2 'usage: ' 02_train_text text new.st 9 f32 $width
 done
+for bpe in 0 511 8193 many; do
+    says 2 'usage: ' 02_train_text text new.st 9 f32 32 $bpe
+done
 says 1 'cannot be written' 02_train_text text no/such/new.st
 says 1 'folder: cannot be written' 02_train_text text folder
 says 1 'block.st: is there, but no .train' 02_train_text text block.st
@@ -263,6 +266,9 @@ same run_capitals.st 02_train_text; absent new.st 02_train_text
 absent new.st.train 02_train_text
 says 0 'run.st.train: from step 0 on' 02_train_text text run.st 1
 says 0 'run.st.train: from step 1 on' 02_train_text text run.st 1
+says 0 'saved' 02_train_text text bpe.st 1 f32 32 8192
+says 0 'bpe.st.train: from step 1 on' 02_train_text text bpe.st 1 f32 32 512
+says 0 'tokens in' 03_sample bpe.st
 
 # --[ sudoku and countdown ]-----------------------------------------------------------
 for name in sudoku countdown; do
