@@ -14,9 +14,8 @@ STRICT   = -std=c99 $(WARN) -Wstrict-prototypes -Werror -I.
 EXAMPLES = $(wildcard examples/*.c)
 BENCHES  = $(wildcard bench/*.c)
 MEASURES = build/bench_matmul build/bench_step build/bench_sample
-SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES)
-HELPERS  = $(wildcard examples/*.h bench/*.h bench/*.sh) bench/lines.awk Makefile \
-           README.md
+SOURCES  = dlm_test.c $(EXAMPLES) $(BENCHES) $(wildcard bench/oracle/*.c)
+HELPERS  = $(wildcard examples/*.h bench/*.h bench/*.sh bench/*.awk bench/oracle/*.*[!c])
 
 all: build/dlm_test examples benches
 examples: $(EXAMPLES:examples/%.c=build/%)
@@ -40,13 +39,13 @@ demo: build/demo
 bench: $(MEASURES)
 	@for b in $(MEASURES); do $$b --quick || exit 1; done
 
-check: lines hygiene cxx strict readme programs
+check: lines hygiene cxx strict readme programs oracle
 	@$(MAKE) --output-sync -j2 san cross tcc mingw         # the long ones, side by side
 	@echo "check: every stage passed"
 
 lines:
 	@echo "== lines: budgets, longest functions, width, what lies at the top"
-	@awk -f bench/lines.awk dlm.h $(SOURCES) $(HELPERS)
+	@awk -f bench/lines.awk dlm.h $(SOURCES) $(HELPERS) Makefile README.md
 	@! ls | grep -vxE 'dlm\.h|dlm_test\.c|examples|bench|Makefile|README\.md|build'
 hygiene:
 	@echo "== hygiene: every promised way of including dlm.h"
@@ -77,6 +76,8 @@ readme:
 programs:
 	@echo "== programs: all of examples/ and bench/, given what is wrong"
 	@CC="$(CC)" sh bench/programs.sh build/programs
+oracle:
+	@echo "== oracle: against programs of others"; CC="$(CC)" sh bench/oracle/run.sh
 san:
 	@echo "== san: the tests under address and undefined-behaviour sanitizers"
 	@mkdir -p build
@@ -90,5 +91,5 @@ cross:
 	 else echo "$(CROSS) or $(QEMU) is not here, skipped"; fi
 clean:
 	rm -rf build
-.PHONY: all test demo bench check lines hygiene cxx tcc mingw strict readme programs san \
-        cross clean
+.PHONY: all test demo bench check lines hygiene cxx tcc mingw strict readme programs \
+        oracle san cross clean
