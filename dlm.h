@@ -1270,9 +1270,9 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path);
 
 typedef struct dlm_open_options {          /* 0: what the files say                */
+    const char *family;                    /* a model_type, where no config.json is  */
     dlm_dtype   type;                      /* DLM_BF16, DLM_I8: packed in it; DLM_F32:  */
     int         packed;                    /* 0: plain, for training; 1: packed in f32 */
-    const char *family;                    /* a model_type, where no config.json is  */
     int         heads;                     /* where it names none; * = SMDM's      */
     int         block;                     /* > 0: pattern BLOCK, of so many tokens, not
                                               shifted; -1: FULL                    */
@@ -8428,7 +8428,7 @@ enum { DLM__PATH = 4096 };
 #endif
 
 /* POSIX hides these under -std=c99, C++ compilers never do. */
-#if defined(__STRICT_ANSI__) && !defined(__cplusplus)
+#if !defined(__cplusplus)
 extern FILE   *fdopen(int fd, const char *mode);
 extern int     fileno(FILE *file);
 extern int     fsync(int fd);
@@ -11380,7 +11380,7 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
 DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path, const dlm_open_options *how)
 {
-    static const dlm_open_options none = { DLM_F32, 0, NULL, 0, 0, 0, 0, 0 };
+    static const dlm_open_options none = { NULL, DLM_F32, 0, 0, 0, 0, 0, 0 };
     dlm_model *plain;
     dlm_error e;
     *out = NULL;

@@ -12533,7 +12533,8 @@ static void dit_put(dlm_model *m, int layer, const char *name, const double *w,
                     const double *gain, int centre)
 {
     char full[80];
-    dlm_tensor t = {0};
+    dlm_tensor t;
+    memset(&t, 0, sizeof t);
     snprintf(full, sizeof full, "%s%s", layer < 0 ? "" : "model.layers.0.", name);
     if (layer >= 0) full[13] = (char)('0' + layer);
     for (int i = 0; i < dlm_model_tensors(m); i++) {

@@ -4,8 +4,8 @@
      ./fuzz -max_total_time=300 seeds/            without libFuzzer: -DREPLAY, then files
 
    The first byte of an input says which reader gets the rest: 0 a checkpoint or .bin,
-   1 tokenizer.json, 2 scored pieces, 3 config.json, 4 an index, 5 a tokenizer's folder (the
-   rest is cut at zeros into tokenizer_config.json, vocab.json and merges.txt). */
+   1 tokenizer.json, 2 scored pieces, 3 config.json, 4 an index, 5 a tokenizer's folder
+   (the rest is cut at zeros into tokenizer_config.json, vocab.json and merges.txt). */
 #define DLM_NO_THREADS
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
@@ -32,7 +32,8 @@ static void use(dlm_tokenizer *t)
     dlm_tokenizer_free(t);
 }
 
-static void tokenizer(dlm_ctx *ctx, dlm_tokenizer_kind kind, const char *text, size_t size)
+static void tokenizer(dlm_ctx *ctx, dlm_tokenizer_kind kind, const char *text,
+                      size_t size)
 {
     dlm_tokenizer *t = NULL;
     if (dlm_tokenizer_create(&t, ctx, kind, text, size) == DLM_OK) use(t);
