@@ -58,8 +58,9 @@
        distill                     OPDLM: teacher, divergences, step maps
        json files                  a reader; whole files, written or left alone
        unicode tokenizers          bytes, characters, pieces, byte-level BPE
-       safetensors checkpoints     models and training states on disk
-       llama2c loading             models of another program; any model, from files, too
+       safetensors layouts         files of tensors, and how families lay out weights
+       checkpoints llama2c         models and training states on disk, and llama2.c's
+       folders loading             published models; any model, from files, too
        history license
 
    COMPILE-TIME OPTIONS            define before including the implementation
@@ -1270,12 +1271,12 @@ DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
                            const char *path);
 
 typedef struct dlm_open_options {          /* 0: what the files say                */
-    const char *family;                    /* a model_type, where no config.json is  */
+    const char *family;                    /* a model_type, instead of config.json's */
     dlm_dtype   type;                      /* DLM_BF16, DLM_I8: packed in it; DLM_F32:  */
     int         packed;                    /* 0: plain, for training; 1: packed in f32 */
     int         heads;                     /* where it names none; * = SMDM's      */
-    int         block;                     /* > 0: pattern BLOCK, of so many tokens, not
-                                              shifted; -1: FULL                    */
+    int         block;                     /* > 0: pattern BLOCK, of so many tokens; -1:
+                                              FULL; an AR family is then not shifted */
     int         shifted;                   /* 1: row i-1 predicts token i; -1: row i */
     int         mask_id;
     int         max_seq;                   /* smaller tables than for all positions */
@@ -11027,7 +11028,9 @@ static const struct { const char *names, *allowed; } dlm__only[] = {
     { "use_sliding_window use_mrope mlp_bias include_bias alibi attention_layer_norm "
       "scale_logits input_emb_norm model.scale_by_sigma time_conditioning", "false" },
     { "rope adaln", "true" },
-    { "layer_norm_type block_type graph.type", "rms llama absorb" },
+    { "layer_norm_type", "rms" },
+    { "block_type", "llama" },
+    { "graph.type", "absorb" },
     { "num_experts num_local_experts n_routed_experts", "0 1" },
     { "quantization_config quantization clip_qkv", "none" },
 };
@@ -11048,8 +11051,8 @@ static int dlm__listed(const char *list, const char *text)
     return 0;
 }
 
-/* The scalar at a path of keys, "a.b", as text: of a list the first, of an object "{".
-   0: there is none, or it is null.  j->bad: malformed, too long, or there twice. */
+/* The scalar at a path of keys, "a.b", as text: of a list the first.  0: there is none,
+   or it is null.  j->bad: malformed, too long, or there twice. */
 static int dlm__json_get(dlm__json *j, const char *path, char *out, size_t size)
 {
     const size_t n = strcspn(path, ".");
@@ -11067,7 +11070,7 @@ static int dlm__json_get(dlm__json *j, const char *path, char *out, size_t size)
     (void)dlm__json_take(&at, '[');
     dlm__json_space(&at);
     if (*at.p == '"') dlm__json_string(&at, out, size);
-    else if (*at.p == '{') snprintf(out, size, "{");
+    else if (*at.p == '{') snprintf(out, size, "an object");
     else snprintf(out, size, "%.*s", (int)strcspn(at.p, ",]} \n\t\r"), at.p);
     j->bad |= at.bad;
     return 1;
@@ -11264,7 +11267,8 @@ static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
     if (e == DLM_OK)
         e = dlm__with_json(f, "generation_config.json", dlm__read_config);
     if (e == DLM_OK && how->family == NULL && f->type[0] == '\0')
-        e = dlm__fail(f->s.ctx, DLM_E_IO, "no config.json with a model_type");
+        e = dlm__fail(f->s.ctx, DLM_E_IO, "no config.json with a model_type, and no "
+                      "family named");
     for (int i = 0; i < DLM__N_FAMILIES; i++)
         if (strcmp(dlm__families[i].name, how->family ? how->family : f->type) == 0)
             f->s.family = &dlm__families[i];

@@ -220,8 +220,14 @@ says 0 'family      qwen3' 17_describe ar i8
 says 0 'packed int8' 17_describe block.st f32
 says 1 'folder: no config.json' 17_describe folder
 says 2 'usage: ' 17_describe block q4
+says 1 'it knows no ChatML' 15_generate block 'the ' -chat
+says 1 'no [?] in the canvas' 15_generate block 'the ' -canvas
+says 2 'usage: ' 18_convert_folder ar out 0
 says 0 'written to out' 18_convert_folder ar out 4
 says 0 'family      sdar' 17_describe out
+: > "$dir/out/vocab.json"
+says 1 'out/vocab.json is there, of another model' 18_convert_folder ar out 4
+rm "$dir/out/vocab.json"
 says 0 '5 tokens in ' 15_generate out 'the ' -n 5
 says 1 'only of a folder' 18_convert_folder ar.st out2
 says 1 'one.file' 18_convert_folder ar one.file

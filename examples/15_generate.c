@@ -83,7 +83,7 @@ static int option(settings *s, char **arg, int *used)
     }
     if (arg[1] && strcmp(arg[0], "-type") == 0) {
         s->open.type = arg[1][0] == 'b' ? DLM_BF16 : arg[1][0] == 'i' ? DLM_I8 : DLM_F32;
-        return strchr("bif", arg[1][0]) != NULL;
+        return !strcmp(arg[1], "bf16") || !strcmp(arg[1], "i8") || !strcmp(arg[1], "f32");
     }
     return 0;
 }
@@ -113,6 +113,10 @@ static int fill_canvas(const settings *s, const dlm_tokenizer *tok, const dlm_co
     if (!e && !s->infill)
         for (int i = 0; i < s->length && T < MAX; i++) canvas[T++] = c->mask_id;
     if (e) snprintf(why, size, "%s", dlm_last_error(tok->ctx));
+    else if (s->chat && dlm_tokenizer_id(tok, "<|im_start|>") < 0)
+        snprintf(why, size, "this tokenizer has no <|im_start|>: it knows no ChatML");
+    else if (s->infill && !strstr(s->prompt, "[?]"))
+        snprintf(why, size, "no [?] in the canvas");
     else if (T >= MAX || (int)T > c->max_seq)
         snprintf(why, size, "more than the model's %d tokens", c->max_seq);
     else return (int)T;

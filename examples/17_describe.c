@@ -3,7 +3,8 @@
    Build:  cc -O2 -I.. 17_describe.c -o describe -lm -pthread
    Run:    ./describe path [f32|bf16|i8] [family]
    See:    family, sizes, type, rotary, shift, block, the mask and what it comes from,
-           the memory of each type, its special tokens; or why it cannot be opened. */
+           the memory of each type, its stop token; or why it cannot be opened.  Name
+           the family of SMDM's files (not their folder) and of open-dcoder's folder. */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 #include <stdio.h>
@@ -17,14 +18,6 @@ static void memory(dlm_ctx *ctx, const dlm_config *c)
         size_t bytes = dlm_model_bytes(ctx, c, types[i], 1);
         printf("packed %-4s %.1f MB\n", names[i], (double)bytes * 1e-6);
     }
-}
-
-static void token(const dlm_tokenizer *tok, const char *what, int id)
-{
-    char text[256];
-    dlm_decode(tok, &id, 1, text, sizeof text);
-    if (id >= 0) printf("%-11s %d \"%s\"\n", what, id, text);
-    else printf("%-11s none\n", what);
 }
 
 int main(int argc, char **argv)
@@ -53,8 +46,7 @@ int main(int argc, char **argv)
         dlm_describe(model, text, sizeof text);
         printf("%s", text);
         memory(ctx, &model->config);
-        if (tok) token(tok, "stop", tok->stop);
-        if (tok) token(tok, "mask", tok->mask);
+        if (tok) printf("stops at    %d\n", tok->stop);
     } else {
         fprintf(stderr, "%s: %s\n", dlm_error_string(e),
                 *why ? why : dlm_last_error(ctx));

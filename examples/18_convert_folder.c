@@ -3,10 +3,11 @@
    is where OPDLM begins (the teacher is the old folder, see 12_convert.c).
 
    Build:  cc -O2 -I.. 18_convert_folder.c -o convert -lm -pthread
-   Run:    ./convert from to [block [mask]]        block 4; mask: the tokenizer's, or the
-                                                   first id that the tokenizer has not
-   See:    what was decided; `to` opens in dlm_open, and in Python with the code of its
-           family (a2d-qwen3 and the like). */
+   Run:    ./convert from to [block [mask]]        block 4; mask: the model's, the
+                                                   tokenizer's, or the first id that the
+                                                   tokenizer has not
+   See:    what was read; `to`, in f32, opens in dlm_open, and in Python with the code of
+           its family (sdar, a2d-qwen2 and the like). */
 #define DLM_IMPLEMENTATION
 #include "dlm.h"
 #include "save_folder.h"
@@ -14,9 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The mask that the converted model gets; 0: there is no id left. */
+/* The mask that the converted model gets; 0: nothing says which ids are free. */
 static int choose_mask(const dlm_model *ar, const dlm_tokenizer *tok)
 {
+    if (ar->config.mask_id < ar->config.vocab) return ar->config.mask_id;
     if (tok && tok->mask >= 0 && tok->mask < ar->config.vocab) return tok->mask;
     if (tok && tok->vocab < ar->config.vocab) return tok->vocab;
     return 0;
@@ -31,7 +33,8 @@ int main(int argc, char **argv)
     dlm_tokenizer *tok = NULL;
     dlm_options options = {0};
     dlm_open_options how = {0};
-    if (argc < 3 || argc > 5 || argv[1][0] == '-') {
+    how.block = argc > 3 ? atoi(argv[3]) : 4;
+    if (argc < 3 || argc > 5 || argv[1][0] == '-' || how.block < 1) {
         puts("usage: convert from to [block [mask]]");
         return argc > 1 && !strcmp(argv[1], "--help") ? 0 : 2;
     }
@@ -39,16 +42,16 @@ int main(int argc, char **argv)
     options.threads = 2;
     dlm_error e = dlm_init(&ctx, &options);
     how.mask_id = argc > 4 ? atoi(argv[4]) : 0;
-    if (!e) e = dlm_open(&model, &tok, ctx, argv[1], NULL);
+    if (!e) e = dlm_open(&model, &tok, ctx, argv[1], NULL);      /* what is it?       */
     if (!e && how.mask_id <= 0) how.mask_id = choose_mask(model, tok);
     if (!e && how.mask_id <= 0) {
-        snprintf(why, sizeof why, "every id is a token: name one to be the mask");
+        snprintf(why, sizeof why, "no tokenizer says which ids are free: name the mask "
+                 "as fourth argument");
         e = DLM_E_INPUT;
     }
     if (!e) {                                /* the same weights, read as a student  */
         dlm_model_free(model);
         dlm_tokenizer_free(tok);
-        how.block = argc > 3 ? atoi(argv[3]) : 4;
         e = dlm_open(&model, &tok, ctx, argv[1], &how);
     }
     if (!e) e = save_folder(ctx, argv[2], model, tok, why, sizeof why);

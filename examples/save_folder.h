@@ -1,5 +1,6 @@
 /* save_folder.h - a model as a folder that Python and dlm_open read: model.safetensors,
-   tokenizer.json, config.json.  Include after dlm.h, in the file that uses it.
+   config.json and, of a tokenizer that was one, tokenizer.json.  Include after dlm.h, in
+   the file that uses it.
 
    The weights are dlm_save's file, whose names are those of Hugging Face already; here is
    what else a folder has.  Its family follows from the config: llama, qwen2, qwen3, sdar,
@@ -97,20 +98,25 @@ static int save_config(const char *path, const dlm_config *c, int stop)
 
 /* m is plain; tok may be NULL.  The folder is made if it is not there.  config.json is
    written last: without it nobody takes the folder for whole.  why (size) gets a sentence
-   when that fails. */
+   when that fails.  What another model left there and would be read with this one, an
+   index or a tokenizer, is refused. */
 static dlm_error save_folder(dlm_ctx *ctx, const char *path, const dlm_model *m,
                              const dlm_tokenizer *tok, char *why, size_t size)
 {
-    static const char index[] = "model.safetensors.index.json";
+    static const char *const others[] = {
+        "model.safetensors.index.json", "generation_config.json", "tokenizer_config.json",
+        "special_tokens_map.json", "vocab.json", "tokenizer.json"
+    };
     const int json = tok && tok->kind == DLM_TOKENIZER_JSON;
     char file[1024];
     FILE *f = NULL;
     dlm_error e;
     int sound = 1;
-    snprintf(file, sizeof file, "%.900s/%s", path, index);
-    if ((f = fopen(file, "rb")) != NULL) {
+    for (int i = 0; i < 6 - json; i++) {
+        snprintf(file, sizeof file, "%.900s/%s", path, others[i]);
+        if ((f = fopen(file, "rb")) == NULL) continue;
         fclose(f);
-        snprintf(why, size, "%.200s: there is an index of other files", path);
+        snprintf(why, size, "%.200s is there, of another model", file);
         return DLM_E_IO;
     }
     (void)save_folder_make(path);
