@@ -1185,7 +1185,7 @@ DLM_API size_t    dlm_decode(const dlm_tokenizer *t, const int *ids, size_t n, c
                              size_t size);
 
 /* How many bytes of a decoded text (size) are whole characters: what may be shown of it
-   while more is to come.  Bytes that cannot become a character (UTF-8) count. */
+   while more is to come.  Bytes that begin no character (UTF-8) count. */
 DLM_API size_t dlm_whole_text(const char *text, size_t size);
 
 /* --[ files ]-----------------------------------------------------------------
@@ -1264,7 +1264,7 @@ DLM_API dlm_error dlm_tokenizer_open(dlm_tokenizer **out, dlm_ctx *ctx,
 DLM_API dlm_error dlm_safetensors_open(dlm_safetensors **out, dlm_ctx *ctx,
                                        const char *path);
 /* Weights that are not finite are not saved (DLM_E_INPUT, with tensor and place): the
-   last sound file stays. */
+   last sound file stays.  A JSON tokenizer's stop and mask are found anew when loaded. */
 DLM_API dlm_error dlm_save(dlm_ctx *ctx, const char *path, const dlm_model *m,
                            const dlm_tokenizer *tok /* or NULL */);
 DLM_API dlm_error dlm_load(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
@@ -4882,10 +4882,7 @@ DLM_API dlm_error dlm_model_wrap(dlm_model **out, dlm_ctx *ctx, const dlm_config
     return DLM_OK;
 }
 
-DLM_API void dlm_model_free(dlm_model *m)
-{
-    dlm__unmake(m);
-}
+DLM_API void dlm_model_free(dlm_model *m) { dlm__unmake(m); }
 
 /* --[ matrices of a model ]---------------------------------------------------
    How a pass sees weights: vectors as they are, everything else as a dlm_matrix, which is
@@ -5867,10 +5864,7 @@ DLM_API dlm_error dlm_session_create(dlm_session **out, dlm_ctx *ctx, const dlm_
     return e;
 }
 
-DLM_API void dlm_session_free(dlm_session *s)
-{
-    dlm__unmake(s);
-}
+DLM_API void dlm_session_free(dlm_session *s) { dlm__unmake(s); }
 
 DLM_API dlm_error dlm_forward(dlm_session *s, const dlm_batch *b, dlm_score_fn score,
                               void *user)
@@ -8874,7 +8868,7 @@ static void dlm__add_chars(dlm_tokenizer *t, const unsigned char *seen)
    mistake. */
 static void dlm__json_fields(dlm__json *j, const char *const *keys, int n, dlm__json *at)
 {
-    char name[64];
+    char name[256];
     int count = 0;
     memset(at, 0, (size_t)n * sizeof *at);
     dlm__json_want(j, '{');
@@ -9129,7 +9123,8 @@ static dlm_error dlm__add_components(dlm__lexicon *v, dlm__json *at)
         if (at[k].p) dlm__component_line(&at[k], "", line, sizeof line);
     }
     for (size_t k = 0; k < sizeof dlm__pipelines / sizeof *dlm__pipelines; k++) {
-        if (strcmp(dlm__pipelines[k].line, line) != 0) continue;
+        if (strcmp(dlm__pipelines[k].line, line) || at[0].bad + at[1].bad + at[2].bad)
+            continue;
         v->form = dlm__pipelines[k].form;
         v->digits = dlm__pipelines[k].digits;
         return DLM_OK;
@@ -9152,7 +9147,8 @@ static dlm_error dlm__add_settings(dlm__lexicon *v, const char *const *keys,
         return dlm__fail(v->ctx, DLM_E_UNSUPPORTED, "tokenizer: model: not supported: "
                          "ignore_merges, or not all bytes, of SentencePiece");
     for (int k = 0; k < (whole ? 4 : 5); k++)   /* then fuse_unk has nothing to do */
-        if (at[k].p && !dlm__json_word(&at[k], usual[k]))
+        if (at[k].p && (!dlm__json_word(&at[k], usual[k])
+                        || (*at[k].p >= '0' && *at[k].p <= '9')))
             return dlm__fail(v->ctx, DLM_E_UNSUPPORTED, "tokenizer: model: %s is not %s: "
                              "not supported", keys[k], usual[k]);
     return DLM_OK;
@@ -9378,10 +9374,11 @@ static dlm_error dlm__make_room(dlm__encoder *w, size_t n)
     w->room = n < 256 ? 256 : n;
     w->symbols = (dlm__symbol *)(n < INT_MAX / each ? dlm__alloc(ctx, w->room * each)
                                                     : NULL);
+    if (w->symbols == NULL)
+        return dlm__fail(ctx, DLM_E_NOMEM, "text: no memory for a word of %.0f bytes",
+                         (double)n);
     w->tree = (int *)(void *)(w->symbols + w->room);
-    if (w->symbols) return DLM_OK;
-    return dlm__fail(ctx, DLM_E_NOMEM, "text: no memory for a word of %.0f bytes",
-                     (double)n);
+    return DLM_OK;
 }
 
 /* A word; begun 0: behind the space that goes before all of them. */
@@ -9412,7 +9409,7 @@ static dlm_error dlm__encode_words(dlm__encoder *w, const char *text, size_t siz
     for (size_t i = 0, next; e == DLM_OK && i < size; i = next) {
         next = bytes ? dlm__word_end(w->v, text, size, i) : i + 1;
         while (!bytes && next < size && (w->v->pieces.spaces || text[next] != ' '
-                                         || text[next - 1] == ' ')) next++;
+               || text[next - 1] == ' ' || text[next - 1] == '\x81')) next++;
         e = dlm__encode_word(w, text + i, next - i, bytes || i > 0);
     }
     return e;
@@ -9474,7 +9471,7 @@ static const char *dlm__id_bytes(const dlm_tokenizer *t, int id, char *byte, siz
     const dlm__piece *p = id >= 0 && id < v->pieces.n ? &v->pieces.items[id] : NULL;
     int code = t->kind == DLM_TOKENIZER_BYTES && id >= 0 && id < 256 ? id : '_';
     *byte = (char)code;
-    *n = id != t->stop;
+    *n = id < 0 || id != t->stop;
     if (p == NULL || p->text == NULL || id == t->stop || id == t->mask) return byte;
     code = v->form & DLM__FALLBACK && p->size == 6 && memcmp(p->text, "<0x", 3) == 0
         && p->text[5] == '>' ? dlm__hex(p->text + 3, 2) : -1;
@@ -9597,10 +9594,7 @@ DLM_API dlm_error dlm_tokenizer_create(dlm_tokenizer **out, dlm_ctx *ctx,
     return DLM_OK;
 }
 
-DLM_API void dlm_tokenizer_free(dlm_tokenizer *t)
-{
-    dlm__unmake(t);
-}
+DLM_API void dlm_tokenizer_free(dlm_tokenizer *t) { dlm__unmake(t); }
 
 DLM_API dlm_error dlm_encode(const dlm_tokenizer *t, const char *text, size_t size,
                              int *ids, size_t max, size_t *n)
@@ -9753,7 +9747,7 @@ static dlm_error dlm__tok_composed(dlm_tokenizer **out, dlm_ctx *ctx, dlm__json 
     if (!qwen && strncmp(kind, "GPT2Tokenizer", 13) != 0)
         return dlm__fail(ctx, DLM_E_UNSUPPORTED, "tokenizer_class \"%s\": of vocab.json "
                          "only GPT2Tokenizer and Qwen2Tokenizer are supported", kind);
-    json = (char *)dlm__alloc(ctx, room);
+    json = (char *)(room < INT_MAX ? dlm__alloc(ctx, room) : NULL);
     if (json == NULL) return dlm__fail(ctx, DLM_E_NOMEM, "no memory for tokenizer.json");
     e = dlm_tokenizer_create(out, ctx, DLM_TOKENIZER_JSON, json,
                              dlm__compose(json, qwen, added, vocab, merges));
@@ -9857,8 +9851,8 @@ DLM_API size_t dlm_whole_text(const char *text, size_t size)
 {
     for (size_t n = 1; n <= 3 && n <= size; n++) {
         const unsigned char c = (unsigned char)text[size - n];
-        const size_t needs = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC0 ? 2 : 1;
-        if (c >= 0xC0 || c < 0x80) return needs > n && c < 0xF8 ? size - n : size;
+        const size_t needs = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC2 ? 2 : 1;
+        if (c >= 0xC2 || c < 0x80) return needs > n && c < 0xF5 ? size - n : size;
     }
     return size;
 }
@@ -10366,8 +10360,8 @@ static void dlm__part_rows(const dlm__source *s, const dlm__param *p, int layer,
         else memset(out, 0, cols * sizeof *out);
 #if defined(__linux__) && !defined(DLM_NO_STDIO)
         if (row < there && s->mapped)
-            dlm__forget((const char *)t->data + (size_t)row * cols * t->bytes / t->count,
-                        (size_t)run * cols * t->bytes / t->count);
+            dlm__forget((const char *)t->data + t->bytes / t->count * (size_t)row * cols,
+                        t->bytes / t->count * (size_t)run * cols);
 #endif
         if (p->when == DLM__HEAD_BIAS && s->family->layout != DLM__LLAMA
             && s->c.mask_id >= row && s->c.mask_id < row + run)
@@ -10519,15 +10513,16 @@ static dlm_error dlm__fold_model(const dlm__source *s, dlm_model *m)
     const dlm__layer g = dlm__layer_at(c, m->weights, -1);
     const dlm_st_tensor *time = dlm__find_tensor(s, -1, "sigma_map.mlp.0.weight");
     const int there = time && time->n_dims == 2
-        && time->dims[0] + time->dims[1] < 1 << 16;
+        && time->dims[0] + time->dims[1] < 1 << 12;
     const int features = there ? (int)time->dims[1] : 0, C = c->dim;
-    const int n = there ? (int)time->dims[0] : 0, most = dlm__max(c->ffn, c->vocab);
+    const int n = there ? (int)time->dims[0] : 0, HD = c->heads * c->head_dim;
+    const int most = dlm__max(dlm__max(c->ffn, c->vocab), HD);
     const size_t widest = (size_t)dlm__max(most, 6 * C + features + n);
+    const size_t matrix = (size_t)dlm__max(6 * C, n) * (size_t)dlm__max(features, n);
     dlm__fold w;
     memset(&w, 0, sizeof w);
     w.s = s; w.C = C; w.n = n;
-    w.sums = (float *)dlm__alloc(s->ctx, widest * (size_t)(4 + dlm__max(features, n))
-                                 * sizeof *w.sums);
+    w.sums = (float *)dlm__alloc(s->ctx, (4 * widest + matrix) * sizeof *w.sums);
     if (w.sums == NULL) return dlm__fail(s->ctx, DLM_E_NOMEM, "folding: cannot allocate");
     w.row = w.sums + widest;
     w.parts = w.row + widest;
@@ -11084,15 +11079,15 @@ static dlm_error dlm__config_key(dlm__folder *f, dlm__json *j, const dlm__option
     float real = 0.0f;
     while ((list = dlm__next_word(list, word)) != NULL) {
         if (!dlm__json_get(j, word, text, sizeof text)) continue;
-        if (said[0] && strcmp(said, text) != 0)
-            return dlm__fail(f->s.ctx, DLM_E_FORMAT, "%s is %s, elsewhere %s", word, text,
-                             said);
-        snprintf(said, sizeof said, "%s", text);
         whole = strcmp(text, "true") == 0;
         if (!whole && strcmp(text, "false") != 0
             && !(k->real ? dlm__float_from(text, &real)
                          : dlm__int_from(text, 0, INT_MAX, &whole)))
             return dlm__fail(f->s.ctx, DLM_E_FORMAT, "%s is \"%s\"", word, text);
+        if (said[0] && dlm__get_option(k, f) != (k->real ? (double)real : (double)whole))
+            return dlm__fail(f->s.ctx, DLM_E_FORMAT, "%s is %s, elsewhere %s", word, text,
+                             said);
+        snprintf(said, sizeof said, "%s", text);
         dlm__set_option(k, f, k->real ? (double)real : (double)whole);
     }
     return DLM_OK;
@@ -11112,7 +11107,8 @@ static dlm_error dlm__read_config(dlm__folder *f, dlm__json *j)
     }
     for (const dlm__option *k = dlm__keys; k->name && e == DLM_OK; k++)
         e = dlm__config_key(f, j, k);
-    if (!dlm__json_get(j, "model_type", f->type, sizeof f->type) && f->tokens > 0)
+    if (!dlm__json_get(j, "model_type", f->type, sizeof f->type) && f->tokens > 0
+        && f->type[0] == '\0')
         snprintf(f->type, sizeof f->type, "radd");
     if (!dlm__json_get(j, "hidden_act", f->act, sizeof f->act))
         (void)dlm__json_get(j, "activation_type", f->act, sizeof f->act);
@@ -11193,6 +11189,7 @@ static void dlm__config_form(dlm__folder *f)
     dlm_st_tensor *head = dlm__find_param(&f->s, -1, "lm_head.weight");
     const dlm_st_tensor *embed = dlm__find_param(&f->s, -1, "model.embed_tokens.weight");
     const dlm_st_tensor *up = dlm__find_param(&f->s, 0, "mlp.up_proj.weight");
+    const int dit = x->layout == DLM__DIT;
     const int matrices = embed && up && embed->n_dims == 2 && up->n_dims == 2;
     dlm_config *c = &f->s.c;
     if (c->vocab == 0 && f->tokens > 0) c->vocab = f->tokens + 1;
@@ -11205,7 +11202,8 @@ static void dlm__config_form(dlm__folder *f)
         || (x->bias == 2 && dlm__find_param(&f->s, 0, "self_attn.q_proj.bias"));
     c->no_qk_norm = !x->qk_norm || (x->qk_norm == 2
         && !dlm__find_param(&f->s, 0, "self_attn.q_norm.weight"));
-    c->gelu_mlp = dlm__find_param(&f->s, 0, "mlp.up_proj.bias") != NULL;
+    c->gelu_mlp = dit || dlm__find_param(&f->s, 0, "mlp.up_proj.bias");
+    if (dit) c->kv_heads = c->head_dim = 0;     /* as all its parts lie in one tensor */
     c->head_bias = x->layout >= DLM__SMDM || dlm__find_param(&f->s, -1, "lm_head.bias");
     c->untied_head = f->tied != 1 || (head && embed && (head->bytes != embed->bytes
         || memcmp(head->data, embed->data, head->bytes) != 0));
@@ -11223,6 +11221,7 @@ static void dlm__config_given(dlm__folder *f, const dlm_open_options *how)
     if (how->max_seq) c->max_seq = how->max_seq;
     if (c->max_seq == 0 && smdm) c->max_seq = 2048;
     c->pattern = f->causal == 1 ? DLM_PATTERN_CAUSAL : f->s.family->pattern;
+    if (f->causal == 0 && c->pattern == DLM_PATTERN_CAUSAL) c->pattern = DLM_PATTERN_FULL;
     if (c->pattern == DLM_PATTERN_CAUSAL) c->block = 0;     /* means the context there */
     else c->shifted |= f->s.family->shifted;
     if (how->block != 0) {
@@ -11257,7 +11256,7 @@ static dlm_error dlm__config_mask(dlm__folder *f, const dlm_tokenizer *tok,
 }
 
 /* All that a folder says, and what follows from it. */
-static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
+static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok, int wanted,
                                   const dlm_open_options *how)
 {
     static const char index[] = "model.safetensors.index.json";
@@ -11278,10 +11277,10 @@ static dlm_error dlm__read_folder(dlm__folder *f, dlm_tokenizer **tok,
     if (e == DLM_OK && !lone) e = dlm__with_json(f, index, dlm__read_index);
     if (e == DLM_OK && f->s.n_files == 0)
         e = dlm__open_shard(f, lone ? "" : "model.safetensors");
-    if (e == DLM_OK && (dlm__is_there(f->path, "tokenizer.json")
+    if (e == DLM_OK && wanted && (dlm__is_there(f->path, "tokenizer.json")
                         || dlm__is_there(f->path, "vocab.json")))
         e = dlm_tokenizer_open(tok, f->s.ctx, f->path);
-    if (e == DLM_OK && *tok == NULL)            /* one that dlm_save put there     */
+    if (e == DLM_OK && wanted && *tok == NULL)  /* one that dlm_save put there     */
         e = dlm__tokenizer_from(tok, f->s.ctx, f->s.files[0]);
     if (e != DLM_OK) return e;
     if (*tok && f->stop >= 0) (*tok)->stop = f->stop;
@@ -11303,7 +11302,7 @@ static void dlm__tell_origin(const dlm__folder *f, const dlm_tokenizer *tok, dlm
     snprintf(m->origin, sizeof m->origin, "family      %s\nstored      %.8s in %d file%s"
              "\nhead        %s\nmask from   %.80s\ntokenizer   %d ids\n",
              f->s.family->name, t->type, f->s.n_files, f->s.n_files > 1 ? "s" : "", head,
-             f->mask_from, tok ? tok->vocab : 0);
+             f->mask_from ? f->mask_from : "its tokenizer", tok ? tok->vocab : 0);
 }
 
 static dlm_error dlm__open_folder(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
@@ -11317,7 +11316,7 @@ static dlm_error dlm__open_folder(dlm_model **out, dlm_tokenizer **tok, dlm_ctx 
     f.s.ctx = ctx; f.path = path; f.s.mapped = 1;
     f.mask = f.stop = f.tied = f.causal = -1;
     e = strlen(path) + 300 > DLM__PATH ? dlm__fail(ctx, DLM_E_IO, "so long a path")
-        : dlm__read_folder(&f, &own, how);
+        : dlm__read_folder(&f, &own, tok || how->mask_id <= 0, how);
     if (e == DLM_OK)
         e = dlm__read_model(out, &f.s, plain ? DLM_DTYPE_OTHER : how->type);
     if (e == DLM_OK) e = dlm__check_vocab(ctx, *out, own);
@@ -11394,7 +11393,7 @@ DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     if (e != DLM_OK) return e;
     if (how->family || dlm__file_mode(path) == -2 || dlm__is_there(path, "config.json"))
         return dlm__open_folder(out, tok, ctx, path, how);
-    if (how->block || how->shifted || how->mask_id || how->max_seq)
+    if (how->block || how->shifted || how->mask_id || how->max_seq || how->heads)
         return dlm__fail(ctx, DLM_E_CONFIG, "%.100s: block, shifted, mask_id, max_seq: "
                          "only of a folder", path);
     e = dlm_load(&plain, tok, ctx, path);
@@ -11404,6 +11403,8 @@ DLM_API dlm_error dlm_open(dlm_model **out, dlm_tokenizer **tok, dlm_ctx *ctx,
     }
     e = dlm_model_pack(out, ctx, plain, how->type, NULL);
     dlm_model_free(plain);
+    if (e != DLM_OK && tok) dlm_tokenizer_free(*tok);
+    if (e != DLM_OK && tok) *tok = NULL;
     return e;
 }
 

@@ -40,13 +40,13 @@ static void show(void *user, const dlm_event *events, int n_events)
     stream *s = (stream *)user;
     int end = 0;
     size_t size;
-    (void)n_events;
+    (void)events;                            /* the canvas says it all               */
     while (end < s->T && canvas[end] != s->mask) end++;
     size = dlm_decode(s->tok, canvas, (size_t)end, text, sizeof text);
-    if (events) size = dlm_whole_text(text, size);
+    if (size >= sizeof text) size = sizeof text - 1;
+    if (n_events) size = dlm_whole_text(text, size);
     if (size > s->shown) fwrite(text + s->shown, 1, size - s->shown, stdout);
-    if (size > s->shown) s->shown = size;
-    fflush(stdout);
+    s->shown = size > s->shown ? size : s->shown;
 }
 
 static int number(const char *name, const char *word, const char *value, double *out)
@@ -143,7 +143,7 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, dlm_tokenizer *t
     if (!e) e = dlm_sampler_create(&sampler, session, &s->how, NULL);
     if (!e) e = dlm_sampler_begin(sampler, canvas, &T, 1);
     clock_gettime(CLOCK_MONOTONIC, &from);
-    while (!e && !dlm_sampler_done(sampler)) e = dlm_sampler_step(sampler);
+    while (!e && !dlm_sampler_done(sampler)) e = dlm_sampler_step(sampler), fflush(stdout);
     clock_gettime(CLOCK_MONOTONIC, &to);
     if (!e) {
         dlm_sampler_cost(sampler, &forwards, &flops);
