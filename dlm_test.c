@@ -14179,6 +14179,26 @@ static const char *json_model(const char *more, const char *rest)
     return text;
 }
 
+/* Of every beginning of a text the whole characters are shown, and bytes that begin none;
+   never more than three bytes wait. */
+TEST(whole_text_never_ends_within_a_character)
+{
+    static const char text[] = "a\xC3\xB6\xE2\x82\xAC\xF0\x9F\x98\x80z";
+    static const size_t whole[] = { 0, 1, 1, 3, 3, 3, 6, 6, 6, 6, 10, 11 };
+    static const char *const broken[] = {
+        "\x80", "\xC0", "\xC1", "\xF5", "\xFF", "a\x80\x80\x80\x80"
+    };
+    for (size_t n = 0; n < sizeof whole / sizeof *whole; n++) {
+        LABEL("%d bytes", (int)n);
+        CHECK(dlm_whole_text(text, n) == whole[n]);
+    }
+    for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
+        LABEL("broken %d", (int)i);
+        CHECK(dlm_whole_text(broken[i], strlen(broken[i])) == strlen(broken[i]));
+    }
+    CHECK(dlm_whole_text("a\xE2\x82", 3) == 1 && dlm_whole_text("\xF0\x9F\x98", 3) == 0);
+}
+
 #define JSON_GPT2 "\"pre_tokenizer\":{\"type\":\"ByteLevel\"," \
     "\"add_prefix_space\":false,\"trim_offsets\":true}," \
     "\"decoder\":{\"type\":\"ByteLevel\"}"
@@ -14553,6 +14573,7 @@ TEST(json_refuses_what_it_does_not_do)
     static const struct { const char *added, *pipeline, *model, *words; } cases[] = {
         { "", JSON_GPT2, "\"vocab\":{\"a\":0}", "no model" },
         { "", JSON_GPT2, "\"dropout\":0.1,\"vocab\":{},\"merges\":[]", "dropout" },
+        { "", JSON_GPT2, "\"dropout\":0.05,\"vocab\":{},\"merges\":[]", "dropout" },
         { "", JSON_GPT2, "\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]",
           "end_of_word_suffix" },
         { "", JSON_GPT2, "\"fuse_unk\":true,\"vocab\":{},\"merges\":[]", "fuse_unk" },
@@ -15096,6 +15117,7 @@ static const test_case test_cases[] = {
     RUN(pieces_decode_each_of_several_texts_as_one),
     RUN(encode_says_how_many_tokens_there_are),
     RUN(pieces_refuse_malformed_files),
+    RUN(whole_text_never_ends_within_a_character),
     RUN(json_merges_come_as_strings_or_as_pairs),
     RUN(json_patterns_cut_texts_into_words),
     RUN(json_added_tokens_come_first),
