@@ -3,7 +3,7 @@
    Build:  cc -O2 -I.. 16_choose.c -o choose -lm -pthread
    Run:    ./choose MODEL TOKENIZER "a form with {one|or|another} place"
            ./choose -l MODEL TOKENIZER "beginning" "long answer" "another one" ..
-           TOKENIZER is - when MODEL has one inside (02_train_text.c makes such).  What
+           TOKENIZER is - when MODEL, a file or a folder, has one of its own.  What
            may stand in a place is one token: of llama2.c's pieces a short word, the space
            before it belongs to it; of characters one.
    See:    how likely each candidate is, of all tokens and of those in the braces, for all
@@ -179,7 +179,7 @@ int main(int argc, char **argv)
     j.how.exclude_mask = 1;                  /* it is no answer                      */
     options.message = j.why, options.message_size = sizeof j.why;
     dlm_error e = dlm_init(&j.ctx, &options);
-    if (!e) e = dlm_load(&loaded, &j.tok, j.ctx, arg[1]);
+    if (!e) e = dlm_open(&loaded, &j.tok, j.ctx, arg[1], NULL);
     if (!e) e = dlm_model_pack(&j.model, j.ctx, loaded, DLM_F32, NULL);  /* fast */
     if (!e && strcmp(arg[2], "-")) {
         dlm_tokenizer_free(j.tok);
