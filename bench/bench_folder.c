@@ -13,7 +13,9 @@
 #include "dlm.h"
 #include "bench.h"
 #include <pthread.h>
+#if !defined(_WIN32)
 #include <sys/resource.h>
+#endif
 
 enum { PROMPT = 16, REPEATS = 3, STREAM = 256 << 20 };
 
@@ -58,11 +60,15 @@ static double bandwidth(const uint64_t *x)
     return best;
 }
 
-static double resident(void)                 /* MB, the most so far                  */
+static double resident(void)                 /* MB, the most so far; 0: not known    */
 {
+#if defined(_WIN32)
+    return 0;
+#else
     struct rusage r;
     getrusage(RUSAGE_SELF, &r);
     return (double)r.ru_maxrss / 1024;
+#endif
 }
 
 /* Fills a canvas; seconds, and how many forwards that took. */
