@@ -43,10 +43,10 @@ static void show(void *user, const dlm_event *events, int n_events)
     (void)events;                            /* the canvas says it all               */
     while (end < s->T && canvas[end] != s->mask) end++;
     size = dlm_decode(s->tok, canvas, (size_t)end, text, sizeof text);
-    if (size >= sizeof text) size = sizeof text - 1;
+    size = size < sizeof text ? size : sizeof text - 1;
     if (n_events) size = dlm_whole_text(text, size);
-    if (size > s->shown) fwrite(text + s->shown, 1, size - s->shown, stdout);
-    s->shown = size > s->shown ? size : s->shown;
+    for (; s->shown < size; s->shown++) putchar(text[s->shown]);
+    fflush(stdout);
 }
 
 static int number(const char *name, const char *word, const char *value, double *out)
@@ -112,9 +112,9 @@ static int fill_canvas(const settings *s, const dlm_tokenizer *tok, const dlm_co
     }
     if (!e && !s->infill)
         for (int i = 0; i < s->length && T < MAX; i++) canvas[T++] = c->mask_id;
-    if (e) snprintf(why, size, "%s", dlm_last_error(tok->ctx));
-    else if (s->chat && dlm_tokenizer_id(tok, "<|im_start|>") < 0)
+    if (s->chat && dlm_tokenizer_id(tok, "<|im_start|>") < 0)
         snprintf(why, size, "this tokenizer has no <|im_start|>: it knows no ChatML");
+    else if (e) snprintf(why, size, "%s", dlm_last_error(tok->ctx));
     else if (s->infill && !strstr(s->prompt, "[?]"))
         snprintf(why, size, "no [?] in the canvas");
     else if (T >= MAX || (int)T > c->max_seq)
@@ -143,7 +143,7 @@ static dlm_error generate(dlm_ctx *ctx, const dlm_model *model, dlm_tokenizer *t
     if (!e) e = dlm_sampler_create(&sampler, session, &s->how, NULL);
     if (!e) e = dlm_sampler_begin(sampler, canvas, &T, 1);
     clock_gettime(CLOCK_MONOTONIC, &from);
-    while (!e && !dlm_sampler_done(sampler)) e = dlm_sampler_step(sampler), fflush(stdout);
+    while (!e && !dlm_sampler_done(sampler)) e = dlm_sampler_step(sampler);
     clock_gettime(CLOCK_MONOTONIC, &to);
     if (!e) {
         dlm_sampler_cost(sampler, &forwards, &flops);
